@@ -6,8 +6,14 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import plain
-from biopsy.evaluation.errors.case_views import CaseView, CaseViews, ErrorFacts
-from biopsy.evaluation.errors.measure import KINDS, ErrorRecord, contrast_errors, find_unusual, pick_galleries
+from biopsy.evaluation.errors.measure import (
+    KINDS,
+    CaseView,
+    ErrorRecord,
+    contrast_errors,
+    find_unusual,
+    pick_galleries,
+)
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.evaluation.scored import ScoredPatches
@@ -82,16 +88,15 @@ def draw_case_views(mistakes, *, patch_px=50, overview=True, seed=0):
         return rng.integers(0, 256, (patch_px, patch_px, 3), dtype=np.uint8)
 
     names = {one["patch_id"] for part in mistakes.document["galleries"].values() for one in part}
-    case_views = {
+    views = {
         name: CaseView(noise(), noise(), False, noise() if overview else None, [noise() for _ in range(3)])
         for name in sorted(names)
     }
-    return CaseViews(case_views, "Saliency shows this; it is not that.")
+    return replace(mistakes, views=views, caption="Saliency shows this; it is not that.")
 
 
 def make_error_facts(*arguments, unit="patient", n=4, patch_px=50, **changes):
     """Facts with mistakes and their pictures."""
     facts = make_facts(*arguments, **changes)
     mistakes = make_mistakes(facts.predictions, unit=unit, n=n)
-    analysis = ErrorFacts(mistakes, draw_case_views(mistakes, patch_px=patch_px))
-    return replace(facts, results={"errors": analysis})
+    return replace(facts, results={"errors": draw_case_views(mistakes, patch_px=patch_px)})

@@ -10,7 +10,7 @@ import biopsy
 from biopsy.core.errors import RunError
 from biopsy.core.files import plain, read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
-from biopsy.evaluation.errors.case_views import make_case_views
+from biopsy.evaluation.errors.case_views import draw_views
 from biopsy.evaluation.errors.measure import contrast_errors, find_unusual, measure_errors, pick_galleries
 from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.patch_properties import PROPERTIES
@@ -41,7 +41,7 @@ def test_what_goes_with_errors_by_construction_is_found_and_nothing_else():
     found = contrast_errors(*make_sample(seed=1), seed=0, unit="patient")
     said = verdicts(found)
     assert said.pop(("fn", "stain")) == "lower" and said.pop(("fp", "sharpness")) == "higher"
-    assert set(said.values()) == {"not seen"} and len(said) == 2 * len(PROPERTIES) - 2
+    assert set(said.values()) == {"not different"} and len(said) == 2 * len(PROPERTIES) - 2
     assert found["n_comparisons"] == 2 * len(PROPERTIES)
     assert found["level_each"] == pytest.approx(1 - 0.05 / 16)
 
@@ -51,7 +51,7 @@ def test_without_an_effect_all_intervals_together_hold():
     alarms = 0
     for seed in range(100):
         found = contrast_errors(*make_sample(seed=seed, pale=0), seed=0, unit="patient")
-        alarms += set(verdicts(found).values()) != {"not seen"}
+        alarms += set(verdicts(found).values()) != {"not different"}
     assert alarms <= 10, "5 % of 100 are 5; more than 10 are chance in 1 of 90"
 
 
@@ -70,8 +70,8 @@ def test_a_contrast_is_the_mean_of_the_aurocs_within_patients():
     }
     assert each["within"].value == pytest.approx(np.mean(list(known.values())))
     assert {name: one["auroc"] for name, one in each["by_group"].items()} == pytest.approx(known)
-    assert each["n_errors"] == (sample["kind"] == "fn").sum()
-    assert each["mean_errors"] == pytest.approx(sample["eosin"][sample["kind"] == "fn"].mean())
+    assert each["n_chosen"] == (sample["kind"] == "fn").sum()
+    assert each["mean_chosen"] == pytest.approx(sample["eosin"][sample["kind"] == "fn"].mean())
 
 
 def test_patients_that_differ_do_not_make_a_contrast():
@@ -85,7 +85,7 @@ def test_patients_that_differ_do_not_make_a_contrast():
     found = contrast_errors(table.assign(kind=np.where(wrong, "fn", "tp")), groups, seed=0, unit="patient")
     stain = next(one for one in found["contrasts"] if one["property"] == "stain")
     assert stain["auroc"].high < 0.5, "over all patches it does"
-    assert stain["within"].low < 0.5 < stain["within"].high and stain["verdict"] == "not seen"
+    assert stain["within"].low < 0.5 < stain["within"].high and stain["verdict"] == "not different"
 
 
 @pytest.mark.parametrize("kinds", ["fn", "tp", "tn"])
@@ -93,21 +93,21 @@ def test_nothing_to_compare_says_so(kinds):
     sample, groups = make_sample(n_patients=5, each=10)
     found = contrast_errors(sample.assign(kind=kinds), groups, seed=0, unit="patient")
     assert found["n_comparisons"] == 0
-    assert {one["verdict"] for one in found["contrasts"]} == {"unsaid"}
+    assert {one["verdict"] for one in found["contrasts"]} == {"inconclusive"}
     assert all("undefined: no" in one["auroc"].reason for one in found["contrasts"])
 
 
 def test_few_patients_get_a_reason_and_patches_no_within():
     sample, groups = make_sample(n_patients=3, each=30, pale=5)
     few = contrast_errors(sample, groups, seed=0, unit="patient")["contrasts"][0]
-    assert few["verdict"] == "unsaid" and "an interval needs 5" in few["within"].reason
+    assert few["verdict"] == "inconclusive" and "an interval needs 5" in few["within"].reason
     patches = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patch")["contrasts"]
     assert all(one["within"] is None and one["by_group"] == {} for one in patches)
     assert {one["verdict"] for one in patches if one["property"] == "stain" and one["errors"] == "fn"} == {
         "lower"
     }
     lonely = contrast_errors(sample, sample["patch_id"].to_numpy(str), seed=0, unit="patient")["contrasts"]
-    assert np.isnan(lonely[0]["within"].value) and lonely[0]["verdict"] == "unsaid"
+    assert np.isnan(lonely[0]["within"].value) and lonely[0]["verdict"] == "inconclusive"
 
 
 def test_a_property_that_was_not_measured_is_left_out():
@@ -203,13 +203,13 @@ def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(jud
 
 
 def test_closeups_show_every_patch_of_the_galleries(judged, found):
-    case_views = make_case_views(judged, found, device="cpu")
+    drawn = draw_views(judged, found, device="cpu")
     names = {one["patch_id"] for part in found.document["galleries"].values() for one in part}
-    assert set(case_views.by_patch) == names
-    for case_view in case_views.by_patch.values():
+    assert set(drawn.views) == names
+    for case_view in drawn.views.values():
         assert case_view.patch.shape == case_view.overlay.shape == (16, 16, 3)
         assert case_view.overview is not None and len(case_view.nearest) == 3
-    assert "does not" in case_views.caption
+    assert "does not" in drawn.caption
 
 
 def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
@@ -220,6 +220,7 @@ def test_the_verb_writes_a_table_and_pictures(judged, found, tmp_path):
     assert set(listed["patch_id"]) == set(wrong["patch_id"])
     for picture in listed["picture"].dropna():
         assert (tmp_path / "m" / picture).is_file()
+    assert (listed["picture"].notna() == listed["nearest_training"].notna()).all()
     assert len(list((tmp_path / "m" / "uncertain").iterdir())) == 5
     assert "false negatives" in called.stdout and "errors.csv" in called.stdout
     as_json = call("errors", str(judged.path), "--n", "5", "--json")
@@ -238,8 +239,8 @@ def test_patches_without_coordinates_or_patients_have_no_zone(trained_run, tmp_p
         and found.document["unit"] == "patch"
     )
     assert all(one["within"] is None for one in found.document["contrasts"])
-    case_views = make_case_views(run, found, device="cpu")
-    assert all(case_view.overview is None for case_view in case_views.by_patch.values())
+    drawn = draw_views(run, found, device="cpu")
+    assert all(case_view.overview is None for case_view in drawn.views.values())
     assert not (run.path / "predictions" / "test.parquet").exists(), "nothing is opened"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from biopsy.evaluation.errors.case_views import ErrorFacts, hide_errors
+from biopsy.evaluation.errors.case_views import hide_errors
 from biopsy.evaluation.errors.section import describe_errors
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
@@ -49,9 +49,9 @@ def test_mistakes_are_the_surest_and_named(page, facts):
 
 
 def test_the_table_holds_the_record(facts):
-    text, about = render_chapter(facts).text, facts.results["errors"].record.document
+    text, about = render_chapter(facts).text, facts.results["errors"].document
     for found in about["contrasts"]:
-        assert f"{found['mean_errors']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
+        assert f"{found['mean_chosen']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
     assert "False negatives have lower stain than true positives." in text
     assert "No property is significantly associated with false positives." in text
     assert "simultaneous over 16 comparisons (99.69% each)" in text
@@ -76,8 +76,7 @@ def test_the_conjectures_are_answered_by_name(facts):
 def test_patches_without_patients_or_places_say_so():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     mistakes = make_mistakes(table, unit="patch")
-    case_views = draw_case_views(mistakes, overview=False)
-    changes = {"results": {"errors": ErrorFacts(mistakes, case_views)}}
+    changes = {"results": {"errors": draw_case_views(mistakes, overview=False)}}
     facts = replace(make_facts(get_patch=None), predictions=table, **changes)
     text = render_chapter(facts).text
     assert "no coordinates; errors at annotated borders cannot be counted" in text

@@ -139,6 +139,18 @@ def test_two_classes_with_one_logit_between_them_have_the_same_saliency():
     np.testing.assert_allclose(maps[0], maps[1], rtol=1e-5)
 
 
+def test_each_patch_may_have_its_own_class():
+    classifier, patches = make_classifier(make_network("residual", 32), input_px=32), draw_patches(3, 32)
+    by_class = [
+        explain_patches(classifier, patches, None, "saliency", name, engine=CPU).maps
+        for name in ("benign", "idc")
+    ]
+    result = explain_patches(classifier, patches, None, "saliency", np.array([1, 0, 1]), engine=CPU)
+    assert result.class_index.tolist() == [1, 0, 1]
+    expected = np.stack([by_class[1][0], by_class[0][1], by_class[1][2]])
+    np.testing.assert_allclose(result.maps, expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("name", ["cancernet", "residual", "vgg16"])
 def test_saliency_is_captums(name):

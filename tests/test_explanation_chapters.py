@@ -11,7 +11,7 @@ import pytest
 from biopsy.core.files import plain
 from biopsy.evaluation.explanation.examples import Explained, Illustration
 from biopsy.evaluation.explanation.faithfulness import describe_curves, describe_method_result
-from biopsy.evaluation.hypotheses.measure import check_blue_yellow, check_heterogeneous, check_less_stained
+from biopsy.evaluation.hypotheses.measure import check_blue_yellow, check_errors
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.html import render_report
 from report_facts import NAMES, Page, figures, make_facts, make_small_facts
@@ -24,9 +24,9 @@ def add_explanations(facts, n=4):
             "patch_id": table["patch_id"].to_numpy(),
             "subset": "test",
             "class": [NAMES[index] for index in table["target"]],
-            "called": "IDC",
+            "predicted": "IDC",
             "prob": table["prob"].to_numpy(),
-            "kind": ["missed", "right"] * (n // 2),
+            "kind": ["false negative", "correct"] * (n // 2),
         }
     )
     rng = np.random.default_rng(0)
@@ -58,10 +58,10 @@ def add_explanations(facts, n=4):
         "seed": 11,
         "n_patches": n_all,
         "n_measured": n_all,
-        "n_asked": 77,
+        "n_predicted": 77,
         "hypotheses": [
-            check_less_stained(properties, truth, called, groups, **options),
-            check_heterogeneous(properties, truth, called, groups, **options),
+            check_errors("less stained", properties, truth, called, groups, **options),
+            check_errors("heterogeneous", properties, truth, called, groups, **options),
             check_blue_yellow(
                 truth,
                 facts.predictions["prob"].to_numpy(),

@@ -20,7 +20,6 @@ from biopsy.evaluation.explanation.faithfulness import (
     area_under,
     blur_patches,
     compare_randomised,
-    compare_with_baselines,
     deletion_insertion_curves,
     describe_gain,
     describe_method_result,
@@ -121,7 +120,7 @@ def test_faithful_methods_find_the_corner_and_beat_both_baselines(corner, name):
     truth = np.zeros(patches.shape[:3], bool)
     truth[CORNER] = True
     found = judge(name, traced)
-    assert found["verdict"] == {"random": "beats", "edges": "beats"}
+    assert found["verdict"] == {"random": "higher", "edges": "higher"}
     assert found["gain"]["random"].value > 0.1 and found["n_better"]["random"] == 16
     pointing = judge_pointing(maps[name], truth, GROUPS, seed=0, unit="patient")
     assert pointing["mass"]["value"] > 2 * pointing["area"]["value"]
@@ -136,14 +135,14 @@ def test_maps_that_know_nothing_do_not_win(corner):
     others = {"saliency": rng.random(patches.shape[:3]), "occlusion": find_edges(patches)}
     again = all_deletion_insertion_curves(ask_of(classifier), patches, others, seed=1)
     drawn = judge("saliency", again)
-    assert drawn["verdict"]["random"] != "beats" and abs(drawn["gain"]["random"].value) < 0.1
+    assert drawn["verdict"]["random"] != "higher" and abs(drawn["gain"]["random"].value) < 0.1
     edges = judge("occlusion", again)
-    assert edges["gain"]["edges"].value == 0 and edges["verdict"]["edges"] == "unsaid"
+    assert edges["gain"]["edges"].value == 0 and edges["verdict"]["edges"] == "inconclusive"
     wrong = judge(
         "saliency",
         all_deletion_insertion_curves(ask_of(classifier), patches, {"saliency": -traced_map(corner)}, seed=0),
     )
-    assert wrong["verdict"]["random"] == "worse" and "is worse than random maps by 0." in wrong["answer"]
+    assert wrong["verdict"]["random"] == "lower" and "is worse than random maps by 0." in wrong["answer"]
 
 
 def traced_map(corner):
@@ -295,11 +294,11 @@ def test_tumour_cells_of_phantom_lie_in_the_tumour_and_are_darker():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.1, 0.2, "beats"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "no better")]
+    ("low", "high", "verdict"), [(0.1, 0.2, "higher"), (-0.2, -0.1, "lower"), (-0.1, 0.1, "not different")]
 )
 def test_a_gain_is_judged_by_its_interval(low, high, verdict):
-    assert compare_with_baselines(Interval(0.0, low, high)) == verdict
-    assert compare_with_baselines(Interval(0.0)) == "unsaid"
+    assert Interval(0.0, low, high).compare(0.0) == verdict
+    assert Interval(0.0).compare(0.0) == "inconclusive"
 
 
 def test_answers_are_plain_sentences():
@@ -309,20 +308,20 @@ def test_answers_are_plain_sentences():
             "random": Interval(0.12, 0.05, 0.19),
             "edges": Interval(-0.02, -0.06, 0.02),
         },
-        "verdict": {"random": "beats", "edges": "no better"},
+        "verdict": {"random": "higher", "edges": "not different"},
         "randomised": [{"rank_correlation": 0.1}, {"rank_correlation": 0.71}],
     }
     assert describe_gain(record, 12, "patient") == (
         "Grad-CAM is better than random maps by 0.12 (0.05 to 0.19) and is not better than edges (-0.02, "
         "-0.06 to 0.02); its map hardly changes when all weights are random (rank correlation 0.71)."
     )
-    worse = record | {"verdict": {"random": "worse", "edges": "worse"}, "randomised": []}
+    worse = record | {"verdict": {"random": "lower", "edges": "lower"}, "randomised": []}
     worse["gain"] = dict.fromkeys(("random", "edges"), Interval(-0.2, -0.3, -0.1))
     assert describe_gain(worse, 12, "patient") == (
         "Grad-CAM is worse than random maps by 0.20 (0.10 to 0.30) and is worse than edges by 0.20 (0.10 to "
         "0.30)."
     )
-    few = record | {"verdict": {"random": "unsaid", "edges": "unsaid"}}
+    few = record | {"verdict": {"random": "inconclusive", "edges": "inconclusive"}}
     none = Interval(0.1, reason="only 1 patient")
     few["gain"] = {"random": none, "edges": none}
     assert describe_gain(few, 1, "patient").startswith(

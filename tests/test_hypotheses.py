@@ -8,13 +8,14 @@ import pytest
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json
+from biopsy.evaluation import stored_results
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.hypotheses import measure as hypotheses
 from biopsy.evaluation.hypotheses.measure import (
+    ERROR_HYPOTHESES,
     REMOVALS,
     check_blue_yellow,
-    check_heterogeneous,
-    check_less_stained,
+    check_errors,
     measure_hypotheses,
     share_saliency,
 )
@@ -50,8 +51,8 @@ def _shuffle_within(truth, rng):
 
 
 def test_pale_positives_that_are_missed_are_found_out():
-    found = check_less_stained(*make_table(), **OPTIONS)
-    assert found.verdict == "held"
+    found = check_errors("less stained", *make_table(), **OPTIONS)
+    assert found.verdict == "supported"
     measure = found.measures[0]
     assert measure.auroc.low > 0.7 and measure.difference_sd.low > 0.5
     assert measure.mean_chosen < measure.mean_others
@@ -63,33 +64,34 @@ def test_pale_positives_that_are_missed_are_found_out():
 
 
 def test_varied_negatives_that_are_called_are_found_out():
-    found = check_heterogeneous(*make_table(), **OPTIONS)
-    assert found.verdict == "held"
+    found = check_errors("heterogeneous", *make_table(), **OPTIONS)
+    assert found.verdict == "supported"
     assert found.measures[0].mean_chosen > found.measures[0].mean_others
 
 
-@pytest.mark.parametrize("judge", [check_less_stained, check_heterogeneous])
-def test_shuffled_calls_show_nothing_but_for_the_one_in_twenty(judge):
-    verdicts = [judge(*make_table(seed=seed, effect=False), **OPTIONS).verdict for seed in range(40)]
-    assert verdicts.count("not seen") >= 35, "more than 5 of 40 at 1 in 20: chance does that in 1 of 70"
-    found = judge(*make_table(effect=False), **OPTIONS)
+@pytest.mark.parametrize("name", list(ERROR_HYPOTHESES))
+def test_shuffled_calls_show_nothing_but_for_the_one_in_twenty(name):
+    tables = [make_table(seed=seed, effect=False) for seed in range(40)]
+    verdicts = [check_errors(name, *table, **OPTIONS).verdict for table in tables]
+    assert verdicts.count("not supported") >= 35, "more than 5 of 40 at 1 in 20: chance does that in 1 of 70"
+    found = check_errors(name, *make_table(effect=False), **OPTIONS)
     assert found.measures[0].auroc.low < 0.5 < found.measures[0].auroc.high
 
 
 def test_the_opposite_is_called_the_opposite():
     properties, truth, called, groups = make_table()
-    found = check_less_stained(1 - properties, truth, called, groups, **OPTIONS)
-    assert found.verdict == "opposite" and found.measures[0].auroc.high < 0.5
+    found = check_errors("less stained", 1 - properties, truth, called, groups, **OPTIONS)
+    assert found.verdict == "contradicted" and found.measures[0].auroc.high < 0.5
 
 
 def test_three_slides_cannot_say():
-    found = check_less_stained(*make_table(n_patients=3), seed=0, unit="slide")
-    assert found.verdict == "unsaid"
+    found = check_errors("less stained", *make_table(n_patients=3), seed=0, unit="slide")
+    assert found.verdict == "inconclusive"
     assert found.measures[0].auroc.reason in found.answer and "3 slides" in found.answer
     assert sorted(found.measures[0].by_group) == ["8863", "8864", "8865"]
     properties, truth, _, groups = make_table()
-    none = check_less_stained(properties, truth, truth == 1, groups, **OPTIONS)
-    assert none.verdict == "unsaid" and np.isnan(none.measures[0].auroc.value)
+    none = check_errors("less stained", properties, truth, truth == 1, groups, **OPTIONS)
+    assert none.verdict == "inconclusive" and np.isnan(none.measures[0].auroc.value)
 
 
 # --- colour
@@ -114,7 +116,7 @@ def test_saliency_on_blue_beyond_its_share_is_found_out():
     without = {"grey": rng.random(240), "eosin only": prob}
     shares = make_shares(240, 1.5, rng)
     found = check_blue_yellow(truth, prob, without, shares, groups, **OPTIONS)
-    assert found.verdict == "held"
+    assert found.verdict == "supported"
     ratio = found.saliency["blue"].ratio
     assert ratio.value == pytest.approx(shares["blue_saliency"].sum() / shares["blue_area"].sum())
     assert ratio.low < 1.5 < ratio.high or ratio.value == pytest.approx(1.5, abs=0.05)
@@ -122,9 +124,9 @@ def test_saliency_on_blue_beyond_its_share_is_found_out():
     assert found.auroc["grey"]["difference"].high < 0
     assert found.auroc["eosin only"]["difference"].value == 0
     fair = check_blue_yellow(truth, prob, without, make_shares(240, 1.0, rng), groups, **OPTIONS)
-    assert fair.verdict == "not seen"
+    assert fair.verdict == "not supported"
     shunned = check_blue_yellow(truth, prob, without, make_shares(240, 0.6, rng), groups, **OPTIONS)
-    assert shunned.verdict == "opposite"
+    assert shunned.verdict == "contradicted"
 
 
 def test_one_class_alone_has_no_auroc_but_a_share():
@@ -139,7 +141,7 @@ def test_one_class_alone_has_no_auroc_but_a_share():
         **OPTIONS,
     )
     assert np.isnan(found.auroc["grey"]["auroc"].value) and "AUROC" not in found.answer
-    assert found.verdict == "held"
+    assert found.verdict == "supported"
 
 
 def test_colours_are_taken_out():
@@ -184,14 +186,14 @@ def judged(trained_run, tmp_path_factory):
 def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
     found = measure_hypotheses(judged, device="cpu")
     assert found["format"] == "biopsy-hypotheses/1" and found["subset"] == "test"
-    assert (found["n_measured"], found["n_asked"], found["n_groups"]) == (40, 40, 5)
+    assert (found["n_measured"], found["n_predicted"], found["n_groups"]) == (40, 40, 5)
     assert [entry["name"] for entry in found["hypotheses"]] == [
         "less stained",
         "heterogeneous",
         "blue and yellow",
     ]
     for entry in found["hypotheses"]:
-        assert entry["verdict"] in ("held", "opposite", "not seen", "unsaid")
+        assert entry["verdict"] in ("supported", "contradicted", "not supported", "inconclusive")
         assert entry["answer"].endswith(".")
     assert found == read_json(judged / "explain" / "hypotheses.json")
     (judged / "explain" / "hypotheses.json").unlink()
@@ -204,16 +206,15 @@ def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeyp
     from biopsy.models.networks import build_network
 
     counts = [
-        hypotheses.affordable_patches(build_network(name, n_classes=2, input_px=px), px)
+        stored_results.affordable_patches(build_network(name, n_classes=2, input_px=px), px)
         for name, px in (("cancernet", 48), ("vgg16", 96))
     ]
-    assert counts[0] == hypotheses.MAX_PREDICTED and 100 <= counts[1] < 300
+    assert counts[0] == stored_results.MAX_PREDICTED and 100 <= counts[1] < 300
     monkeypatch.setattr(hypotheses, "MAX_MEASURED", 15)
-    monkeypatch.setattr(hypotheses, "MAX_PREDICTED", 10)
-    monkeypatch.setattr(hypotheses, "MIN_PREDICTED", 5)
+    monkeypatch.setattr(hypotheses, "affordable_patches", lambda network, input_px: 10)
     (judged / "explain" / "hypotheses.json").unlink(missing_ok=True)
     found = measure_hypotheses(judged, device="cpu")
-    assert (found["n_patches"], found["n_measured"], found["n_asked"]) == (40, 15, 10)
+    assert (found["n_patches"], found["n_measured"], found["n_predicted"]) == (40, 15, 10)
     (judged / "explain" / "hypotheses.json").unlink()
 
 

@@ -11,7 +11,7 @@ import pytest
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
-from biopsy.evaluation.explanation.explain import Selection, explain_examples
+from biopsy.evaluation.explanation.explain import Selection, choose_from_run, explain_chosen
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses
 from biopsy.experiments.reports import gather_run
@@ -35,18 +35,22 @@ def unopened(trained_run, tmp_path):
 # --- which patches
 
 
+def explain_examples(run, selection):
+    return explain_chosen(run.classifier, choose_from_run(run, selection), device="cpu")
+
+
 def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
     frame, _ = judged.predictions("test")
     wrong = frame[frame["pred"] != frame["target"]]
-    examples = explain_examples(judged, Selection(errors=3), device="cpu").examples
+    examples = explain_examples(judged, Selection(errors=3)).examples
     assert (examples["subset"] == "test").all()
-    right = examples[examples["kind"] == "right"]
+    right = examples[examples["kind"] == "correct"]
     assert len(right) == 3 and len(examples) == 3 + min(3, len(wrong))
     assert set(right["class"]) == set(frame["target"].map(dict(enumerate(["non_idc", "idc"]))))
-    assert (right["class"] == right["called"]).all()
+    assert (right["class"] == right["predicted"]).all()
     shown = frame.set_index("patch_id").loc[examples["patch_id"]]
     np.testing.assert_allclose(examples["prob"], shown["prob"], atol=1e-5)
-    again = explain_examples(judged, Selection(errors=3), device="cpu").examples
+    again = explain_examples(judged, Selection(errors=3)).examples
     pd.testing.assert_frame_equal(examples, again)
 
 
@@ -61,7 +65,7 @@ def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
         pred=(prob >= judged.info["threshold"]["value"]).astype(int),
     )
     monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame, about))
-    shown = explain_examples(judged, Selection(errors=4), device="cpu").examples["patch_id"][:4].tolist()
+    shown = explain_examples(judged, Selection(errors=4)).examples["patch_id"][:4].tolist()
     wrong = frame[frame["pred"] != frame["target"]]
     missed = wrong[wrong["target"] == 1].sort_values("prob")["patch_id"].tolist()
     alarms = wrong[wrong["target"] == 0].sort_values("prob", ascending=False)["patch_id"].tolist()
@@ -90,10 +94,12 @@ def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
     )
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1")
     written = biopsy.explain(run, errors=2, method="saliency", device="cpu")
-    assert {entry["kind"] for entry in written["patches"]} <= {"wrong", "right"}
-    assert {entry["kind"] == "right" for entry in written["patches"]} == {True, False}
+    assert {entry["kind"] for entry in written["patches"]} <= {"misclassified", "correct"}
+    assert {entry["kind"] == "correct" for entry in written["patches"]} == {True, False}
     for entry in written["patches"]:
-        assert (entry["class"] == entry["called"]) == (entry["kind"] == "right") and entry["prob"] >= 1 / 3
+        assert (entry["class"] == entry["predicted"]) == (entry["kind"] == "correct") and entry[
+            "prob"
+        ] >= 1 / 3
     biopsy.evaluate(run)
     page = Page(biopsy.report(run, complete=True)[0].read_text()).text
     assert "p: probability of the predicted class" in page
@@ -110,8 +116,8 @@ def test_a_classifier_is_explained_on_a_pack(judged, tmp_path, monkeypatch):
     written = biopsy.explain(place, data=pack.path, errors=2, method="grad_cam", device="cpu")
     assert (tmp_path / "explain" / "grad_cam.png").is_file()
     assert {entry["subset"] for entry in written["patches"]} == {""}
-    assert {entry["kind"] for entry in written["patches"]} <= {"missed", "false alarm", "right"}
-    right = [entry for entry in written["patches"] if entry["kind"] == "right"]
+    assert {entry["kind"] for entry in written["patches"]} <= {"false negative", "false positive", "correct"}
+    right = [entry for entry in written["patches"] if entry["kind"] == "correct"]
     assert len(right) == 2 and {entry["class"] for entry in right} == {"non_idc", "idc"}
     named = pack.table["patch_id"].iloc[[3, 1]].tolist()
     again = biopsy.explain(place, data=pack.path, patch=named, method="saliency", out="two", device="cpu")
@@ -119,6 +125,14 @@ def test_a_classifier_is_explained_on_a_pack(judged, tmp_path, monkeypatch):
     assert [entry["class"] for entry in again["patches"]] == [
         pack.class_names[i] for i in pack.target[[3, 1]]
     ]
+
+
+def test_a_pack_with_other_classes_has_no_labels(judged, make_pack, tmp_path):
+    pack = make_pack("other.pack", n_patients=3, patches_per_patient=9, n_classes=3)
+    options = {"data": pack.path, "method": "saliency", "out": tmp_path / "out", "device": "cpu"}
+    written = biopsy.explain(judged.path / "classifier", errors=2, **options)
+    assert len({entry["patch_id"] for entry in written["patches"]}) == 4
+    assert {(entry["kind"], entry["class"]) for entry in written["patches"]} == {("no label", "")}
 
 
 def test_a_classifier_is_explained_on_images(judged, tmp_path):
@@ -129,7 +143,7 @@ def test_a_classifier_is_explained_on_images(judged, tmp_path):
     asked = {"method": "saliency", "out": tmp_path / "out", "device": "cpu"}
     written = biopsy.explain(place, data=tmp_path / "images", errors=1, **asked)
     assert [entry["patch_id"] for entry in written["patches"]] == ["a.png", "b.png"]
-    assert {(entry["kind"], entry["class"]) for entry in written["patches"]} == {("unlabelled", "")}
+    assert {(entry["kind"], entry["class"]) for entry in written["patches"]} == {("no label", "")}
     one = biopsy.explain(judged.classifier, data=tmp_path / "images" / "c.png", **asked)
     assert [entry["patch_id"] for entry in one["patches"]] == ["c.png"]
     picture = cv2.imread(str(tmp_path / "out" / one["patches"][0]["picture"]))
@@ -137,7 +151,7 @@ def test_a_classifier_is_explained_on_images(judged, tmp_path):
     done = call(
         "explain", place, "--data", tmp_path / "images", "--patch", "b.png", "--out", tmp_path / "cli"
     )
-    assert done.exit_code == 0 and done.stdout.splitlines()[1].split()[0] == "unlabelled"
+    assert done.exit_code == 0 and done.stdout.splitlines()[1].startswith("no label")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +195,7 @@ def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     for entry in [*written["sheets"], *written["patches"]]:
         assert cv2.imread(str(tmp_path / "maps" / entry["picture"])).shape[1] > 50
     entry = written["patches"][0]
-    assert {"patch_id", "subset", "class", "called", "prob", "kind", "method", "layer", "picture"} == set(
+    assert {"patch_id", "subset", "class", "predicted", "prob", "kind", "method", "layer", "picture"} == set(
         entry
     )
     picture = cv2.imread(str(tmp_path / "maps" / entry["picture"]))
@@ -270,7 +284,7 @@ def test_names_of_patches_never_become_paths(judged, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
-        ({"patch": ["nobody"]}, RunError, "'nobody'"),
+        ({"patch": ["nobody"]}, DataError, "'nobody'"),
         ({"data": "images"}, RunError, "pack"),
         ({"method": ["saliency", "gradcam"]}, RecipeError, "'gradcam'.*'grad_cam'"),
         ({"errors": 0}, RunError, "errors=0"),
@@ -293,7 +307,7 @@ def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
     done = call("explain", judged.path, "--errors", 2, "--out", tmp_path / "maps", "--device", "cpu")
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["kind", "class", "called", "prob", "patch_id"]
+    assert lines[0].split() == ["kind", "class", "predicted", "prob", "patch_id"]
     assert lines[-3:] == [
         str(tmp_path / "maps" / f"{name}.png") for name in ("saliency", "grad_cam", "activations")
     ]

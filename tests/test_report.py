@@ -29,7 +29,7 @@ from biopsy.reporting.document import (
     Text,
     number,
 )
-from biopsy.reporting.elements import describe_openings
+from biopsy.reporting.elements import LONG_TABLE, describe_openings, make_table
 from biopsy.reporting.html import render_report
 from report_facts import (
     Page,
@@ -337,6 +337,22 @@ def test_every_kind_of_block_is_written():
 )
 def test_numbers_are_written_for_readers(value, shown):
     assert number(value) == shown
+
+
+def test_tables_are_made_of_values():
+    few = {"value": 0.5, "low": None, "high": None, "reason": "only 3 patients"}
+    wide = {"value": 0.8423, "low": 0.79, "high": 0.891, "reason": None}
+    rows = [["a", 8151, wide], ["b", None, few], ["c", np.float64("nan"), few]]
+    table = make_table(["name", "n", "AUROC"], rows, caption="Table", note="Note.", fold_long=True)
+    assert table.rows == [
+        ["a", "8,151", "0.842 (0.790 to 0.891)"],
+        ["b", "-", "0.500 (a)"],
+        ["c", "-", "0.500 (a)"],
+    ]
+    assert table.note.startswith("Note. (a)") and table.note.count(few["reason"]) == 1
+    assert (table.caption, table.fold) == ("Table", "")
+    long = make_table(["n"], [[1]] * (LONG_TABLE + 1), caption="Table", fold_long=True)
+    assert (long.caption, long.fold) == ("", "Table")
 
 
 def test_openings_are_said():

@@ -96,6 +96,16 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun if n == 1 else plural(noun)}"
 
 
+def count_patches(n_patches: int, n_groups: int, unit: str) -> str:
+    """Return numbers of patches and of the patients or slides they are from.
+
+    Example:
+        >>> count_patches(8151, 14, "patient"), count_patches(20, 20, "patch")
+        ('8,151 patches of 14 patients', '20 patches')
+    """
+    return count(n_patches, "patch") + ("" if unit == "patch" else f" of {count(n_groups, unit)}")
+
+
 def normalize_id(text: str) -> str:
     """Return a normalised id: as `normalize_name`, without quotes, and ``12.0`` of a spreadsheet as ``12``.
 

@@ -168,20 +168,11 @@ def evaluate(
             f"{run.path.name} has no validation subset: as published, it was tuned on its test subset; "
             "evaluate the test subset"
         )
-    rows = np.flatnonzero(subsets == subset)
-    if not len(rows):
-        raise RunError(
-            f"split {split_use.name!r} has no {subset} patches in {pack.path.name}: make another "
-            "with `biopsy split`"
-        )
     engine = Engine("auto", run.recipe.train.precision)
-    with open_predictor(classifier, engine, len(rows)) as predictor:
-        logits = predictor.logits(pack.patches, pack.sizes, rows)
-    pack.require_unchanged()
-    classifier_sha256 = classifier.sha256
-    predicted = predict_rows(
-        classifier, pack, rows, logits, subset=subset, fold=split_use.fold, seed=run.info["seed"]
+    predicted = predict_subset(
+        classifier, pack, subsets, subset, split_use, engine=engine, seed=run.info["seed"]
     )
+    classifier_sha256 = classifier.sha256
     folder = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
     openings = _open_ledger(run, pack, split_use, subset) if subset == "test" else None
     write_predictions(
@@ -192,7 +183,7 @@ def evaluate(
             "classifier_sha256": classifier_sha256,
             "split": split_use.name,
             "threshold": predicted.classifier.frozen,
-            "software": dict([predictor.software]),
+            "software": dict([predicted.software]),
         },
     )
     scored = predicted.scored
@@ -230,6 +221,7 @@ class PredictedRows:
         scored: The patches with their probabilities.
         frame: The table of predictions.
         columns: Additional columns of the pack.
+        software: Name and version of the runtime.
     """
 
     classifier: Classifier
@@ -237,6 +229,7 @@ class PredictedRows:
     scored: ScoredPatches
     frame: pd.DataFrame
     columns: pd.DataFrame
+    software: tuple[str, str]
 
     def measure(
         self, thresholds: Sequence[Mapping[str, Any]], prevalence: float | None, warnings: Sequence[str] = ()
@@ -252,17 +245,30 @@ class PredictedRows:
         )
 
 
-def predict_rows(
+def predict_subset(
     classifier: Classifier,
     pack: Pack,
-    rows: np.ndarray,
-    logits: np.ndarray,
-    *,
+    subsets: np.ndarray,
     subset: str,
-    fold: int | None = None,
+    split: SplitUse,
+    *,
+    engine: Engine,
     seed: int,
 ) -> PredictedRows:
-    """Return the predictions of rows of a pack from their logits."""
+    """Predict the patches of a subset.
+
+    Raises:
+        RunError: If the subset is empty, or the pack changed.
+    """
+    rows = np.flatnonzero(subsets == subset)
+    if not len(rows):
+        raise RunError(
+            f"split {split.name!r} has no {subset} patches in {pack.path.name}: make another "
+            "with `biopsy split`"
+        )
+    with open_predictor(classifier, engine, len(rows)) as predictor:
+        logits = predictor.logits(pack.patches, pack.sizes, rows)
+    pack.require_unchanged()
     table = pack.table.iloc[rows]
     classifier = classifier.for_patches(table)
     logits = classifier.add_context(logits, table)
@@ -273,12 +279,12 @@ def predict_rows(
         logits,
         probs,
         subsets=subset,
-        fold=fold,
+        fold=split.fold,
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
     scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold, seed=seed)
-    return PredictedRows(classifier, logits, scored, frame, pick_columns(table))
+    return PredictedRows(classifier, logits, scored, frame, pick_columns(table), predictor.software)
 
 
 def _choose_patches(

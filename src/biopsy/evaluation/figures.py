@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -31,33 +32,22 @@ from biopsy.plotting.style import (
 
 @styled
 def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positive: str) -> Figure:
-    """Draw the confusion matrix of two classes, with counts and shares of the true class.
-
-    Args:
-        tp: Number of true positives.
-        fp: Number of false positives.
-        fn: Number of false negatives.
-        tn: Number of true negatives.
-        negative: Name of the negative class.
-        positive: Name of the positive class.
-    """
+    """Draw the confusion matrix of two classes, with counts and shares of the true class."""
     figure, axes = new_figure(height_in=3.1)
-    rows = (
-        (positive, (tp, "true positive"), (fn, "false negative")),
-        (negative, (fp, "false positive"), (tn, "true negative")),
-    )
-    for row, (truth, *cells) in enumerate(rows):
-        total = sum(count for count, _ in cells)
-        for column, (count, name) in enumerate(cells):
-            share = count / total if total else float("nan")
-            _draw_cell(axes, column, row, share)
-            axes.text(column, row - 0.23, name, ha="center", va="center", fontsize=9)
-            axes.text(column, row + 0.03, f"{count:,}", ha="center", va="center", fontsize=16)
-            share_text = f"{share:.1%} of {shorten(truth, 14)}" if total else f"no {shorten(truth, 14)} patch"
-            axes.text(column, row + 0.29, share_text, ha="center", va="center", fontsize=8.5, color=INK)
-    _label_cells(
-        axes, [f"predicted\n{shorten(positive)}", f"predicted\n{shorten(negative)}"], [positive, negative]
-    )
+    rows = {
+        positive: {"true positive": tp, "false negative": fn},
+        negative: {"false positive": fp, "true negative": tn},
+    }
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
+    for row, (truth, cells) in enumerate(rows.items()):
+        total, name = sum(cells.values()), shorten(truth, 14)
+        for column, (kind, count) in enumerate(cells.items()):
+            _draw_cell(axes, column, row, count, total)
+            axes.text(column, row - 0.23, kind, fontsize=9, **centred)
+            axes.text(column, row + 0.03, f"{count:,}", fontsize=16, **centred)
+            share = f"{count / total:.1%} of {name}" if total else f"no {name} patch"
+            axes.text(column, row + 0.29, share, fontsize=8.5, color=INK, **centred)
+    _label_cells(axes, [f"predicted\n{shorten(name)}" for name in rows], list(rows))
     return figure
 
 
@@ -71,21 +61,16 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     Raises:
         MetricError: If the shape does not match the names.
     """
-    counts = np.asarray(counts)
-    n_classes = len(class_names)
+    counts, n_classes = np.asarray(counts), len(class_names)
     if counts.shape != (n_classes, n_classes):
         raise MetricError(f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names")
-    side = max(WIDTH_IN, 0.62 * n_classes + 1.4)
-    figure, axes = new_figure(side, max(3.1, 0.55 * n_classes + 1.4))
-    for row in range(n_classes):
+    figure, axes = new_figure(max(WIDTH_IN, 0.62 * n_classes + 1.4), max(3.1, 0.55 * n_classes + 1.4))
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.3}
+    for (row, column), count in np.ndenumerate(counts):
         total = counts[row].sum()
-        for column in range(n_classes):
-            share = counts[row, column] / total if total else float("nan")
-            _draw_cell(axes, column, row, share)
-            shown = f"{counts[row, column]:,}" + (f"\n{share:.0%}" if counts[row, column] else "")
-            colour = INK if counts[row, column] else MUTED
-            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.3}
-            axes.text(column, row, shown, color=colour, **style)
+        _draw_cell(axes, column, row, count, total)
+        text = f"{count:,}\n{count / total:.0%}" if count else "0"
+        axes.text(column, row, text, color=INK if count else MUTED, **style)
     names = [shorten(name, 12 if n_classes <= 3 else 22) for name in class_names]
     _label_cells(axes, names, names)
     if n_classes > 3:
@@ -93,14 +78,13 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
         for label in axes.get_xticklabels():
             label.set(ha="left", rotation_mode="anchor")
     axes.set_xlabel("Predicted class", color=MUTED)
-    axes.set_ylabel("True class", color=MUTED)
     axes.xaxis.set_label_position("top")
     return figure
 
 
-def _draw_cell(axes: Axes, column: int, row: int, share: float) -> None:
+def _draw_cell(axes: Axes, column: int, row: int, count: int, total: int) -> None:
     """Shade a cell by the share of the true class; the diagonal, which is correct, is framed."""
-    strength = 0.04 + 0.46 * (share if np.isfinite(share) else 0.0)
+    strength = 0.04 + 0.46 * (count / total if total else 0.0)
     tint = tuple(1 - strength * (1 - channel) for channel in to_rgb(MODEL))
     axes.add_patch(
         FancyBboxPatch(
@@ -127,12 +111,7 @@ def _label_cells(axes: Axes, columns: list[str], rows: list[str]) -> None:
 
 @styled
 def draw_roc(
-    target: np.ndarray,
-    prob: np.ndarray,
-    *,
-    label: str = "this model",
-    operating_point: tuple[float, float] | None = None,
-    band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    target: np.ndarray, prob: np.ndarray, *, operating_point: tuple[float, float] | None = None
 ) -> Figure:
     """Draw the ROC curve: sensitivity against 1 - specificity.
 
@@ -140,40 +119,31 @@ def draw_roc(
         target: 0 or 1, shape ``(n,)``; both must occur.
         prob: Probability of the positive class, shape ``(n,)``.
         operating_point: ``(sensitivity, specificity)`` at the decision threshold, marked on the curve.
-        band: ``(false_positive_rate, low, high)`` of the curve's interval.
 
     Raises:
         MetricError: If only one class occurs.
     """
     target, prob = _check_pair(target, prob)
     figure, axes = new_figure(height_in=4.1)
-    if band is not None:
-        axes.fill_between(*band, color=MODEL, alpha=0.16, linewidth=0, label="95 % interval")
     false_positive_rate, sensitivity, _ = roc_curve(target, prob)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="chance")
-    axes.plot(false_positive_rate, sensitivity, color=MODEL, label=label)
+    axes.plot(false_positive_rate, sensitivity, color=MODEL, label="this model")
     if operating_point is not None:
         reached, specificity = operating_point
         axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="decision threshold")
-    _frame_unit_square(axes)
-    axes.set(xlabel="1 - specificity", ylabel="Sensitivity")
+    _frame_unit_square(axes, "1 - specificity", "Sensitivity")
     legend_above(axes)
     return figure
 
 
 @styled
 def draw_precision_recall(
-    target: np.ndarray,
-    prob: np.ndarray,
-    *,
-    label: str = "this model",
-    operating_point: tuple[float, float] | None = None,
+    target: np.ndarray, prob: np.ndarray, *, operating_point: tuple[float, float] | None = None
 ) -> Figure:
     """Draw the precision-recall curve, with the prevalence as baseline.
 
     Args:
-        target: 0 or 1, shape ``(n,)``; both must occur.
-        prob: Probability of the positive class, shape ``(n,)``.
+        target, prob: As of `draw_roc`.
         operating_point: ``(sensitivity, ppv)`` at the decision threshold.
 
     Raises:
@@ -182,19 +152,13 @@ def draw_precision_recall(
     target, prob = _check_pair(target, prob)
     figure, axes = new_figure(height_in=4.1)
     prevalence = float(target.mean())
-    axes.axhline(
-        prevalence,
-        color=MUTED,
-        linewidth=0.9,
-        linestyle=DASHED,
-        label=f"baseline: prevalence {prevalence:.2f}",
-    )
+    baseline = f"baseline: prevalence {prevalence:.2f}"
+    axes.axhline(prevalence, color=MUTED, linewidth=0.9, linestyle=DASHED, label=baseline)
     ppv, sensitivity, _ = precision_recall_curve(target, prob, drop_intermediate=True)
-    axes.step(sensitivity, ppv, where="post", color=MODEL, label=label)
+    axes.step(sensitivity, ppv, where="post", color=MODEL, label="this model")
     if operating_point is not None:
         axes.plot(*operating_point, "o", color=INK, markersize=6, label="decision threshold")
-    _frame_unit_square(axes)
-    axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (positive predictive value)")
+    _frame_unit_square(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
     legend_above(axes, 2)
     return figure
 
@@ -211,10 +175,10 @@ def _check_pair(target: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.nd
     return target.astype(int), prob
 
 
-def _frame_unit_square(axes: Axes) -> None:
-    axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), aspect="equal")
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.set_yticks(np.linspace(0, 1, 6))
+def _frame_unit_square(axes: Axes, xlabel: str, ylabel: str) -> None:
+    limits, ticks = (-0.015, 1.015), np.linspace(0, 1, 6)
+    axes.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks, xlabel=xlabel, ylabel=ylabel)
+    axes.set_aspect("equal")
 
 
 @styled
@@ -230,7 +194,6 @@ def draw_patient_metric(
     """Draw a metric per patient, best first; larger dots for more patches.
 
     Args:
-        patient_ids: One id per patient.
         values: The metric, shape ``(n_patients,)``; NaN if undefined for a patient.
         n_patches: Number of patches of each patient, shown next to the dot.
         metric: Name of the metric, on the axis.
@@ -285,45 +248,35 @@ def draw_patient_probs(
 
     Args:
         patient_ids: One id per *patch*, shape ``(n,)``.
-        target: 0 or 1, shape ``(n,)``.
-        prob: Probability of the positive class, shape ``(n,)``.
+        target, prob: As of `draw_roc`.
         class_names: Name of the negative and of the positive class.
         threshold: The decision threshold, a vertical line.
     """
-    patient_of_patch, target, prob = (
-        np.array([str(name) for name in patient_ids]),
-        np.asarray(target),
-        np.asarray(prob),
-    )
-    names = np.unique(patient_of_patch)
-    medians = np.array([np.median(prob[patient_of_patch == name]) for name in names])
-    names = names[np.argsort(-medians, kind="stable")]
-    figure, axes = open_rows(len(names), row_in=0.26)
-    for value, (label, colour, offset) in enumerate(
-        zip(class_names, (NEGATIVE, POSITIVE), (0.16, -0.16), strict=True)
-    ):
-        spreads = []
-        for row, name in enumerate(names):
-            part = prob[(patient_of_patch == name) & (target == value)]
-            if len(part):
-                spreads.append((row + offset, *np.quantile(part, [0.05, 0.25, 0.5, 0.75, 0.95])))
-        if spreads:
-            rows, q05, q25, q50, q75, q95 = np.array(spreads).T
+    table = pd.DataFrame({"target": np.asarray(target), "prob": np.asarray(prob)})
+    table["id"] = [str(name) for name in patient_ids]
+    medians = table.groupby("id")["prob"].median().sort_values(ascending=False, kind="stable")
+    row_of = pd.Series(np.arange(len(medians)), medians.index)
+    figure, axes = open_rows(len(medians), row_in=0.26)
+    styles = zip(class_names, (NEGATIVE, POSITIVE), (0.16, -0.16), strict=True)
+    for value, (label, colour, offset) in enumerate(styles):
+        of_class = table[table["target"] == value].groupby("id")["prob"]
+        spreads = of_class.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
+        if len(spreads):
+            rows, (q05, q25, q50, q75, q95) = row_of[spreads.index] + offset, spreads.to_numpy().T
             axes.hlines(rows, q05, q95, color=colour, linewidth=0.9)
             axes.hlines(rows, q25, q75, color=colour, linewidth=3.2)
-            axes.plot(
-                q50, rows, "o", color="white", markeredgecolor=colour, markersize=4.5, label=shorten(label)
-            )
+            dots: dict[str, Any] = {"color": "white", "markeredgecolor": colour, "markersize": 4.5}
+            axes.plot(q50, rows, "o", label=shorten(label), **dots)
     if threshold is not None:
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=DASHED, label=f"threshold {threshold:.2f}")
     axes.set(xlabel=f"Predicted probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
-    name_rows(axes, names.tolist())
+    name_rows(axes, medians.index.tolist())
     legend_above(axes, 3)
     return figure
 
 
 @styled
-def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Figure:
+def draw_decision_curve(curve: Mapping[str, Any]) -> Figure:
     """Draw net benefit against the threshold probability, with treating all and treating none.
 
     Args:
@@ -342,9 +295,7 @@ def draw_decision_curve(curve: Mapping[str, Any], *, level: float = 0.95) -> Fig
     if bounded:
         low, high = ([point[end] for point in bounded] for end in ("low", "high"))
         marks = [point["threshold"] for point in bounded]
-        axes.fill_between(
-            marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label=f"{100 * level:g} % interval"
-        )
+        axes.fill_between(marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label="95 % interval")
     axes.plot(at, treat_all, color=INK, linewidth=1.2, linestyle=DASHED, label="act on all patches")
     axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")
     axes.plot(at, model, color=MODEL, label="act on predicted positives")

@@ -20,7 +20,6 @@ from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
 SHEET, PAGE, PICTURES = "labels.csv", "labels.html", "pictures"
-COLUMNS = ("patch_id", "label", "suggested", "decision", "who", "when", "reason", "doubt")
 
 
 @dataclass(frozen=True)
@@ -108,20 +107,20 @@ def _write_sheet(folder: Path, models: _Models, n: int) -> tuple[pd.DataFrame, i
     issues = checked[checked["doubt"] > 0.5]
     order = issues.assign(patch_id=pack.table["patch_id"].iloc[issues["row"]].to_numpy(str))
     chosen = order.sort_values(["doubt", "patch_id"], ascending=[False, True]).head(n)
-    sheet, pictures = _compose(pack, chosen, models)
+    sheet = _tabulate(pack, chosen, models)
+    views, shown = SlideViews(pack), []
     (folder / PICTURES).mkdir()
-    for name, (around, _) in zip(sheet["picture"], pictures, strict=True):
-        (folder / name).write_bytes(around)
+    for number, record in enumerate(sheet.to_dict("records"), start=1):
+        row = chosen["row"].iloc[number - 1]
+        patch, around = pack.pixels(row), views.surroundings(row)
+        encoded = jpeg(patch if around is None else around, quality=75)
+        (folder / record["picture"]).write_bytes(encoded)
+        shown.append({**record, "number": number, "around": encoded, "patch": jpeg(patch)})
     page = {
         "pack": pack.path.name,
         "n_patches": len(checked),
         "n_issues": len(issues),
-        "issues": [
-            {**row, "number": number, "around": around, "patch": patch}
-            for number, (row, (around, patch)) in enumerate(
-                zip(sheet.to_dict("records"), pictures, strict=True), start=1
-            )
-        ],
+        "issues": shown,
         "colours": [(name, class_colour(index)) for index, name in enumerate(pack.class_names)],
         "placed": bool(pack.table[["x", "y"]].notna().all(axis=1).any()),
         "sheet": SHEET,
@@ -134,10 +133,7 @@ def _write_sheet(folder: Path, models: _Models, n: int) -> tuple[pd.DataFrame, i
 def _collect_predictions(run: Run | Study | Path | str) -> _Models:
     """Return out-of-sample predictions: of test subsets, else of validation."""
     if isinstance(run, Study) or (not isinstance(run, Run) and is_study(run)):
-        study = Study.open(run)
-        runs = study.evaluated_runs()
-        if not runs:
-            raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
+        runs = Study.open(run).require_evaluated_runs()
     else:
         runs = [Run.open(run)]
     pack = runs[0].open_pack(verify=False)
@@ -163,35 +159,29 @@ def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.nda
     return groups.mean().reindex(patch_ids).to_numpy(float), n_models
 
 
-def _compose(
-    pack: Pack, chosen: pd.DataFrame, models: _Models
-) -> tuple[pd.DataFrame, list[tuple[bytes, bytes]]]:
-    """Return the sheet, and for each row the context view and the patch."""
-    views, pictures, rows = SlideViews(pack), [], []
+def _tabulate(pack: Pack, chosen: pd.DataFrame, models: _Models) -> pd.DataFrame:
+    """Return the sheet of the chosen issues."""
     labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
-    for number, issue in enumerate(chosen.itertuples(), start=1):
-        record = pack.table.iloc[issue.row]
-        patch = pack.pixels(issue.row)
-        suggested, around = pack.class_names[issue.suggested], views.surroundings(issue.row)
-        pictures.append((jpeg(patch if around is None else around, quality=75), jpeg(patch)))
-        rows.append(
-            {
-                "patch_id": record["patch_id"],
-                "label": labels.iloc[issue.row],
-                "suggested": suggested,
-                "decision": None,
-                "who": None,
-                "when": None,
-                "reason": _describe_votes(
-                    issue, pack.class_names[issue.suggested], int(models.n_models[issue.row])
-                ),
-                "doubt": round(float(issue.doubt), 3),
-                **{name: record[name] for name in ("patient_id", "slide_id", "x", "y")},
-                "picture": f"{PICTURES}/{number:04d}.jpg",
-            }
-        )
-    names = [*COLUMNS, "patient_id", "slide_id", "x", "y", "picture"]
-    return pd.DataFrame(rows, columns=names), pictures
+    rows = chosen["row"].to_numpy(int)
+    places = pack.table[["patient_id", "slide_id", "x", "y"]].iloc[rows].astype(object)
+    places = places.where(places.notna(), None).reset_index(drop=True)
+    suggested = [pack.class_names[index] for index in chosen["suggested"]]
+    reasons = [
+        _describe_votes(issue, name, int(models.n_models[issue.row]))
+        for issue, name in zip(chosen.itertuples(), suggested, strict=True)
+    ]
+    sheet = pd.DataFrame(
+        {
+            "patch_id": pack.table["patch_id"].iloc[rows].to_numpy(),
+            "label": labels.iloc[rows].to_numpy(),
+            "suggested": suggested,
+            **dict.fromkeys(("decision", "who", "when")),
+            "reason": reasons,
+            "doubt": chosen["doubt"].round(3).to_numpy(),
+        }
+    )
+    pictures = [f"{PICTURES}/{number:04d}.jpg" for number in range(1, len(sheet) + 1)]
+    return pd.concat([sheet, places], axis=1).assign(picture=pictures)
 
 
 def _describe_votes(issue: Any, suggested: str, n_models: int) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.data.packs import COLUMNS
-from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.scored import ScoredPatches, confusion_matrix
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import (
     DecisionCounts,
@@ -49,6 +49,12 @@ class Confusion:
     fn: int
     tn: int
 
+    @classmethod
+    def of(cls, matrix: np.ndarray, positive: int) -> "Confusion":
+        """Return the counts of a confusion matrix ``(2, 2)``, true class by row."""
+        (tp, fn), (fp, tn) = np.roll(matrix, -positive, axis=(0, 1)).tolist()
+        return cls(tp, fp, fn, tn)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
@@ -84,17 +90,12 @@ def measure_performance(scored: ScoredPatches, threshold: float | None) -> Perfo
     return Performance(
         patch=pooled,
         classification_report=report,
-        confusion=_count(truth, prob >= value),
-        at_half=_count(truth, prob >= 0.5),
+        confusion=Confusion.of(confusion_matrix(truth, prob >= value, 2), 1),
+        at_half=Confusion.of(confusion_matrix(truth, prob >= 0.5, 2), 1),
         prevalence=float(truth.mean()),
         ece_floor=ece_floor(prob, seed=scored.seed),
         patient=patients,
     )
-
-
-def _count(truth: np.ndarray, pred: np.ndarray) -> Confusion:
-    tp, fp = int((pred & (truth == 1)).sum()), int((pred & (truth == 0)).sum())
-    return Confusion(tp, fp, int(truth.sum()) - tp, int((truth == 0).sum()) - fp)
 
 
 @dataclass(frozen=True)

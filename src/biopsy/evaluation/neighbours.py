@@ -1,7 +1,6 @@
 """Positions of patches on slides: neighbours by label, errors at annotated borders, context images."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import cv2
 import numpy as np
@@ -182,81 +181,64 @@ class SlideViews:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._overviews: dict[int, tuple[np.ndarray, float]] = {}
+        self._slides = locate_patches(pack.table)
+        self._step = find_step(self._slides)
+        self._slide_of = {int(row): index for index, (rows, _) in enumerate(self._slides) for row in rows}
+        self._thumbnails: dict[int, tuple[np.ndarray, float]] = {}
 
     def overview(self, row: int) -> np.ndarray | None:
         """Return a thumbnail of the slide, longer side about `OVERVIEW_PX`, with a box around the patch."""
-        if self._slide_of[row] < 0:
+        index = self._slide_of.get(int(row))
+        if index is None:
             return None
-        index = int(self._slide_of[row])
-        positions = self._slides[index][1]
-        if index not in self._overviews:
-            self._overviews[index] = self._stitch(index)
-        small, scale = self._overviews[index]
-        image = small.copy()
-        left, top = (self._place(row) - positions.min(axis=0)) * scale
-        side = max(self._pack.info.patch_px * scale, 5)
-        middle = np.array([left, top]) + self._pack.info.patch_px * scale / 2
-        corner, opposite = (np.rint(middle + sign * (side / 2 + 2)).astype(int).tolist() for sign in (-1, 1))
-        cv2.rectangle(image, corner, opposite, _PAPER, 3)
-        cv2.rectangle(image, corner, opposite, _INK, 1)
+        thumbnail, scale = self._thumbnail(index)
+        image, patch_px = thumbnail.copy(), self._pack.info.patch_px
+        corner = self._place(row) - self._slides[index][1].min(axis=0)
+        middle, reach = (corner + patch_px / 2) * scale, max(patch_px * scale, 5) / 2 + 2
+        first, last = (np.rint(middle + sign * reach).astype(int).tolist() for sign in (-1, 1))
+        cv2.rectangle(image, first, last, _PAPER, 3)
+        cv2.rectangle(image, first, last, _INK, 1)
         return image
 
     def surroundings(self, row: int) -> np.ndarray | None:
         """Return the patch, in a dark box, and its surroundings, each framed in the colour of its label."""
-        if self._slide_of[row] < 0:
+        index = self._slide_of.get(int(row))
+        if index is None:
             return None
-        rows, positions = self._slides[int(self._slide_of[row])]
+        rows, positions = self._slides[index]
+        middle, patch_px = STEPS_AROUND * self._step, self._pack.info.patch_px
         offset = positions - self._place(row)
-        near = (np.abs(offset) <= (STEPS_AROUND + 0.25) * self._step).all(axis=1)
-        patch_px = self._pack.info.patch_px
-        room = 2 * STEPS_AROUND * self._step + patch_px
-        scale = AROUND_PX / room
+        near = (np.abs(offset) <= middle + 0.25 * self._step).all(axis=1)
+        scale = AROUND_PX / (2 * middle + patch_px)
         image = np.full((AROUND_PX, AROUND_PX, 3), 255, np.uint8)
-        for other, (x, y) in zip(rows[near], offset[near] + STEPS_AROUND * self._step, strict=True):
+        for other, (x, y) in zip(rows[near], offset[near] + middle, strict=True):
             self._lay(image, int(other), x, y, scale)
-        first, last = (round((STEPS_AROUND * self._step + more) * scale) for more in (0, patch_px))
+        first, last = (round((middle + more) * scale) for more in (0, patch_px))
         cv2.rectangle(image, (first - 3, first - 3), (last + 2, last + 2), _INK, 5)
-        middle = STEPS_AROUND * self._step
         self._lay(image, row, middle, middle, scale)
         return image
 
     def _lay(self, image: np.ndarray, row: int, x: float, y: float, scale: float) -> None:
-        width, height = self._pack.sizes[row]
+        patch, index = np.ascontiguousarray(self._pack.pixels(row)), int(self._pack.target[row])
+        height, width = patch.shape[:2]
         left, top, right, bottom = np.rint(np.array([x, y, x + width, y + height]) * scale).astype(int)
         if min(left, top) < 0 or max(right, bottom) > AROUND_PX + 1:
             return  # off the grid and cut off by the frame
         right, bottom = min(right, AROUND_PX), min(bottom, AROUND_PX)
-        patch = np.ascontiguousarray(self._pack.pixels(row))
-        image[top:bottom, left:right] = cv2.resize(
-            patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA
-        )
-        index = int(self._pack.target[row])
+        size = (right - left, bottom - top)
+        image[top:bottom, left:right] = cv2.resize(patch, size, interpolation=cv2.INTER_AREA)
         colour = [round(255 * part) for part in to_rgb(class_colour(index))]
         thick = 2 if index == 0 else 4  # distinguishable in greyscale too
         cv2.rectangle(image, (left + 1, top + 1), (right - 2, bottom - 2), colour, thick)
 
-    def _stitch(self, index: int) -> tuple[np.ndarray, float]:
-        rows, positions = self._slides[index]
-        patch_px = self._pack.info.patch_px
-        scale = min(1.0, OVERVIEW_PX / (np.ptp(positions, axis=0).max() + patch_px))
-        patches = map(self._pack.pixels, rows)
-        return stitch(patches, positions[:, 0], positions[:, 1], patch_px=patch_px, scale=scale), scale
+    def _thumbnail(self, index: int) -> tuple[np.ndarray, float]:
+        """Return the image of a slide and its scale."""
+        if index not in self._thumbnails:
+            (rows, positions), patch_px = self._slides[index], self._pack.info.patch_px
+            scale = min(1.0, OVERVIEW_PX / (np.ptp(positions, axis=0).max() + patch_px))
+            image = stitch(map(self._pack.pixels, rows), *positions.T, patch_px=patch_px, scale=scale)
+            self._thumbnails[index] = image, scale
+        return self._thumbnails[index]
 
     def _place(self, row: int) -> np.ndarray:
         return self._pack.table[["x", "y"]].iloc[row].to_numpy(float)
-
-    @cached_property
-    def _slides(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return locate_patches(self._pack.table)
-
-    @cached_property
-    def _step(self) -> float:
-        return find_step(self._slides)
-
-    @cached_property
-    def _slide_of(self) -> np.ndarray:
-        result = np.full(len(self._pack), -1)
-        for index, (rows, _) in enumerate(self._slides):
-            result[rows] = index
-        return result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -119,8 +119,9 @@ class Prediction(Output):
 
 @dataclass(frozen=True)
 class _Chunk:
+    """Patches in memory; ``table`` has their identity, ``source`` and, if known, ``target``."""
+
     table: pd.DataFrame
-    sources: list[str]
     patches: np.ndarray
     sizes: np.ndarray
 
@@ -171,7 +172,7 @@ def predict(
     engine = Engine(device, pick_precision(precision, device))
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
-    sources = _open([Path(stage(path)) for path in paths], classifier, skipped)
+    sources = open_sources([Path(stage(path)) for path in paths], classifier, skipped)
     path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
     if path.suffix not in (".csv", ".parquet"):
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
@@ -192,9 +193,8 @@ def predict(
                 if on_progress:
                     on_progress(done + len(skipped), n_patches)
             if chunks:
-                table = pd.concat([chunk.table for chunk in chunks], ignore_index=True)
-                used = classifier.for_patches(table)
-                frames.append(_decide(used, table, chunks))
+                predicted, used = _decide(classifier, chunks)
+                frames.append(predicted)
                 thresholds.append(used.frozen)
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
@@ -251,21 +251,17 @@ def _find_subsets(chunk: _Chunk, subsets: dict[str, str]) -> list[str | None]:
     return [subsets.get(patch_sha256(patch[:height, :width])) or None for patch, (width, height) in patches]
 
 
-def _list_protected(
-    model: Run | Classifier | Path | str, sources: "list[_PackSource | _ImageSource]"
-) -> Iterator[Path]:
+def _list_protected(model: Run | Classifier | Path | str, sources: "list[Source]") -> Iterator[Path]:
     """Yield the tables of the model and the packs, which must not be overwritten."""
     if not isinstance(model, Classifier):
         folder = model.path if isinstance(model, Run) else Path(model)
         yield from (folder / "split.csv", folder / "predictions")
     for source in sources:
-        if isinstance(source, _PackSource):
+        if isinstance(source, PackSource):
             yield from (source.path / TABLE, source.path / SPLITS)
 
 
-def _check_submission(
-    classifier: Classifier, path: Path, sources: "list[_PackSource | _ImageSource]"
-) -> None:
+def _check_submission(classifier: Classifier, path: Path, sources: "list[Source]") -> None:
     """Check the requirements of a Kaggle submission before prediction."""
     if classifier.positive_index is None:
         raise DataError(
@@ -286,25 +282,21 @@ def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
         logger.warning("%s (column out_of_distribution)", expected)
 
 
-class _ChunkPrediction(NamedTuple):
-    """Identity, sources, logits and out-of-distribution scores of the patches of a chunk."""
-
-    table: pd.DataFrame
-    sources: list[str]
-    logits: np.ndarray
-    ood_score: pd.DataFrame
+_Predicted = tuple[pd.DataFrame, np.ndarray, pd.DataFrame]
+"""Table, logits and out-of-distribution scores of a chunk."""
 
 
-def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) -> _ChunkPrediction:
+def _predict_chunk(classifier: Classifier, chunk: _Chunk, predictor: Predictor) -> _Predicted:
     logits, features = predictor.logits_and_features(chunk.patches, chunk.sizes)
-    ood_score = out_of_distribution_scores(classifier, chunk.patches, chunk.sizes, features)
-    return _ChunkPrediction(chunk.table, chunk.sources, logits, ood_score)
+    return chunk.table, logits, out_of_distribution_scores(classifier, chunk.patches, chunk.sizes, features)
 
 
-def _decide(classifier: Classifier, table: pd.DataFrame, chunks: list[_ChunkPrediction]) -> pd.DataFrame:
-    """Return the predictions of a source's patches from their logits, with context from neighbours."""
-    logits = np.concatenate([chunk.logits for chunk in chunks])
-    logits = classifier.add_context(logits, table)
+def _decide(classifier: Classifier, chunks: list[_Predicted]) -> tuple[pd.DataFrame, Classifier]:
+    """Return the predictions of a source from its logits, and the classifier with or without context."""
+    tables, all_logits, ood_scores = zip(*chunks, strict=True)
+    table = pd.concat(tables, ignore_index=True)
+    classifier = classifier.for_patches(table)
+    logits = classifier.add_context(np.concatenate(all_logits), table)
     probs = classifier.probs(logits)
     frame = tabulate_predictions(
         table,
@@ -315,13 +307,15 @@ def _decide(classifier: Classifier, table: pd.DataFrame, chunks: list[_ChunkPred
         threshold=classifier.threshold,
         abstained=classifier.abstains(probs),
     )
-    ood_score = pd.concat([chunk.ood_score for chunk in chunks], ignore_index=True)
-    sources = pd.array([source for chunk in chunks for source in chunk.sources], dtype="string")
-    return pd.concat([frame.assign(source=sources), ood_score], axis=1)
+    if "source" in table:
+        frame["source"] = table["source"].astype("string")
+    return pd.concat([frame, pd.concat(ood_scores, ignore_index=True)], axis=1), classifier
 
 
 @dataclass(frozen=True)
-class _PackSource:
+class PackSource:
+    """Patches of a pack."""
+
     path: Path
     pack: Pack
 
@@ -347,20 +341,23 @@ class _PackSource:
             table = pack.table[list(IDENTITY)].iloc[rows].reset_index(drop=True)
             if same_classes:
                 table["target"] = pack.target[rows]
-            sources = [str(self.path)] * len(table)
-            yield _Chunk(table, sources, pack.patches[rows], pack.sizes[rows])
+            yield _Chunk(table.assign(source=str(self.path)), pack.patches[rows], pack.sizes[rows])
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
+    """An image file; ``source`` is its path, or that of the folder or zip that contains it."""
+
     name: str
-    source: str  # input path: the image, or the folder or zip that contains it
+    source: str
     read: Callable[[], bytes | memoryview]
 
 
 @dataclass(frozen=True)
-class _ImageSource:
-    images: list[_Image]
+class ImageSource:
+    """Images of a folder or zip, or given one by one."""
+
+    images: list[Image]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -382,11 +379,14 @@ class _ImageSource:
                         readable.append(image)
                         decoded.append(pixels)
                 if readable:
-                    table = pd.DataFrame({"patch_id": [image.name for image in readable]})
-                    yield _Chunk(table, [image.source for image in readable], *pad_patches(decoded, patch_px))
+                    rows = [{"patch_id": image.name, "source": image.source} for image in readable]
+                    yield _Chunk(pd.DataFrame(rows), *pad_patches(decoded, patch_px))
 
 
-def _load(image: _Image, patch_px: int) -> np.ndarray | str:
+Source = PackSource | ImageSource
+
+
+def _load(image: Image, patch_px: int) -> np.ndarray | str:
     """Return the pixels of an image, or the reason why it cannot be read."""
     try:
         return decode_patch(image.read(), patch_px)
@@ -426,22 +426,25 @@ def predict_patches(
     Returns:
         One row per patch: the columns of `Prediction.frame`, without ``source``.
     """
-    predicted = _predict_chunk(classifier, _Chunk(table, [""] * len(table), patches, sizes), predictor)
-    return _decide(classifier.for_patches(table), table, [predicted]).drop(columns="source")
+    return _decide(classifier, [_predict_chunk(classifier, _Chunk(table, patches, sizes), predictor)])[0]
 
 
-def _full_path(image: _Image) -> str:
+def _full_path(image: Image) -> str:
     return image.source if Path(image.source).name == image.name else f"{image.source}/{image.name}"
 
 
-def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_PackSource | _ImageSource]:
-    """Open every path; consecutive images are one source."""
-    sources: list[_PackSource | _ImageSource] = []
+def open_sources(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[Source]:
+    """Open images, folders, zips and packs; consecutive images are one source.
+
+    Raises:
+        DataError: If a path does not exist, or a pack does not fit the classifier.
+    """
+    sources: list[Source] = []
     for are_images, group in groupby(paths, _is_image):
         if are_images:
             sources.append(
-                _ImageSource(
-                    [_Image(normalize_name(p.name), printable(str(p)), partial(_read_file, p)) for p in group]
+                ImageSource(
+                    [Image(normalize_name(p.name), printable(str(p)), partial(_read_file, p)) for p in group]
                 )
             )
             continue
@@ -449,13 +452,13 @@ def _open(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[_
             if is_pack(path):
                 pack = Pack.open(path)
                 classifier.check_pack(pack)
-                sources.append(_PackSource(path, pack))
+                sources.append(PackSource(path, pack))
             else:
                 sources.append(_open_archive(path, skipped))
     return sources
 
 
-def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
+def _open_archive(path: Path, skipped: Skipped) -> ImageSource:
     if not path.exists():
         raise DataError(f"{path} does not exist: give images, folders, zips or packs")
     archive = open_archive(path)
@@ -464,8 +467,8 @@ def _open_archive(path: Path, skipped: Skipped) -> _ImageSource:
         for name in archive.unread
     ]
     entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    return _ImageSource(
-        [_Image(entry.name, printable(str(path)), partial(archive.read, entry)) for entry in entries]
+    return ImageSource(
+        [Image(entry.name, printable(str(path)), partial(archive.read, entry)) for entry in entries]
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from biopsy.core.errors import DataError, MetricError, RunError, suggest
+from biopsy.core.errors import DataError, MetricError, suggest
 from biopsy.core.files import plain
 from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
@@ -23,12 +23,11 @@ from biopsy.data.ledger import record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide, is_changed, read_metadata, tabulate_predictions
 from biopsy.data.splits import find_split
-from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_rows
+from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_subset
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
-from biopsy.models.inference import predict_classifier
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.multiclass import SUM_TOLERANCE
 
@@ -154,7 +153,6 @@ def evaluate_classifier(
     subset: str = "test",
     split: str | None = None,
     prevalence: float | None = None,
-    seed: int = 0,
 ) -> Evaluation:
     """Evaluate a classifier without a run on a pack, and record the evaluation in the pack's ledger.
 
@@ -163,7 +161,7 @@ def evaluate_classifier(
         data: A pack; all its patches are predicted unless a split is given.
         subset: Subset of the split.
         split: Name of a split of the pack.
-        prevalence, seed: As in `evaluate_predictions`.
+        prevalence: As in `evaluate_predictions`.
 
     Raises:
         RunError: If the classes differ, or the split has no patches in that subset.
@@ -174,15 +172,12 @@ def evaluate_classifier(
     check_classes(pack, classifier)
     classifier.check_pack(pack)
     subsets = np.full(len(pack), subset) if split is None else find_split(pack, split).subsets(pack)
-    rows = np.flatnonzero(subsets == subset)
-    if not len(rows):
-        raise RunError(f"{split!r} has no {subset} patches in {pack.path.name}")
-    logits = predict_classifier(classifier, pack.patches, pack.sizes, rows, engine=Engine("auto"))
-    predicted = predict_rows(classifier, pack, rows, logits, subset=subset, seed=seed)
+    split_use, engine = SplitUse(split), Engine("auto")
+    predicted = predict_subset(classifier, pack, subsets, subset, split_use, engine=engine, seed=0)
     entry = {"run": classifier.sha256[:12], "split": split or "all patches", "fold": None, "subset": subset}
     record_opening(pack, classifier.path or Path(), entry)
     thresholds = predicted.classifier.info.thresholds[:1]
-    metrics = replace(predicted.measure(thresholds, prevalence), split=SplitUse(split))
+    metrics = replace(predicted.measure(thresholds, prevalence), split=split_use)
     return Evaluation(plain(metrics), predicted.frame)
 
 
@@ -349,7 +344,6 @@ def evaluate_table(
     threshold: float | None = None,
     subgroups: Sequence[str] = (),
     prevalence: float | None = None,
-    seed: int = 0,
 ) -> Evaluation:
     """Evaluate a csv or Parquet table of predictions with one row per patch.
 
@@ -360,7 +354,7 @@ def evaluate_table(
         positive: Positive class, for two classes.
         threshold: Decision threshold (default: the one stored with biopsy's own predictions, else 0.5).
         subgroups: Columns within whose values the metrics are repeated.
-        prevalence, seed: As in `evaluate_predictions`.
+        prevalence: As in `evaluate_predictions`.
 
     Raises:
         DataError: If the file cannot be read or columns are not recognised.
@@ -410,7 +404,6 @@ def evaluate_table(
         patch_ids=None if ids is None else table[ids].to_numpy(object),
         prevalence=prevalence,
         unit="patient" if group is None else GROUP_COLUMNS[group.lower()],
-        seed=seed,
     )
     logger.info(
         "true classes from %s, probabilities from %s, %s",

@@ -23,7 +23,7 @@ from biopsy.reporting.document import (
     metric_label,
     number,
 )
-from biopsy.reporting.elements import describe_openings
+from biopsy.reporting.elements import describe_openings, make_table, picture
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
@@ -100,14 +100,14 @@ def _table_of_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> Table:
         if isinstance(counts, Mapping):
             per_class = counts.get("per_class") or {}
             groups = counts.get("groups", counts.get("patients"))
-            shown = [number(per_class.get(name)) for name in facts.class_names]
-            rows.append([subset, number(counts.get("patches")), number(groups), *shown])
+            shown = [per_class.get(name) for name in facts.class_names]
+            rows.append([subset, counts.get("patches"), groups, *shown])
         else:
-            rows.append([subset, number(counts), "-", *["-"] * len(facts.class_names)])
+            rows.append([subset, counts, None, *[None] * len(facts.class_names)])
     columns = ["subset", "patches", plural(facts.unit), *facts.class_names]
     if len(facts.class_names) > MAX_CLASS_COLUMNS:  # transposed, to fit the page
         columns, *rows = map(list, zip(columns, *rows, strict=True))
-    return Table(columns, rows, caption="Subsets of the split")
+    return make_table(columns, rows, caption="Subsets of the split")
 
 
 def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
@@ -183,7 +183,7 @@ def describe_training(facts: RunFacts) -> Section | None:
     if facts.network:
         figure = draw_network([tuple(row) for row in facts.network], input_shape=facts.input_shape)  # type: ignore[misc]
         caption = "Layers from input to output, with output shape (channels, height, width) and parameters."
-        blocks.append(Pictures([Picture(caption, svg(figure, "network"))], across=1, fold="Layers"))
+        blocks.append(picture(svg(figure, "network"), caption, fold="Layers"))
     return Section("training", "Training and architecture", blocks)
 
 

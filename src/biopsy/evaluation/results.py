@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import confusion_matrix
 
 from biopsy.core.errors import MetricError
 from biopsy.core.results import Result, Table, number
-from biopsy.core.text import count
+from biopsy.core.text import count, count_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +47,8 @@ class Evaluation(Result):
 
     def confusion_matrix(self) -> pd.DataFrame:
         """Return patches by true class (rows) and predicted class (columns)."""
-        names, n_classes = self.class_names, len(self.class_names)
-        cell = self.predictions["target"].to_numpy(int) * n_classes + self.predictions["pred"].to_numpy(int)
-        counts = np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
+        names, table = self.class_names, self.predictions
+        counts = confusion_matrix(table["target"], table["pred"], labels=range(len(names)))
         return pd.DataFrame(counts, pd.Index(names, name="true"), pd.Index(names, name="predicted"))
 
     def blocks(self) -> list[str | Table]:
@@ -76,16 +76,15 @@ class Evaluation(Result):
 
     def _describe_data(self) -> list[str]:
         """Return what was evaluated, and what limits the results."""
-        split, unit, opened, subset = self["split"], self["unit"], self["ledger"], self["subset"]
+        split, opened, subset = self["split"], self["ledger"], self["subset"]
         lines = [self["title"]] if self.get("title") else []
         if self.get("synthetic"):
             lines.append("The patients are synthetic: these results say nothing about real tissue.")
         if split["patients_overlap"]:
             lines.append("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
         lines += [f"WARNING: {warning}" for warning in self.get("warnings", [])]
-        groups = "" if unit == "patch" else f" of {count(self['n_patients'], unit)}"
         named = f"{subset} subset of split {split['name']}: " if subset else ""
-        lines.append(f"{named}{count(self['n_patches'], 'patch')}{groups}")
+        lines.append(named + count_patches(self["n_patches"], self["n_patients"], self["unit"]))
         if opened:
             times, runs = count(opened["times"], "time"), count(opened["runs"], "run")
             lines.append(f"this test subset has been evaluated {times}, by {runs}")

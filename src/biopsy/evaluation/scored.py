@@ -146,6 +146,9 @@ class ScoredPatches:
 
     def confusion(self) -> np.ndarray:
         """Return patches by true class (rows) and predicted class (columns)."""
-        n_classes = len(self.class_names)
-        cell = self.target * n_classes + self.pred
-        return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
+        return confusion_matrix(self.target, self.pred, len(self.class_names))
+
+
+def confusion_matrix(target: np.ndarray, pred: np.ndarray, n_classes: int) -> np.ndarray:
+    """Return counts by true class (rows) and predicted class (columns); much faster than scikit-learn's."""
+    return np.bincount(target * n_classes + pred, minlength=n_classes**2).reshape(n_classes, n_classes)

@@ -30,7 +30,7 @@ from biopsy.reporting.document import (
     number,
     signed,
 )
-from biopsy.reporting.elements import Footnotes, describe_rule, table_of_meanings, table_of_metrics
+from biopsy.reporting.elements import describe_rule, make_table, picture, table_of_meanings, table_of_metrics
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
@@ -60,22 +60,18 @@ def describe_numbers(facts: RunFacts) -> Section:
 
 def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Pictures:
     """Return the confusion matrix of more than two classes as a figure."""
-    figure = draw_confusion_matrix(np.asarray(matrix), class_names)
     caption = (
         "Patches by true class (rows) and predicted class (columns), with the share of the true class. The "
         "diagonal is correct."
     )
-    return Pictures([Picture(caption, svg(figure, "confusion"))], across=1)
+    return picture(svg(draw_confusion_matrix(np.asarray(matrix), class_names), "confusion"), caption)
 
 
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
     """Return the classification report: precision, recall and F1 of each class, and their averages."""
-    rows = [
-        [row["name"], *(number(row[key]) for key in ("precision", "recall", "f1", "n"))] for row in report
-    ]
-    return Table(
-        ["class", "precision", "recall", "F1", "patches"], rows, caption="Classification report", note=note
-    )
+    rows = [[row[key] for key in ("name", "precision", "recall", "f1", "n")] for row in report]
+    columns = ["class", "precision", "recall", "F1", "patches"]
+    return make_table(columns, rows, caption="Classification report", note=note)
 
 
 def _describe_decision_rule(facts: RunFacts) -> str:
@@ -90,30 +86,23 @@ def _describe_decision_rule(facts: RunFacts) -> str:
 
 def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Table:
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
-    reasons = Footnotes()
-    rows = [[name, *(reasons.estimate(m.get(key, {})) for key in names)] for name, m in per_class.items()]
-    return Table(
+    return make_table(
         ["class", *(metric_label(key) for key in names)],
-        rows,
+        [[name, *(metrics.get(key, {}) for key in names)] for name, metrics in per_class.items()],
         caption="Each class against the rest",
-        note="The class is taken as positive, all others together as negative. 95 % intervals in brackets."
-        + reasons.text,
+        note="The class is taken as positive, all others together as negative. 95 % intervals in brackets.",
     )
 
 
 def _confusion_pictures(facts: RunFacts) -> list[Picture]:
     kind = "decision threshold" if facts.is_run else "threshold"
     captions = {"confusion": f"At the {kind}, {number(facts.threshold)}.", "at_half": "At threshold 0.5."}
+    names: dict[str, Any] = {"negative": facts.negative, "positive": facts.positive}
     return [
-        Picture(caption, svg(_draw_quadrants(facts, counts), key))
+        Picture(caption, svg(draw_confusion(**facts.metrics[key], **names), key))
         for key, caption in captions.items()
-        if (counts := facts.metrics.get(key))
+        if facts.metrics.get(key)
     ]
-
-
-def _draw_quadrants(facts: RunFacts, counts: Mapping[str, int]) -> Any:
-    four = {key: int(counts[key]) for key in ("tp", "fp", "fn", "tn")}
-    return draw_confusion(**four, negative=facts.negative, positive=facts.positive)
 
 
 @section("curves", order=20)
@@ -154,58 +143,44 @@ def describe_decisions(facts: RunFacts) -> Section | None:
         "Net benefit: true positives minus false positives, weighted by the odds of the threshold "
         "probability, per patch. The model is useful where its curve lies above acting on all and on none."
     )
-    picture = Picture(caption, svg(draw_decision_curve(curve), "decision-curve"))
-    blocks += [Pictures([picture], across=1), Text(describe_benefit(curve))]
+    figure = svg(draw_decision_curve(curve), "decision-curve")
+    blocks += [picture(figure, caption), Text(describe_benefit(curve))]
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
 def table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> Table:
-    reasons, rows = Footnotes(), []
+    rows = [[describe_rule(point["rule"]), point["threshold"]] for point in points]
     if subset is None:
         names = ("sensitivity", "specificity", "ppv", "npv")
-        rows = [
+        return make_table(
+            ["rule", "threshold", *(metric_label(name) for name in names)],
             [
-                describe_rule(point["rule"]),
-                number(point["threshold"]),
-                *(reasons.estimate(point["achieved"][name]) for name in names),
-            ]
-            for point in points
-        ]
-        columns = ["rule", "threshold", *(metric_label(name) for name in names)]
-        note = f"The threshold was given with the predictions, or is 0.5.{reasons.text}"
-        return Table(columns, rows, caption="Operating point", note=note)
-    for point in points:
-        row = [describe_rule(point["rule"]), number(point["threshold"])]
-        for name in ("sensitivity", "specificity"):
-            row += [
-                number(point["where_chosen"][name]),
-                reasons.estimate(point["achieved"][name]),
-                signed(point["drift"][name]),
-            ]
-        rows.append(row)
-    chosen_on = points[0]["chosen_on"]
-    heads = [f"{name} {part}" for name in ("sensitivity", "specificity") for part in (chosen_on, subset)]
-    return Table(
-        ["rule", "threshold", heads[0], heads[1], "drift", heads[2], heads[3], "drift"],
+                [*row, *(point["achieved"][name] for name in names)]
+                for row, point in zip(rows, points, strict=True)
+            ],
+            caption="Operating point",
+            note="The threshold was given with the predictions, or is 0.5.",
+        )
+    chosen_on, columns = points[0]["chosen_on"], ["rule", "threshold"]
+    for name in ("sensitivity", "specificity"):
+        columns += [f"{name} {chosen_on}", f"{name} {subset}", "drift"]
+        for row, point in zip(rows, points, strict=True):
+            row += [point["where_chosen"][name], point["achieved"][name], signed(point["drift"][name])]
+    return make_table(
+        columns,
         rows,
         caption="Operating points",
         note=f"Every threshold was chosen on the {chosen_on} subset and kept; the first one is the decision "
-        f"threshold. Drift: {subset} minus {chosen_on}. 95 % intervals in brackets.{reasons.text}",
+        f"threshold. Drift: {subset} minus {chosen_on}. 95 % intervals in brackets.",
     )
 
 
 def table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
-    reasons = Footnotes()
-    rows = [
-        [describe_rule(point["rule"]), *(reasons.estimate(point[name]) for name in ("ppv", "npv"))]
-        for point in at_prevalence["points"]
-    ]
-    return Table(
+    return make_table(
         ["rule", "positive predictive value", "negative predictive value"],
-        rows,
+        [[describe_rule(point["rule"]), point["ppv"], point["npv"]] for point in at_prevalence["points"]],
         caption=f"Predictive values at a prevalence of {100 * at_prevalence['prevalence']:g} %",
-        note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets."
-        + reasons.text,
+        note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets.",
     )
 
 
@@ -251,7 +226,6 @@ PANEL_NAMES = {
     "error": "Map of errors",
 }
 SLIDE_SIDE_PX = 640
-LONG_TABLE = 30  # rows; longer tables are folded
 
 
 @section("patients", order=60)
@@ -274,50 +248,35 @@ def describe_patients(facts: RunFacts) -> Section | None:
 def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
     target, prob = facts.is_positive[has_group], facts.predictions["prob"].to_numpy(float)[has_group]
     names, values = measure_groups(target, prob, group_ids, facts.threshold)
-    n_patches = np.array([(group_ids == name).sum() for name in names])
-    n_positive = np.array([target[group_ids == name].sum() for name in names])
+    counts = pd.Series(target).groupby(group_ids).agg(["size", "sum"]).loc[names]
     auroc = facts.pooled.get("auroc", {})
-    interval = None if auroc.get("low") is None else (auroc["low"], auroc["high"])
+    aurocs = draw_patient_metric(
+        names.tolist(),
+        values["auroc"],
+        counts["size"].to_numpy(),
+        metric="AUROC",
+        overall=auroc.get("value"),
+        interval=None if auroc.get("low") is None else (auroc["low"], auroc["high"]),
+    )
+    classes = (facts.negative, facts.positive)
+    probs = draw_patient_probs(
+        group_ids.tolist(), target, prob, class_names=classes, threshold=facts.threshold
+    )
     pictures = [
         Picture(
             f"AUROC within each {facts.unit}. Larger dots: more patches. Band and dashed line: AUROC of all "
             "patches together with its interval.",
-            svg(
-                draw_patient_metric(
-                    names.tolist(),
-                    values["auroc"],
-                    n_patches,
-                    metric="AUROC",
-                    overall=auroc.get("value"),
-                    interval=interval,
-                ),
-                "patient-auroc",
-            ),
+            svg(aurocs, "patient-auroc"),
         ),
         Picture(
             f"Predicted probabilities within each {facts.unit}: median (circle), interquartile range (thick "
             "line) and 5th to 95th percentile (thin line).",
-            svg(
-                draw_patient_probs(
-                    group_ids.tolist(),
-                    target,
-                    prob,
-                    class_names=(facts.negative, facts.positive),
-                    threshold=facts.threshold,
-                ),
-                "patient-probs",
-            ),
+            svg(probs, "patient-probs"),
         ),
     ]
     metrics = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
     rows = [
-        [
-            str(name),
-            number(int(n_patches[i])),
-            number(int(n_positive[i])),
-            *(number(values[key][i]) for key in metrics),
-        ]
-        for i, name in enumerate(names)
+        [str(name), *counts.loc[name], *(values[key][i] for key in metrics)] for i, name in enumerate(names)
     ]
     columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in metrics)]
     note = "Dash: undefined, because only one class occurs."
@@ -326,50 +285,46 @@ def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarr
 
 def _classes_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
     """Return the table of patients for more than two classes: true classes and accuracy."""
-    table = facts.predictions[has_group]
     rows = []
-    for name in np.unique(group_ids):
-        part = table[group_ids == name]
+    for name, part in facts.predictions[has_group].groupby(group_ids):
         counts = part["target"].value_counts()
         classes = ", ".join(f"{facts.class_names[index]} ({n:,})" for index, n in counts.items())
-        correct = int((part["target"] == part["pred"]).sum())
-        rows.append([name, classes, number(len(part)), number(correct), number(correct / len(part))])
+        correct = part["target"] == part["pred"]
+        rows.append([str(name), classes, len(part), correct.sum(), correct.mean()])
     columns = [facts.unit, "true classes (patches)", "patches", "correct", "accuracy"]
     return [table_by_group(facts.unit, columns, rows, text_columns=2)]
 
 
 def table_by_group(
-    unit: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", text_columns: int = 1
+    unit: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    note: str = "",
+    text_columns: int = 1,
 ) -> Table:
-    """Return a table with one row per patient or slide, folded if it is long."""
-    title = f"Metrics of each {unit} ({len(rows)})"
-    fold = title if len(rows) > LONG_TABLE else ""
-    return Table(columns, rows, "" if fold else title, note, text_columns=text_columns, fold=fold)
+    """Return a table with one row per patient or slide, collapsed if it is long."""
+    caption = f"Metrics of each {unit} ({len(rows)})"
+    return make_table(columns, rows, caption=caption, note=note, text_columns=text_columns, fold_long=True)
 
 
 def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
-    rows, reasons = [], Footnotes()
-    metrics = [
-        name for values in subgroups.values() for result in values.values() for name in result["patch"]
-    ][:3]
-    for column, values in subgroups.items():
-        for value, result in values.items():
-            rows.append(
-                [
-                    column,
-                    str(value),
-                    number(result.get("n_patches")),
-                    number(result.get("n_patients")),
-                    *(reasons.estimate(result["patch"].get(key, {})) for key in metrics),
-                ]
-            )
-    columns = ["column", "subgroup", "patches", f"{unit}s"]
-    columns += [metric_label(name, n_classes) for name in metrics]
-    note = (
-        f"95 % intervals in brackets, each by itself: not corrected for {len(rows)} subgroups. About one in "
-        f"twenty misses the true value by chance.{reasons.text}"
+    results = [
+        (column, value, result) for column, values in subgroups.items() for value, result in values.items()
+    ]
+    metrics = list(results[0][2]["patch"])[:3]
+    return make_table(
+        ["column", "subgroup", "patches", f"{unit}s", *(metric_label(name, n_classes) for name in metrics)],
+        [
+            [column, str(value), result.get("n_patches"), result.get("n_patients")]
+            + [result["patch"].get(name, {}) for name in metrics]
+            for column, value, result in results
+        ],
+        caption="Subgroups",
+        note=f"95 % intervals in brackets, each by itself: not corrected for {len(results)} subgroups. About "
+        "one in twenty misses the true value by chance.",
+        text_columns=2,
     )
-    return Table(columns, rows, caption="Subgroups", note=note, text_columns=2)
 
 
 @section("slides", order=80)

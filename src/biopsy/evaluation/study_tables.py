@@ -33,6 +33,7 @@ SHOWN = (
     "calibration_slope",
 )
 SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
+SUMMARISED = tuple(dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)))
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     """Return the row of a run in ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
-    values, metric_names = metrics["patch"], _metric_names(metrics["positive_class"])
-    baseline = metrics["baseline"] or {}
+    metric_names = SHOWN_OF_CLASSES if metrics["positive_class"] is None else SHOWN
     return {
         "recipe": run.info["recipe"],
         "fold": run.info["split"]["fold"],
@@ -127,8 +127,8 @@ def describe_run(run: Run) -> dict[str, Any]:
         "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
         "n_patches": metrics["n_patches"],
         "n_positive": metrics["confusion"] and metrics["confusion"]["tp"] + metrics["confusion"]["fn"],
-        **{name: _or_nan(values[name]["value"]) for name in metric_names},
-        "baseline_auroc": _or_nan(baseline.get("auroc")),
+        **{name: _or_nan(metrics["patch"][name]["value"]) for name in metric_names},
+        "baseline_auroc": _or_nan((metrics["baseline"] or {}).get("auroc")),
         **training_columns(run),
     }
 
@@ -149,10 +149,6 @@ def training_columns(run: Run) -> dict[str, Any]:
     }
 
 
-def _metric_names(positive_class: str | None) -> tuple[str, ...]:
-    return SHOWN_OF_CLASSES if positive_class is None else SHOWN
-
-
 def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
@@ -168,7 +164,6 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     result = []
     for fold, fold_rows in rows.groupby("fold", dropna=False):
         gain = fold_rows["auroc"] - fold_rows["baseline_auroc"]
-        metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in fold_rows]
         result.append(
             {
                 "fold": None if pd.isna(fold) else int(fold),
@@ -177,7 +172,8 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 "n_seeds": len(fold_rows),
                 **{
                     name: {"mean": fold_rows[name].mean(), "sd": fold_rows[name].std(ddof=1)}
-                    for name in metric_names
+                    for name in SUMMARISED
+                    if name in fold_rows
                 },
                 "baseline_auroc": fold_rows["baseline_auroc"].iloc[0],
                 "gain": {"mean": gain.mean(), "sd": gain.std(ddof=1), "min": gain.min(), "max": gain.max()},
@@ -191,7 +187,7 @@ def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
     Pooled metrics rank predictions of different models together; these do not.
     """
-    metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in rows]
+    metric_names = [name for name in SUMMARISED if name in rows]
     by_fold = rows.groupby("fold", dropna=False)[metric_names].mean()
     return {
         name: {"mean": values.mean(), "min": values.min(), "max": values.max(), "n_folds": len(values)}
@@ -235,9 +231,7 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
     mean = average([replicate(sample, resampler) for sample in samples])
     matrix, confusion = np.sum([scored.confusion() for scored in seeds], axis=0), None
     if first.positive_index is not None:
-        positive, negative = first.positive_index, 1 - first.positive_index
-        cells = (positive, positive), (negative, positive), (positive, negative), (negative, negative)
-        confusion = Confusion(*(int(matrix[cell]) for cell in cells))
+        confusion = Confusion.of(matrix, first.positive_index)
     return PooledMetrics(
         n_patches=len(first),
         n_patients=resampler.n_groups,
@@ -256,6 +250,5 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
 
 def _spread(seeds: Sequence[dict[str, float]]) -> dict[str, Spread]:
     """Return the variability over seeds of the pooled metrics that are defined for all seeds."""
-    metric_names = [name for name in dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)) if name in seeds[0]]
-    spreads = {name: Spread.of(seed[name] for seed in seeds) for name in metric_names}
+    spreads = {name: Spread.of(seed[name] for seed in seeds) for name in SUMMARISED if name in seeds[0]}
     return {name: spread for name, spread in spreads.items() if spread.mean is not None}

@@ -173,9 +173,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
     Raises:
         RunError: If none of its runs has been evaluated.
     """
-    runs = study.evaluated_runs()
-    if not runs:
-        raise RunError(f"{study.path} has no evaluated run: continue it with `biopsy study`")
+    runs = study.require_evaluated_runs()
     summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
     table, predictions, first = study.table(), study.predictions(), runs[0].metrics()
     facts = {}
@@ -213,8 +211,8 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
     Raises:
         RunError: If none of its runs has been evaluated.
     """
-    if not (study.evaluated_runs() or (study.info.get("search") and sweeps.shown_runs(study))):
-        raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
+    if not (study.info.get("search") and sweeps.shown_runs(study)):
+        study.require_evaluated_runs()
     kind, pseudonymizer = study.info["question"], _make_pseudonymizer(study) if hide_ids else None
     if kind == sweeps.KIND:
         info = {**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]}

@@ -35,7 +35,7 @@ from biopsy.reporting.document import (
     Summary,
     Table,
     Text,
-    interval_text,
+    interval_of,
     number,
 )
 from biopsy.reporting.elements import synthetic_warning, written_by
@@ -84,7 +84,9 @@ def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *,
         name = max(leaks, key=lambda key: leaks[key])
         headlines = [
             Headline(
-                f"AUROC, {arm} the tested {unit} in training", _mean_of_slides(papers[name], key), beside=name
+                f"AUROC, {arm} the tested {unit} in training",
+                {"value": _mean_of_slides(papers[name], key)},
+                beside=name,
             )
             for arm, key in (("with", "arm"), ("without", "reference"))
         ]
@@ -193,9 +195,7 @@ def table_of_papers(papers: Mapping[str, Any]) -> Table:
                     number(entry["corrected"].get(metric)),
                     mean_sd(entry["published"][metric]),
                     mean_sd(entry["apart"][metric]),
-                    "-"
-                    if interval is None
-                    else interval_text(interval["low"], interval["high"], interval["reason"]),
+                    interval_of(interval),
                     number(entry["apart"]["colour_auroc"]) if metric == "auroc" else "-",
                     mean_sd(entry["leak"][metric], "+"),
                 ]

@@ -12,7 +12,7 @@ from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.figures import draw_confusion
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.evaluation.sections import LONG_TABLE, picture_of_confusion, table_by_group, table_of_classes
+from biopsy.evaluation.sections import picture_of_confusion, table_by_group, table_of_classes
 from biopsy.plotting.style import (
     BASELINE,
     INK,
@@ -26,20 +26,18 @@ from biopsy.plotting.style import (
 )
 from biopsy.reporting.document import (
     Block,
+    Headline,
     Listing,
-    Picture,
-    Pictures,
     ReportDocument,
     Section,
     Summary,
-    Table,
     Text,
-    headline,
     metric_label,
     number,
+    signed,
 )
-from biopsy.reporting.elements import synthetic_warning, table_of_metrics, written_by
-from biopsy.reporting.facts import StudyFacts, hide_study, pick_groups
+from biopsy.reporting.elements import make_table, picture, synthetic_warning, table_of_metrics, written_by
+from biopsy.reporting.facts import StudyFacts, hide_study
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups
 
@@ -118,7 +116,7 @@ def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFram
 
 
 def _summarise(facts: StudyFacts) -> Summary:
-    pooled, n_classes = facts.metrics.get("patch") or {}, len(facts.class_names)
+    pooled, n_classes = facts.pooled, len(facts.class_names)
     names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
     seeds = facts.table.groupby("seed")["auroc"].mean()
     spread = f"mean of folds: {number(seeds.mean())}"
@@ -129,12 +127,12 @@ def _summarise(facts: StudyFacts) -> Summary:
     return Summary(
         verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(facts.study.get("pack", {})),
         headlines=[
-            headline(
+            Headline(
                 f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
                 pooled.get("auroc", {}),
                 beside=note,
             ),
-            *(headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
+            *(Headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
         ],
         unit=facts.unit,
         findings=[
@@ -164,7 +162,7 @@ def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) ->
 
 
 def _ranking(facts: StudyFacts) -> str:
-    return "AUROC" if len(facts.class_names) == 2 else "macro AUROC"
+    return "AUROC" if facts.is_binary else "macro AUROC"
 
 
 def _warn_reader(facts: StudyFacts) -> list[str]:
@@ -197,38 +195,19 @@ def _describe_folds(facts: StudyFacts) -> Section:
     rows = []
     for fold, result in spread_over_seeds(table).iterrows():
         colour = None if baseline is None else baseline[fold]
-        gain = None if colour is None else result["mean"] - colour
-        rows.append(
-            [
-                str(fold),
-                *(number(float(result[key])) for key in ("mean", "low", "high")),
-                number(int(result["n_seeds"])),
-                number(colour),
-                "-" if gain is None else f"{gain:+.3f}",
-            ]
-        )
+        gain = None if colour is None else float(result["mean"] - colour)
+        values = [float(result[key]) for key in ("mean", "low", "high")]
+        rows.append([str(fold), *values, int(result["n_seeds"]), colour, signed(gain)])
     columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds", "colour-only baseline", "difference"]
-    return Section(
-        "folds",
-        "Folds and seeds",
-        [
-            Pictures(
-                [
-                    Picture(
-                        "AUROC of every run, by fold. A dot is a run with one seed; dotted line: chance.",
-                        svg(figure, "folds"),
-                    )
-                ],
-                across=1,
-            ),
-            Table(columns, rows, caption="AUROC by fold", note="The difference is paired by test patch."),
-        ],
-    )
+    note = "The difference is paired by test patch."
+    caption = "AUROC of every run, by fold. A dot is a run with one seed; dotted line: chance."
+    by_fold = make_table(columns, rows, caption="AUROC by fold", note=note)
+    return Section("folds", "Folds and seeds", [picture(svg(figure, "folds"), caption), by_fold])
 
 
 def _describe_groups(facts: StudyFacts) -> Section | None:
     """Return results per patient or slide, mean over seeds, with the baseline on the same patches."""
-    groups = pick_groups(facts.predictions, facts.unit)
+    groups = facts.group_ids
     if not groups.notna().any():
         return None
     values: dict[str, list[float]] = {}
@@ -243,11 +222,11 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
         defined = [value for value in seeds if np.isfinite(value)]
         mean = float(np.mean(defined)) if defined else None
         spread = f"{number(min(defined))} to {number(max(defined))}" if defined else "-"
-        colour = facts.baselines.get(name) if len(facts.class_names) == 2 else None
-        gain = "-" if mean is None or colour is None else f"{mean - colour:+.3f}"
-        rows.append([name, number(counts[name]), number(mean), spread, number(colour), gain])
+        colour = facts.baselines.get(name) if facts.is_binary else None
+        gain = None if mean is None or colour is None else mean - colour
+        rows.append([name, counts[name], mean, spread, colour, signed(gain)])
     unit = "slide" if facts.unit == "slide" else "patient"
-    metric = "AUROC" if len(facts.class_names) == 2 else "accuracy"
+    metric = "AUROC" if facts.is_binary else "accuracy"
     columns = [
         unit,
         "patches",
@@ -262,7 +241,7 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
 
 def _measure_groups(facts: StudyFacts, part: pd.DataFrame, group_ids: pd.Series) -> dict[str, float]:
     """Return the AUROC (for more than two classes, the accuracy) within each group."""
-    if len(facts.class_names) > 2:
+    if not facts.is_binary:
         return (part["target"] == part["pred"]).groupby(group_ids).mean().astype(float).to_dict()
     index = list(facts.class_names).index(facts.positive)
     names, result = measure_groups((part["target"] == index).astype(int), part["prob"], group_ids.to_numpy())
@@ -284,22 +263,20 @@ def _describe_pooled(facts: StudyFacts) -> Section:
         blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names))
     counts: Mapping[str, Any] | None = facts.metrics.get("confusion")
     if counts:
-        negative = next(name for name in facts.class_names if name != facts.positive)
-        four = {key: int(counts[key]) for key in ("tp", "fp", "fn", "tn")}
-        figure = draw_confusion(**four, negative=negative, positive=facts.positive)
+        figure = draw_confusion(**counts, negative=facts.negative, positive=facts.positive)
         caption = "Counts summed over all runs, each at its own decision threshold."
-        blocks.append(Pictures([Picture(caption, svg(figure, "confusion"))], across=1))
+        blocks.append(picture(svg(figure, "confusion"), caption))
     return Section("pooled", "Pooled out-of-fold performance", blocks)
 
 
 def _compare_pooling(facts: StudyFacts) -> list[Block]:
     """Return the pooled metrics and the means within folds, if there are several folds."""
-    within, pooled = facts.metrics.get("within_folds", {}), facts.metrics.get("patch") or {}
+    within, pooled = facts.metrics.get("within_folds", {}), facts.pooled
     rows = [
         [
             metric_label(name, len(facts.class_names)),
-            number((pooled.get(name) or {}).get("value")),
-            *(number(result[key]) for key in ("mean", "min", "max")),
+            (pooled.get(name) or {}).get("value"),
+            *(result[key] for key in ("mean", "min", "max")),
         ]
         for name, result in within.items()
         if result["n_folds"] > 1
@@ -311,22 +288,18 @@ def _compare_pooling(facts: StudyFacts) -> list[Block]:
         "is evaluated by itself (mean of seeds). They differ where the models' scores differ in scale."
     )
     columns = ["", "pooled", "mean within folds", "minimum", "maximum"]
-    return [Table(columns, rows, caption="Pooled and within folds", note=note)]
+    return [make_table(columns, rows, caption="Pooled and within folds", note=note)]
 
 
 def _describe_runs(facts: StudyFacts) -> Section:
     columns = [name for name in RUN_COLUMNS if name in facts.table]
-    rows = []
-    for record in facts.table[columns].to_dict("records"):
-        rows.append(
-            [str(record[name]) if name in ("fold", "seed") else number(record[name]) for name in columns]
-        )
+    rows = [
+        [str(record[name]) if name in ("fold", "seed") else record[name] for name in columns]
+        for record in facts.table[columns].to_dict("records")
+    ]
     headings = [RUN_COLUMNS.get(name, metric_label(name)) for name in columns]
-    return Section(
-        "runs",
-        "All runs",
-        [Table(headings, rows, fold=f"{len(rows)} runs" if len(rows) > LONG_TABLE else "")],
-    )
+    table = make_table(headings, rows, caption=count(len(rows), "run"), fold_long=True)
+    return Section("runs", "All runs", [table])
 
 
 @styled

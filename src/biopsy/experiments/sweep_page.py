@@ -98,11 +98,12 @@ def _summarise(study: Mapping[str, Any], summary: Mapping[str, Any], *, hide_ids
             if tested
             else "the test subset has not been evaluated."
         )
+        reason = "see the spread over seeds"
         note = f"mean of {count(best['n_seeds'], 'seed')}"
         headlines = [
-            Headline("AUROC on validation", best["val_auroc"]["mean"], beside=note),
+            Headline("AUROC on validation", {"value": best["val_auroc"]["mean"]}, beside=note),
             *(
-                Headline(f"{label} on test", best[name]["mean"], reason="see the spread over seeds")
+                Headline(f"{label} on test", {"value": best[name]["mean"], "reason": reason})
                 for name, label in list(METRICS.items())[:2]
                 if name in best
             ),

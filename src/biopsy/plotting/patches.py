@@ -153,14 +153,11 @@ def _draw_bar(figure: Figure, axes: Axes, *, signed: bool) -> None:
     bar.outline.set_visible(False)
 
 
-def lay_out_sheet(
-    patches: Sequence[np.ndarray], *, columns: int = 8, gap_px: int = 3, background: int = 255
-) -> np.ndarray:
+def lay_out_sheet(patches: Sequence[np.ndarray], *, columns: int = 8, gap_px: int = 3) -> np.ndarray:
     """Return an image of patches in a grid, without resizing.
 
     Args:
         patches: Images ``(h, w, 3)`` uint8; smaller ones are at the upper left of their cell.
-        background: Grey level of gaps and empty cells.
 
     Returns:
         One image ``(H, W, 3)`` uint8.
@@ -175,7 +172,7 @@ def lay_out_sheet(
     columns = min(columns, len(patches))
     rows = -(-len(patches) // columns)
     shape = (rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3)
-    sheet = np.full(shape, background, np.uint8)
+    sheet = np.full(shape, 255, np.uint8)
     for index, patch in enumerate(patches):
         row, column = divmod(index, columns)
         y, x = row * (height + gap_px), column * (width + gap_px)
@@ -184,7 +181,7 @@ def lay_out_sheet(
 
 
 @styled
-def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]], *, columns: int = 8) -> Figure:
+def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]]) -> Figure:
     """Draw patches of every class.
 
     Args:
@@ -195,7 +192,7 @@ def draw_class_sheet(sheets: Sequence[tuple[str, Sequence[np.ndarray]]], *, colu
     """
     if not any(len(patches) for _, patches in sheets):
         raise DataError("no class has a patch to show")
-    images = [lay_out_sheet(patches, columns=columns) if len(patches) else None for _, patches in sheets]
+    images = [lay_out_sheet(patches) if len(patches) else None for _, patches in sheets]
     widest = max(image.shape[1] for image in images if image is not None)
     heights = [0.1 if image is None else WIDTH_IN * image.shape[0] / widest for image in images]
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.32 * len(sheets)), layout="constrained")

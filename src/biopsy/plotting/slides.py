@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import matplotlib
@@ -74,9 +75,7 @@ def draw_slide(
     for index, panel in enumerate(panels):  # explicit positions, so that separate figures align
         left = index * (PANEL_IN + GAP_IN)
         axes = figure.add_axes((left / width, BOTTOM_IN / height, PANEL_IN / width, map_in / height))
-        axes.set(xticks=[], yticks=[], aspect="equal")
-        axes.grid(False)
-        axes.spines[:].set(visible=True, color=RULE)
+        _frame(axes)
         if panel == "tissue":
             axes.set_title("tissue")
             axes.imshow(tissue, extent=extent, interpolation="none")
@@ -100,6 +99,12 @@ def draw_slide(
     return figure
 
 
+def _frame(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[], aspect="equal")
+    axes.grid(False)
+    axes.spines[:].set(visible=True, color=RULE)
+
+
 def round_length_um(span_um: float) -> float:
     """Return the largest of 1, 2, 5 times a power of ten that is at most a quarter of ``span_um``.
 
@@ -121,35 +126,33 @@ def draw_scale_bar(axes: Axes, columns: int, rows: int, um_per_cell: float) -> N
 
 
 def _draw_classes(axes: Axes, target: np.ndarray, class_names: Sequence[str], extent: Extent) -> None:
-    image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
-    for index in range(len(class_names)):
-        image[np.round(target) == index] = (*to_rgb(class_colour(index)), 1.0)
-    axes.imshow(image, extent=extent, interpolation="none")
     colours = [class_colour(index) for index in range(len(class_names))]
-    _draw_legend(axes, colours, [shorten(name, 14) for name in class_names])
+    cells = [np.round(target) == index for index in range(len(class_names))]
+    _draw_cells(axes, cells, colours, [shorten(name, 14) for name in class_names], extent)
 
 
 def _draw_errors(axes: Axes, target: np.ndarray, prob: np.ndarray, threshold: float, extent: Extent) -> None:
     """Draw false negatives, false positives and, in grey, true positives and negatives."""
     y_pred, is_known = prob >= threshold, np.isfinite(prob) & np.isfinite(target)
-    image = np.full((*target.shape, 4), (1.0, 1.0, 1.0, 0.0))
-    image[is_known] = (*to_rgb(RULE), 1.0)
-    image[is_known & (target == 1) & y_pred] = (*to_rgb(MUTED), 1.0)
-    image[is_known & (target == 1) & ~y_pred] = (*to_rgb(FALSE_NEGATIVE), 1.0)
-    image[is_known & (target == 0) & y_pred] = (*to_rgb(FALSE_POSITIVE), 1.0)
-    axes.imshow(image, extent=extent, interpolation="none")
+    kinds = [(1, ~y_pred), (0, y_pred), (1, y_pred), (0, ~y_pred)]
+    cells = [is_known & (target == truth) & chosen for truth, chosen in kinds]
     names = ["false negative", "false positive", "true positive", "true negative"]
-    _draw_legend(axes, [FALSE_NEGATIVE, FALSE_POSITIVE, MUTED, RULE], names)
+    _draw_cells(axes, cells, [FALSE_NEGATIVE, FALSE_POSITIVE, MUTED, RULE], names, extent)
 
 
-def _draw_legend(axes: Axes, colours: Sequence[str], names: Sequence[str]) -> None:
-    marks = [Line2D([], [], marker="s", linestyle="", markersize=6, color=colour) for colour in colours]
+def _draw_cells(
+    axes: Axes, cells: Sequence[np.ndarray], colours: Sequence[str], names: Sequence[str], extent: Extent
+) -> None:
+    """Draw each mask of cells in its colour, with a legend."""
+    image = np.full((*cells[0].shape, 4), (1.0, 1.0, 1.0, 0.0))
+    for mask, colour in zip(cells, colours, strict=True):
+        image[mask] = (*to_rgb(colour), 1.0)
+    axes.imshow(image, extent=extent, interpolation="none")
     axes.legend(
-        marks,
-        names,
+        handles=[_square(colour, name, edge=colour) for colour, name in zip(colours, names, strict=True)],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.01),
-        ncols=2 if len(marks) == 4 else min(len(marks), 3),
+        ncols=2 if len(names) == 4 else min(len(names), 3),
         columnspacing=1.0,
         handletextpad=0.2,
     )
@@ -218,9 +221,8 @@ def draw_overlay(
     axes.imshow(image, extent=extent, interpolation="none")
     if positive is not None:
         _draw_outlines(axes, pred == positive, extent)
-    axes.set(xlim=(0, width_px), ylim=(height_px, 0), xticks=[], yticks=[], aspect="equal")
-    axes.grid(False)
-    axes.spines[:].set(visible=True, color=RULE)
+    axes.set(xlim=(0, width_px), ylim=(height_px, 0))
+    _frame(axes)
     axes.set_title(shorten(title, 60))
     draw_scale_bar(axes, width_px, height_px, um_per_px)
     marks = _list_marks(class_names, pred, prob is not None, positive)
@@ -297,7 +299,6 @@ def _list_marks(
     return marks
 
 
-def _square(colour: str, label: str) -> Line2D:
-    return Line2D(
-        [], [], marker="s", linestyle="", markersize=6, color=colour, label=label, markeredgecolor=INK
-    )
+def _square(colour: str, label: str, edge: str = INK) -> Line2D:
+    style: dict[str, Any] = {"marker": "s", "linestyle": "", "markersize": 6, "markeredgecolor": edge}
+    return Line2D([], [], color=colour, label=label, **style)

@@ -2,20 +2,26 @@
 
 from collections.abc import Sequence
 
-from biopsy.core.text import capitalize, count, plural
+from biopsy.core.text import capitalize, count, count_patches, plural
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
     Facts,
+    Headline,
     ReportDocument,
     Section,
     Summary,
     Text,
-    headline,
-    interval_text,
+    interval_of,
     metric_label,
     number,
 )
-from biopsy.reporting.elements import describe_openings, describe_rule, synthetic_warning, written_by
+from biopsy.reporting.elements import (
+    WITHOUT_IDS,
+    describe_openings,
+    describe_rule,
+    synthetic_warning,
+    written_by,
+)
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
@@ -40,9 +46,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     source = f"Run {name}, evaluated on the {m.get('subset', 'test')} subset"
     if not facts.is_run:
         title, source = "Evaluation of predictions", "Predictions from outside biopsy"
-    size = count(m.get("n_patches") or 0, "patch")
-    if facts.unit != "patch":
-        size += f" of {count(m.get('n_patients') or 0, facts.unit)}"
+    size = count_patches(m.get("n_patches") or 0, m.get("n_patients") or 0, facts.unit)
     return ReportDocument(
         title=title,
         subtitle=f"{source}: {size}",
@@ -84,10 +88,7 @@ def warn_reader(facts: RunFacts) -> list[str]:
             "optimistic."
         )
     if facts.unit == "patch":
-        warnings.append(
-            "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
-            "narrow if patches are correlated."
-        )
+        warnings.append(WITHOUT_IDS)
     warnings += [f"{capitalize(text)}." for text in m.get("warnings", [])]
     ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
     if ours is not None and colour is not None and colour >= ours:
@@ -104,7 +105,7 @@ def _summarise(facts: RunFacts) -> Summary:
     if colour.get("value") is not None:
         comparison = f"colour-only baseline: {number(colour['value'])}"
         if colour.get("low") is not None:
-            comparison += f" ({interval_text(colour['low'], colour['high'], None)})"
+            comparison += f" ({interval_of(colour)})"
     meanings = (
         {
             "sensitivity": f"share of {facts.positive} patches predicted {facts.positive}",
@@ -117,15 +118,12 @@ def _summarise(facts: RunFacts) -> Summary:
         }
     )
     headlines = [
-        headline(
-            capitalize(_ranking(facts)),
-            facts.pooled.get("auroc", {}),
-            beside=comparison,
-            mark=colour.get("value"),
+        Headline(
+            capitalize(_ranking(facts)), facts.pooled.get("auroc", {}), comparison, mark=colour.get("value")
         )
     ]
     headlines += [
-        headline(capitalize(metric_label(name)), facts.pooled.get(name, {}), beside=meaning)
+        Headline(capitalize(metric_label(name)), facts.pooled.get(name, {}), meaning)
         for name, meaning in meanings.items()
     ]
     return Summary(

@@ -1,12 +1,12 @@
 """The parts of a report, as plain records without HTML."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from biopsy.core.results import Table as Table
 from biopsy.core.results import explain_missing as explain_missing
-from biopsy.core.results import interval_text as interval_text
+from biopsy.core.results import interval_text
 from biopsy.core.results import number as number
 from biopsy.core.results import signed as signed
 from biopsy.statistics.metrics import METRICS
@@ -30,25 +30,19 @@ class Headline:
 
     Attributes:
         label: Name of the metric.
-        value: Between 0 and 1, or None if undefined.
-        low: Lower end of the interval, None without one.
-        high: Upper end of the interval.
-        reason: Why value or interval are missing.
+        estimate: ``value`` (0 to 1, or None), ``low``, ``high`` and ``reason``, as in ``metrics.json``.
         beside: A comparison or explanation.
         mark: Value of the comparison, a tick on the scale.
     """
 
     label: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
+    estimate: Mapping[str, Any]
     beside: str = ""
     mark: float | None = None
 
     @property
     def interval(self) -> str:
-        return interval_text(self.low, self.high, self.reason)
+        return interval_of(self.estimate)
 
 
 @dataclass(frozen=True)
@@ -187,8 +181,8 @@ class Answer:
     """An item of a checklist: its number, text, and the sections that address it (id and heading)."""
 
     number: str
-    asks: str
-    chapters: Sequence[tuple[str, str]]
+    text: str
+    sections: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -214,42 +208,18 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportDocument:
-    """A whole report.
-
-    Attributes:
-        title: Title of the page.
-        subtitle: The evaluated data, in one line.
-        summary: The summary.
-        sections: Sections in order.
-        warnings: Limitations, below the verdict.
-        footer: Last line.
-    """
+    """A whole report; the subtitle names the evaluated data, warnings (limitations) are below the verdict."""
 
     title: str
     subtitle: str
     summary: Summary
     sections: Sequence[Section]
-    warnings: Sequence[str] = field(default_factory=tuple)
+    warnings: Sequence[str] = ()
     footer: str = ""
 
 
 def interval_of(estimate: Mapping[str, Any] | None) -> str:
-    """Format the interval of an entry of ``metrics.json``; a dash without one."""
+    """Format the interval of an entry of ``metrics.json``, or why there is none; a dash without entry."""
     if not estimate:
         return "-"
     return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
-
-
-def headline(
-    label: str, estimate: Mapping[str, Any], *, beside: str = "", mark: float | None = None
-) -> Headline:
-    """Return the headline of an entry of ``metrics.json``."""
-    return Headline(
-        label,
-        estimate.get("value"),
-        estimate.get("low"),
-        estimate.get("high"),
-        estimate.get("reason"),
-        beside,
-        mark,
-    )

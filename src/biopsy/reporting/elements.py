@@ -1,6 +1,6 @@
 """Elements that several sections share: the table of metrics, footnotes, labels and pictures of patches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -10,6 +10,8 @@ import pandas as pd
 from biopsy.core.text import capitalize, count
 from biopsy.plotting.style import jpeg, png
 from biopsy.reporting.document import (
+    Picture,
+    Pictures,
     Table,
     explain_missing,
     interval_of,
@@ -18,6 +20,13 @@ from biopsy.reporting.document import (
 )
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.multiclass import MULTICLASS_METRICS
+
+LONG_TABLE = 30  # rows
+WITHOUT_IDS = (
+    "The data have neither patient nor slide ids: the unit is the patch, and intervals are too narrow if "
+    "patches are correlated."
+)
+"""Warning for results with the patch as the unit."""
 
 
 class Footnotes:
@@ -51,6 +60,37 @@ class Footnotes:
         return "".join(f" {note}" for note in self.notes)
 
 
+def make_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    caption: str = "",
+    note: str = "",
+    text_columns: int = 1,
+    fold: str = "",
+    fold_long: bool = False,
+) -> Table:
+    """Return a table of values.
+
+    Numbers are formatted by `number`, estimates (entries of ``metrics.json``) with their interval. Reasons
+    for missing intervals follow the note.
+
+    Args:
+        fold_long: Whether a table of more than `LONG_TABLE` rows is collapsed under its caption.
+    """
+    reasons = Footnotes()
+    cells = [[_format_cell(value, reasons) for value in row] for row in rows]
+    if fold_long and len(rows) > LONG_TABLE:
+        caption, fold = "", caption
+    return Table(columns, cells, caption, (note + reasons.text).strip(), text_columns, fold)
+
+
+def _format_cell(value: object, reasons: Footnotes) -> str:
+    if isinstance(value, str):
+        return value
+    return reasons.estimate(value) if isinstance(value, Mapping) else number(value)
+
+
 def table_of_metrics(
     metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset", *, brief: bool = False
 ) -> Table:
@@ -59,28 +99,29 @@ def table_of_metrics(
     Args:
         brief: Of the metrics within patients, only mean and worst.
     """
-    pooled, n_classes = metrics.get("patch") or {}, len(metrics.get("class_names", ("", "")))
-    per_patient = metrics.get("patient") or {}
+    n_classes, per_patient = len(metrics.get("class_names", ("", ""))), metrics.get("patient") or {}
     rows, reasons = [], Footnotes()
-    for name, estimate in pooled.items():
-        row = [metric_label(name, n_classes), number(estimate.get("value")), reasons.interval(estimate)]
+    for name, estimate in (metrics.get("patch") or {}).items():
+        row = [metric_label(name, n_classes), estimate.get("value"), reasons.interval(estimate)]
         if per_patient:
             within = per_patient.get(name) or {}
-            spread = [reasons.interval(within), number(within.get("median"))] if not brief else []
-            row += [number(within.get("value")), *spread, number(within.get("worst"))]
-            row += [number(within.get("n_defined"))] if not brief else []
+            spread = [] if brief else [reasons.interval(within), within.get("median")]
+            row += [within.get("value"), *spread, within.get("worst")]
+            row += [] if brief else [within.get("n_defined")]
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
     if per_patient:
         columns += [f"mean of {unit}s", *([] if brief else ["95 % interval", "median"]), "worst"]
         columns += [] if brief else [f"{unit}s"]
-    method = metrics.get("interval", {})
-    note = f"Intervals: {method.get('method', 'not stated')}, unit {unit}."
+    note = f"Intervals: {metrics.get('interval', {}).get('method', 'not stated')}, unit {unit}."
     if metrics.get("ece_floor") is not None:
-        floor = number(metrics["ece_floor"])
-        note += f" ECE expected of a perfectly calibrated model: {floor}."
-    note += reasons.text
-    return Table(columns, rows, caption=f"Metrics{on_subset}", note=note)
+        note += f" ECE expected of a perfectly calibrated model: {number(metrics['ece_floor'])}."
+    return make_table(columns, rows, caption=f"Metrics{on_subset}", note=note + reasons.text)
+
+
+def picture(svg: str, caption: str, *, fold: str = "") -> Pictures:
+    """Return a single figure, as SVG from `plotting.style.svg`, with its caption."""
+    return Pictures([Picture(caption, svg)], across=1, fold=fold)
 
 
 def table_of_meanings(metrics: Mapping[str, Any]) -> Table:

@@ -11,63 +11,30 @@ from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.training.figures import Row
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """Input of the report of a run.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFacts:
+    """What the reports of runs and of studies have in common.
 
     Attributes:
-        run: Content of ``run.json``; empty for predictions from elsewhere.
-        metrics: Content of ``metrics.json``.
-        predictions: Predictions of the evaluated subset.
+        metrics: Content of ``metrics.json``; of a study, its pooled evaluation.
+        predictions: Predictions of the evaluated subset; of a study, the out-of-fold predictions of all runs.
         class_names: Names by class index.
-        log: One record per epoch.
         recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
         recipe_toml: The recipe as TOML, with defaults.
-        network: Layers as ``(name, type, output_shape, parameters)``.
-        input_shape: Input of the network, ``(channels, height, width)``.
-        get_patch: Returns a patch ``(H, W, 3)`` uint8 without padding by its ``patch_id``; None shows none.
-        patch_px: Side of a patch in the pack.
-        mpp: Pixel size of the patches in µm, None if unknown.
-        audit: Content of ``audit.json``.
-        ledger: ``times`` and ``runs`` of evaluations of the test subset, and ``kept_with`` (``pack`` or
-            ``run``).
-        results: Results of features, by the names registered by sections.
-        missing: Missing results and the commands that compute them: ``(title, command)``.
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
-    run: Mapping[str, Any]
     metrics: Mapping[str, Any]
     predictions: pd.DataFrame
     class_names: Sequence[str]
-    log: Sequence[Mapping[str, Any]] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_toml: str = ""
-    network: Sequence[Row] = ()
-    input_shape: tuple[int, ...] = ()
-    get_patch: Callable[[str], np.ndarray] | None = None
-    patch_px: int | None = None
-    mpp: float | None = None
-    audit: Mapping[str, Any] | None = None
-    ledger: Mapping[str, Any] | None = None
-    results: Mapping[str, Any] = field(default_factory=dict)
-    missing: Sequence[tuple[str, str]] = ()
     ids_hidden: bool = False
 
     @property
     def unit(self) -> str:
         """Unit of independent observations: patient, slide or patch."""
         return str(self.metrics.get("interval", {}).get("unit", "patient"))
-
-    @property
-    def is_run(self) -> bool:
-        """Whether a run was evaluated, rather than predictions from elsewhere."""
-        return bool(self.run)
-
-    @property
-    def on_subset(self) -> str:
-        """The evaluated subset, for captions; empty for predictions from elsewhere."""
-        return f" on the {self.metrics.get('subset', 'test')} subset" if self.is_run else ""
 
     @property
     def is_binary(self) -> bool:
@@ -82,10 +49,6 @@ class RunFacts:
         return next(name for name in self.class_names if name != self.positive)
 
     @property
-    def threshold(self) -> float:
-        return float((self.metrics.get("threshold") or {}).get("value", 0.5))
-
-    @property
     def pooled(self) -> Mapping[str, Any]:
         """The metrics pooled over all patches."""
         return self.metrics.get("patch") or {}
@@ -97,59 +60,80 @@ class RunFacts:
         return (self.predictions["target"].to_numpy() == index).astype(int)
 
     @property
+    def group_ids(self) -> pd.Series:
+        """The patient (else slide) of each patch; null if unknown."""
+        for column in (f"{self.unit}_id", "patient_id", "slide_id"):
+            if column in self.predictions and column != "patch_id" and self.predictions[column].notna().any():
+                return self.predictions[column]
+        return pd.Series(None, self.predictions.index, dtype=object)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts(EvaluationFacts):
+    """Input of the report of a run.
+
+    Attributes:
+        run: Content of ``run.json``; empty for predictions from elsewhere.
+        log: One record per epoch.
+        network: Layers as ``(name, type, output_shape, parameters)``.
+        input_shape: Input of the network, ``(channels, height, width)``.
+        get_patch: Returns a patch ``(H, W, 3)`` uint8 without padding by its ``patch_id``; None shows none.
+        patch_px: Side of a patch in the pack.
+        mpp: Pixel size of the patches in µm, None if unknown.
+        audit: Content of ``audit.json``.
+        ledger: ``times`` and ``runs`` of evaluations of the test subset, and ``kept_with`` (``pack`` or
+            ``run``).
+        results: Results of features, by the names registered by sections.
+        missing: Missing results and the commands that compute them: ``(title, command)``.
+    """
+
+    run: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]] = ()
+    network: Sequence[Row] = ()
+    input_shape: tuple[int, ...] = ()
+    get_patch: Callable[[str], np.ndarray] | None = None
+    patch_px: int | None = None
+    mpp: float | None = None
+    audit: Mapping[str, Any] | None = None
+    ledger: Mapping[str, Any] | None = None
+    results: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[tuple[str, str]] = ()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was evaluated, rather than predictions from elsewhere."""
+        return bool(self.run)
+
+    @property
+    def on_subset(self) -> str:
+        """The evaluated subset, for captions; empty for predictions from elsewhere."""
+        return f" on the {self.metrics.get('subset', 'test')} subset" if self.is_run else ""
+
+    @property
+    def threshold(self) -> float:
+        return float((self.metrics.get("threshold") or {}).get("value", 0.5))
+
+    @property
     def baseline(self) -> Mapping[str, Any]:
         """AUROC of the colour-only baseline as an estimate; empty without one."""
         record = self.metrics.get("baseline") or {}
         return record.get("interval") or ({"value": record["auroc"]} if "auroc" in record else {})
 
-    @property
-    def group_ids(self) -> pd.Series:
-        """The patient (else slide) of each patch; null if unknown."""
-        return pick_groups(self.predictions, self.unit)
 
-
-@dataclass(frozen=True)
-class StudyFacts:
+@dataclass(frozen=True, kw_only=True)
+class StudyFacts(EvaluationFacts):
     """Input of the report of a study.
 
     Attributes:
-        study: Content of ``study.json`` (``name``, ``command``, ``pack``, ``split``, ``environment``, ...).
+        study: Content of ``study.json``, with ``environment``.
         table: One row per run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
             ``tested`` (tested ids), ``n_patches``, ``threshold``, ``chosen_epoch``.
-        predictions: Out-of-fold predictions of all runs, with ``fold`` and ``seed``.
-        metrics: The pooled evaluation, as ``metrics.json``.
-        class_names: Names by class index.
-        baselines: Colour-only AUROC by patient or slide (by ``metrics["interval"]["unit"]``).
-        recipe: The recipe as nested values.
-        recipe_toml: The recipe as TOML.
-        ids_hidden: Whether ids have been replaced by numbers.
+        baselines: Colour-only AUROC by patient or slide, the unit of the metrics.
     """
 
     study: Mapping[str, Any]
     table: pd.DataFrame
-    predictions: pd.DataFrame
-    metrics: Mapping[str, Any]
-    class_names: Sequence[str]
     baselines: Mapping[str, float] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    recipe_toml: str = ""
-    ids_hidden: bool = False
-
-    @property
-    def unit(self) -> str:
-        return str(self.metrics.get("interval", {}).get("unit", "patient"))
-
-    @property
-    def positive(self) -> str:
-        return str(self.metrics.get("positive_class") or self.class_names[-1])
-
-
-def pick_groups(predictions: pd.DataFrame, unit: str) -> pd.Series:
-    """Return the id column of the unit, or the first id column with values."""
-    for column in (f"{unit}_id", "patient_id", "slide_id"):
-        if column != "patch_id" and column in predictions and predictions[column].notna().any():
-            return predictions[column]
-    return pd.Series([None] * len(predictions), index=predictions.index, dtype=object)
 
 
 def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], Any]]) -> RunFacts:
@@ -158,50 +142,45 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     Args:
         hide: For each of ``facts.results``, the function that replaces the ids in it.
     """
-    pseudonymizer = _pseudonymize_names(
-        facts.predictions, str(facts.run.get("pack", {}).get("content_sha256", ""))
-    )
-    show = facts.get_patch
+    pseudonymizer, show = _make_pseudonymizer(facts.predictions, facts.run), facts.get_patch
     return replace(
         facts,
+        **_hide_common(facts, pseudonymizer),
         run=pseudonymizer.nested(facts.run),
-        metrics=pseudonymizer.nested(facts.metrics),
-        predictions=pseudonymizer.table(facts.predictions),
-        recipe=pseudonymizer.nested(facts.recipe),
-        recipe_toml=pseudonymizer.text(facts.recipe_toml),
         get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
-        audit=None if facts.audit is None else pseudonymizer.nested(facts.audit),
+        audit=pseudonymizer.nested(facts.audit),
         results={
             name: None if value is None else hide[name](value, pseudonymizer)
             for name, value in facts.results.items()
         },
         missing=[(title, pseudonymizer.text(command)) for title, command in facts.missing],
-        ids_hidden=True,
     )
 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
-    pseudonymizer = _pseudonymize_names(
-        facts.predictions, str(facts.study.get("pack", {}).get("content_sha256", ""))
-    )
+    pseudonymizer = _make_pseudonymizer(facts.predictions, facts.study)
     kind = "slide" if facts.unit == "slide" else "patient"
-    table = pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True)
     return replace(
         facts,
+        **_hide_common(facts, pseudonymizer),
         study=pseudonymizer.nested(facts.study),
-        table=table,
-        predictions=pseudonymizer.table(facts.predictions),
-        metrics=pseudonymizer.nested(facts.metrics),
+        table=pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True),
         baselines={pseudonymizer.of(kind, name): value for name, value in facts.baselines.items()},
-        recipe=pseudonymizer.nested(facts.recipe),
-        recipe_toml=pseudonymizer.text(facts.recipe_toml),
-        ids_hidden=True,
     )
 
 
-def _pseudonymize_names(predictions: pd.DataFrame, salt: str) -> Pseudonymizer:
-    columns = {kind: f"{kind}_id" for kind in KINDS}
-    return Pseudonymizer(
-        {kind: predictions[name] for kind, name in columns.items() if name in predictions}, salt
-    )
+def _hide_common(facts: EvaluationFacts, pseudonymizer: Pseudonymizer) -> dict[str, Any]:
+    return {
+        "metrics": pseudonymizer.nested(facts.metrics),
+        "predictions": pseudonymizer.table(facts.predictions),
+        "recipe": pseudonymizer.nested(facts.recipe),
+        "recipe_toml": pseudonymizer.text(facts.recipe_toml),
+        "ids_hidden": True,
+    }
+
+
+def _make_pseudonymizer(predictions: pd.DataFrame, record: Mapping[str, Any]) -> Pseudonymizer:
+    """Return pseudonyms of the ids in predictions, salted by the pack of a run or study."""
+    ids = {kind: predictions[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in predictions}
+    return Pseudonymizer(ids, str(record.get("pack", {}).get("content_sha256", "")))

@@ -45,9 +45,7 @@ class Pseudonymizer:
             for name, alias in self._numbers[kind].items()
             if len(name) >= SHORTEST_IN_TEXT and not (name.isdigit() and len(name) < 4)
         }
-        self._inside = inside
-        names = "|".join(re.escape(name) for name in sorted(inside, key=len, reverse=True))
-        self._pattern = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
+        self._inside, self._pattern = inside, _match_any(inside)
         self._any = {
             spelling: f"{kind}-{alias}"
             for kind in reversed(KINDS[:2])  # of patches there may be too many
@@ -55,8 +53,7 @@ class Pseudonymizer:
             if len(name) >= SHORTEST_IN_TEXT and _UNUSUAL.search(name)
             for spelling in (shlex.quote(name), name, name.replace("'", "'\"'\"'"))
         }
-        names = "|".join(re.escape(name) for name in sorted(self._any, key=len, reverse=True))
-        self._unusual = re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
+        self._unusual = _match_any(self._any)
 
     def of(self, kind: str, name: object) -> str:
         """Return the number of an id, or ``hidden`` for unknown ids."""
@@ -122,6 +119,12 @@ class Pseudonymizer:
             if len(name) >= SHORTEST_IN_TEXT and not name.isdigit() and name in self._numbers["patch"]:
                 return f"patch-{self.of('patch', name)}{suffix}"
         return token
+
+
+def _match_any(ids: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern of whole ids, the longest first."""
+    names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
 
 
 def _number(names: Iterable[object], salt: str) -> dict[str, str]:

@@ -37,8 +37,8 @@ class Contrast:
         difference_sd: Difference of the means in pooled standard deviations.
         auroc: Probability that a chosen patch has a higher value than another; .5 without a difference.
         within: Summary of the AUROC within patients with both kinds; None if the unit is the patch.
-        by_group: One row per patient: ``n_chosen``, ``n_others``, ``auroc`` (NaN without both kinds), with
-            the ids as index; empty if the unit is the patch.
+        by_group: By patient: ``n_chosen``, ``n_others``, ``auroc`` (NaN without both kinds); empty if the
+            unit is the patch.
     """
 
     n_chosen: int
@@ -48,7 +48,7 @@ class Contrast:
     difference_sd: Interval
     auroc: Interval
     within: PatientSummary | None
-    by_group: pd.DataFrame
+    by_group: dict[str, dict[str, float]]
 
 
 def contrast_groups(
@@ -85,11 +85,11 @@ def contrast_groups(
     [auroc] = resampler.estimate(
         lambda weight: AUROC.compute(scores.count(weight)), [informative], bounds=AUROC.bounds
     )
-    by_group, within = pd.DataFrame(), None
+    by_group, within = dict[str, dict[str, float]](), None
     if resampler.unit != "patch":
         item = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
         columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": item}
-        by_group = pd.DataFrame(columns, index=scores.groups)
+        by_group = pd.DataFrame(columns, index=scores.groups).to_dict(orient="index")
         within = summarise_groups(AUROC, np.array(item), resampler.level, resampler.unit)
     return Contrast(
         int(chosen.sum()),
@@ -133,4 +133,4 @@ def _nothing_to_compare(values: Floats, chosen: NDArray[np.bool_], names: tuple[
         float(values[kind].mean()) if kind.any() else float("nan") for kind in (chosen, ~chosen)
     )
     n = int(chosen.sum())
-    return Contrast(n, len(chosen) - n, mean_chosen, mean_others, nothing, nothing, None, pd.DataFrame())
+    return Contrast(n, len(chosen) - n, mean_chosen, mean_others, nothing, nothing, None, {})

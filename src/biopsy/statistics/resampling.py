@@ -52,6 +52,19 @@ class Interval:
     high: float | None = None
     reason: str | None = None
 
+    def compare(self, neutral: float) -> str:
+        """Return whether the interval lies above or below a value.
+
+        Returns:
+            ``higher``, ``lower``, ``not different`` (the interval contains the value), or ``inconclusive``
+            without an interval.
+        """
+        if self.low is None or self.high is None:
+            return "inconclusive"
+        if self.low > neutral:
+            return "higher"
+        return "lower" if self.high < neutral else "not different"
+
 
 @dataclass(frozen=True)
 class InformativeGroups:

@@ -134,11 +134,22 @@ class Study(Written):
         """Return the runs that have been evaluated."""
         return [run for run in self.runs() if (run.path / "evaluation" / "metrics.json").exists()]
 
+    def require_evaluated_runs(self) -> list[Run]:
+        """Return the runs that have been evaluated.
+
+        Raises:
+            RunError: If there is none.
+        """
+        runs = self.evaluated_runs()
+        if not runs:
+            raise RunError(f"{self.path} has no evaluated run: repeat the command that created it")
+        return runs
+
     def summary(self) -> dict[str, Any]:
         """Read ``metrics.json``, the pooled results."""
         path = self.path / "metrics.json"
         if not path.exists():
-            raise RunError(f"{self.path} has no evaluated run: go on with the command that made it")
+            raise RunError(f"{self.path} has no evaluated run: repeat the command that created it")
         return read_json(path)
 
     def table(self) -> pd.DataFrame:

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
 from biopsy.core.text import count, plural
 from biopsy.plotting.style import BASELINE, DASHED, INK, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
-from biopsy.reporting.elements import Footnotes
+from biopsy.reporting.elements import make_table
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.abstention import risk_coverage_curve
@@ -111,29 +110,23 @@ def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
     ours, plain, per_class = entry.get("sets"), entry["per_patch"], entry["guarantee"] == "class-conditional"
     target = {"coverage": f"at least {number(entry['target_coverage'])}"}
     target["error"] = f"at most {number(entry['alpha'])}"
-    scopes = {"all": ("patient",)} | {name: ("by_class", name) for name in plain["by_class"]}
-    reasons, rows = Footnotes(), []
-    for scope, keys in scopes.items():
+    rows = []
+    for scope in ("all", *plain["by_class"]):
+        shares, naive = (
+            part["patient"] if scope == "all" else part["by_class"][scope]
+            for part in (entry if ours else plain, plain)
+        )
         for name, label in MEASURES.items():
             target_text = target.get(name, "-") if (scope != "all") == per_class else "-"
-            row = [scope, label, target_text]
-            row += [reasons.estimate(_get_nested(entry, keys)[name])] if ours else []
-            rows.append([*row, reasons.estimate(_get_nested(plain, keys)[name])])
-    return Table(
+            rows.append([scope, label, target_text, *([shares[name]] if ours else []), naive[name]])
+    return make_table(
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
         note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
-        + (_describe_sets(entry) if ours else "")
-        + reasons.text,
+        + (_describe_sets(entry) if ours else ""),
         text_columns=2,
     )
-
-
-def _get_nested(entry: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]:
-    for key in keys:
-        entry = entry[key]
-    return entry
 
 
 def _describe_sets(entry: Mapping[str, Any]) -> str:
@@ -144,26 +137,22 @@ def _describe_sets(entry: Mapping[str, Any]) -> str:
 
 
 def _table_of_risk(risk: Mapping[str, Any]) -> Table:
-    reasons = Footnotes()
-    rows = [
-        [f"{100 * at['coverage']:g} %", number(at["confidence"]), reasons.estimate(at["risk"])]
-        for at in risk["at"]
-    ]
-    return Table(
+    area = risk["area"]
+    return make_table(
         ["coverage", "lowest confidence", "selective risk (error rate)"],
-        rows,
+        [[f"{100 * at['coverage']:g} %", at["confidence"], at["risk"]] for at in risk["at"]],
         caption="Risk-coverage",
-        note=f"Area under the risk-coverage curve (AURC): {reasons.estimate(risk['area'])}; with errors last "
-        f"(optimal) {number(risk['ideal_area'])}, in random order {number(risk['error'])}. Coverage: share "
-        "of patches kept, most confident first. Confidence: probability of the predicted "
-        "class." + reasons.text,
+        note=f"Area under the risk-coverage curve (AURC): {number(area['value'])} ({interval_of(area)}); "
+        f"with errors last (optimal) {number(risk['ideal_area'])}, in random order {number(risk['error'])}. "
+        "Coverage: share of patches kept, most confident first. Confidence: probability of the predicted "
+        "class.",
     )
 
 
 def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
     table = facts.predictions
     target, pred = (table[name].to_numpy(int) for name in ("target", "pred"))
-    probs = _probs(facts)
+    probs = table[[f"prob_{name}" for name in facts.class_names]].to_numpy(float)
     kept = None
     if entry["patch"] and entry["patch"]["error_among_kept"]["value"] is not None:
         kept = (1 - entry["patch"]["abstained"]["value"], entry["patch"]["error_among_kept"]["value"])
@@ -181,8 +170,10 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
     if entry["per_patch"] and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
         ours, plain = (
-            None if quantiles is None else _group_coverage(scores <= np.array(quantiles)[target], groups)
-            for quantiles in (entry["quantiles"], entry["per_patch"]["quantiles"])
+            None
+            if part["quantiles"] is None
+            else pd.Series(scores <= np.array(part["quantiles"])[target]).groupby(groups.to_numpy()).mean()
+            for part in (entry, entry["per_patch"])
         )
         drawn = draw_coverage(ours, plain, entry["target_coverage"], unit=facts.unit)
         caption = (
@@ -191,21 +182,6 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
         )
         pictures.append(Picture(caption, svg(drawn, "guarantee")))
     return pictures
-
-
-def _group_coverage(covered: np.ndarray, groups: pd.Series) -> np.ndarray:
-    """Return the coverage within each group."""
-    return pd.Series(covered).groupby(groups.to_numpy()).mean().to_numpy()
-
-
-def _probs(facts: RunFacts) -> np.ndarray:
-    """Return the probabilities of all classes, shape ``(n, n_classes)``."""
-    table, names = facts.predictions, list(facts.class_names)
-    if not facts.is_binary:
-        return table[[f"prob_{name}" for name in names]].to_numpy(float)
-    prob = table["prob"].to_numpy(float)
-    positive = names.index(facts.positive)
-    return np.stack([prob if k == positive else 1 - prob for k in range(2)], axis=1)
 
 
 MIN_COVERAGE = 0.02  # the curve of fewer patches is too noisy to draw
@@ -224,7 +200,7 @@ def draw_risk_coverage(
     Args:
         wrong: Whether each patch is misclassified, shape ``(n,)``.
         confidence: Confidence of each prediction, shape ``(n,)``.
-        intervals: ``coverage``, ``value``, ``low``, ``high`` at some coverages, drawn as bars.
+        intervals: ``coverage``, ``low``, ``high`` at some coverages, drawn as bars.
         kept: ``(coverage, risk)`` of the conformal sets, marked.
 
     Raises:
@@ -232,23 +208,14 @@ def draw_risk_coverage(
     """
     curve = risk_coverage_curve(wrong, confidence)
     figure, axes = new_figure(height_in=3.9)
-    drawn = curve.coverage >= MIN_COVERAGE
+    drawn, error = curve.coverage >= MIN_COVERAGE, curve.risk[-1]
     axes.plot(100 * curve.coverage[drawn], 100 * curve.risk[drawn], color=MODEL, label="this model")
     share = np.linspace(MIN_COVERAGE, 1, 200)
-    error = curve.risk[-1]
-    axes.plot(
-        100 * share,
-        100 * np.maximum(0, share - (1 - error)) / share,
-        color=MUTED,
-        linewidth=1,
-        linestyle=DASHED,
-        label="optimal order",
-    )
+    optimal = np.maximum(0, share - (1 - error)) / share
+    axes.plot(100 * share, 100 * optimal, color=MUTED, linewidth=1, linestyle=DASHED, label="optimal order")
     axes.axhline(100 * error, color=BASELINE, linewidth=1, linestyle=(0, (1, 2)), label="random order")
-    for bar in intervals:
-        if bar.get("low") is not None:
-            x, low, high = (100 * float(bar[name] or 0) for name in ("coverage", "low", "high"))
-            axes.plot([x, x], [low, high], color=MODEL, linewidth=3.5, alpha=0.3, solid_capstyle="butt")
+    bars = pd.DataFrame(intervals, columns=["coverage", "low", "high"]).dropna().astype(float) * 100
+    axes.vlines(bars["coverage"], bars["low"], bars["high"], color=MODEL, linewidth=3.5, alpha=0.3)
     if kept is not None:
         axes.plot(100 * kept[0], 100 * kept[1], "o", color=INK, markersize=6, label="conformal sets")
     axes.set(xlim=(0, 101.5), xlabel="Coverage (%)", ylabel="Selective risk: error rate (%)")
@@ -272,16 +239,16 @@ def draw_coverage(
     Raises:
         MetricError: If there is nothing to draw.
     """
-    drawn = [
-        (f"{unit} as the unit", ours, MODEL),
-        ("patch as the unit (naive)", plain, BASELINE),
-    ]
-    if all(values is None or not len(values) for _, values, _ in drawn):
+    series = {f"{unit} as the unit": (ours, MODEL), "patch as the unit (naive)": (plain, BASELINE)}
+    if all(values is None or not len(values) for values, _ in series.values()):
         raise MetricError(f"no {unit} to draw")
     figure, axes = new_figure(height_in=3.9)
-    for name, values, colour in drawn:
+    for name, (values, colour) in series.items():
         if values is not None:
-            _draw_patients(axes, np.sort(values), f"{name}: mean {100 * values.mean():.1f} %", colour)
+            x, y = 100 * (np.arange(len(values)) + 0.5) / len(values), 100 * np.sort(values)
+            style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "markersize": 3.5}
+            style |= {"label": f"{name}: mean {y.mean():.1f} %", "marker": "o" if len(y) <= 60 else None}
+            axes.plot(x, y, **style)
     axes.axhline(100 * target, color=INK, linewidth=1, linestyle=DASHED, label=f"target: {100 * target:g} %")
     axes.set(
         xlim=(0, 101.5),
@@ -291,9 +258,3 @@ def draw_coverage(
     axes.set_ylim(top=101.5)
     legend_above(axes, 2)
     return figure
-
-
-def _draw_patients(axes: Axes, values: np.ndarray, label: str, colour: str) -> None:
-    x = 100 * (np.arange(len(values)) + 0.5) / len(values)
-    marker = "o" if len(values) <= 60 else None
-    axes.plot(x, 100 * values, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)

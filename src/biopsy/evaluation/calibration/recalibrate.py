@@ -25,15 +25,15 @@ from biopsy.training.runs import Run, hash_config
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
 """Outputs of a run that depend on its probabilities."""
 _STALE_DOCUMENTS = (
-    *(
-        "predictions/test.parquet",
-        "evaluation/metrics.json",
-        "evaluation/metrics-validation.json",
-        "report.html",
-    ),
-    *("errors/errors.json", "errors/errors.parquet", "explain/hypotheses.json", "explain/faithfulness.json"),
-    *("external/*/evaluation/metrics.json", "external/*/evaluation/metrics-validation.json"),
-    *("external/*/predictions/test.parquet", "external/*/predictions/validation.parquet"),
+    "predictions/test.parquet",
+    "report.html",
+    "evaluation/metrics*.json",
+    "errors/errors.json",
+    "errors/errors.parquet",
+    "explain/hypotheses.json",
+    "explain/faithfulness.json",
+    "external/*/evaluation/metrics*.json",
+    "external/*/predictions/*.parquet",
 )
 
 
@@ -134,10 +134,8 @@ def _remove_stale(folder: Path) -> list[str]:
     removed, modified = remove_outputs(folder, *documents)
     for name in ("explain", "errors"):
         nested = remove_outputs(folder / name)
-        removed, modified = (
-            [*files, *(f"{name}/{file}" for file in more)]
-            for files, more in zip((removed, modified), nested, strict=True)
-        )
+        removed += [f"{name}/{file}" for file in nested[0]]
+        modified += [f"{name}/{file}" for file in nested[1]]
     for file in modified:
         logger.warning(
             "%s was modified after it was written and is kept, with the former calibration", folder / file

@@ -6,10 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import capitalize, count, plural
+from biopsy.core.text import capitalize, count_patches, plural
 from biopsy.plotting.style import DASHED, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
-from biopsy.reporting.elements import Footnotes
+from biopsy.reporting.elements import make_table
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
@@ -74,9 +74,7 @@ def describe_calibrator(entry: Mapping[str, Any]) -> str:
         reason = entry.get("reason")
         reason_text = f": {reason.removeprefix('not calibrated: ')}" if reason else ""
         return f"Not calibrated{reason_text}. The probabilities are those of the network."
-    fitted_on = count(entry["n_patches"], "patch")
-    if entry["unit"] != "patch":
-        fitted_on += f" of {count(entry['n_patients'], entry['unit'])}"
+    fitted_on = count_patches(entry["n_patches"], entry["n_patients"], entry["unit"])
     text = f"{METHODS[entry['method']]}, fitted on {fitted_on} of the {entry['fitted_on']} subset."
     if entry.get("reason"):
         text += f" {METHODS[entry['asked']]} was requested, but {entry['reason']}."
@@ -120,28 +118,22 @@ def describe_slope(after: Mapping[str, Any], positive: str) -> str:
 
 
 def _table(subsets: Mapping[str, Mapping[str, Any]], subset_label: str) -> Table:
-    reasons, rows = Footnotes(), []
-    for key, label in ROWS.items():
-        cells = [_cell(subset, key, reasons) for subset in subsets.values()]
-        if any(cells):
-            rows.append([label, *cells])
-    heads = ["measure", *(f"{name} calibration" for name in subsets)]
-    heads = heads if len(subsets) > 1 else ["measure", "not calibrated"]
-    note = "95 % intervals in brackets; the expected ECE and the terms of the Brier score have none."
-    return Table(heads, rows, caption=f"Calibration{subset_label}", note=note + reasons.text)
+    rows = [[label, *(_value(subset, key) for subset in subsets.values())] for key, label in ROWS.items()]
+    heads = [f"{name} calibration" for name in subsets] if len(subsets) > 1 else ["not calibrated"]
+    return make_table(
+        ["measure", *heads],
+        [row for row in rows if any(value is not None for value in row[1:])],
+        caption=f"Calibration{subset_label}",
+        note="95 % intervals in brackets; the expected ECE and the terms of the Brier score have none.",
+    )
 
 
-def _cell(subset: Mapping[str, Any], key: str, reasons: Footnotes) -> str:
-    if subset.get(key) is not None:
-        return number(subset[key]) if key == "ece_floor" else reasons.estimate(subset[key])
-    parts = subset.get("brier_parts") or {}
-    return number(parts[key]) if key in parts else ""
+def _value(subset: Mapping[str, Any], key: str) -> object:
+    return subset[key] if subset.get(key) is not None else (subset.get("brier_parts") or {}).get(key)
 
 
 @styled
-def draw_calibration(
-    bins: Sequence[Mapping[str, Any]], *, positive: str | None = "positive", level: float = 0.95
-) -> Figure:
+def draw_calibration(bins: Sequence[Mapping[str, Any]], *, positive: str | None = "positive") -> Figure:
     """Draw observed frequency against predicted probability, with the interval of each bin.
 
     Args:
@@ -159,8 +151,7 @@ def draw_calibration(
     if bounded:
         at = [row["mean_prob"] for row in bounded]
         low, high = ([row["observed"][end] for row in bounded] for end in ("low", "high"))
-        label = f"{100 * level:g} % interval"
-        axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label=label)
+        axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label="95 % interval")
     predicted = [row["mean_prob"] for row in bins]
     observed = [row["observed"]["value"] for row in bins]
     axes.plot(predicted, observed, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")

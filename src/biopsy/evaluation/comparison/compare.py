@@ -18,7 +18,6 @@ from biopsy.core.text import count, plural
 from biopsy.evaluation.comparison.measure import (
     EvaluationSet,
     ModelPredictions,
-    PackId,
     Source,
     compare_models,
     find_changed,
@@ -198,9 +197,7 @@ def _read(item: Run | Study | Path | str) -> Iterator[tuple[ModelPredictions, Ev
 
 
 def _read_study(study: Study) -> Iterator[tuple[ModelPredictions, EvaluationSet]]:
-    evaluated = study.evaluated_runs()
-    if not evaluated:
-        raise RunError(f"{study.path} has no evaluated run: repeat the command that created it")
+    evaluated = study.require_evaluated_runs()
     if not (study.path / "predictions.parquet").exists():
         raise RunError(
             f"{study.path} is a study of another kind ({study.info['question']}), whose runs cannot be "
@@ -237,22 +234,19 @@ def _describe_source(run: Run, kind: str, path: Path) -> Source:
 
 def _find_test_set(run: Run, pack_sha256: str) -> EvaluationSet:
     metrics = run.metrics()
-    pack = PackId(run.info["pack"]["path"], pack_sha256)
+    pack = {"path": run.info["pack"]["path"], "content_sha256": pack_sha256}
     return EvaluationSet(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
 
 
 def _check_same(
     reference: ModelPredictions, test_set: EvaluationSet, model: ModelPredictions, other: EvaluationSet
 ) -> None:
-    if other.pack.content_sha256 != test_set.pack.content_sha256:
+    if other.pack["content_sha256"] != test_set.pack["content_sha256"]:
         raise RunError(
             f"{reference.name} was tested on {_name_pack(test_set)} and {model.name} on {_name_pack(other)}: "
             "models must be tested on the same pack"
         )
-    if (list(other.class_names), other.positive_class) != (
-        list(test_set.class_names),
-        test_set.positive_class,
-    ):
+    if (other.class_names, other.positive_class) != (test_set.class_names, test_set.positive_class):
         raise RunError(f"{reference.name} and {model.name} have different classes and cannot be compared")
     first, second = (set(tested.frames[0]["patch_id"]) for tested in (reference, model))
     if first != second:
@@ -264,7 +258,7 @@ def _check_same(
 
 
 def _name_pack(test_set: EvaluationSet) -> str:
-    return f"{Path(test_set.pack.path).name} ({test_set.pack.content_sha256[:12]})"
+    return f"{Path(test_set.pack['path']).name} ({test_set.pack['content_sha256'][:12]})"
 
 
 def _name_split(model: ModelPredictions) -> str:
@@ -278,10 +272,9 @@ def _open_patches(model: ModelPredictions) -> Callable[[str], np.ndarray] | None
     path = Path(model.source.path)
     run = Study.open(path).evaluated_runs()[0] if model.source.kind == "study" else Run.open(path)
     try:
-        pack = run.open_pack(verify=False)
+        return run.open_pack(verify=False).pixels_by_id()
     except RunError:
         return None
-    return pack.pixels_by_id()
 
 
 def _choose_folder(models: Sequence[ModelPredictions], out: Path | str | None) -> Path:
@@ -313,11 +306,11 @@ def _plan(
         for model in models
     ]
     effective = min(influence.effective for influence in influences)
-    requested = {"difference": difference, "power": power}
-    n_groups = len(influences[0].values)
+    n_groups, values = len(influences[0].values), [influence.values for influence in influences]
     document: dict[str, Any] = {
         "metric": metric,
-        **requested,
+        "difference": difference,
+        "power": power,
         "level": 0.95,
         "unit": test_set.unit,
         "from": [model.name for model in models],
@@ -326,23 +319,18 @@ def _plan(
         "patches_per_patient": len(models[0].frames[0]) / n_groups,
     }
     if len(models) == 2:
-        needs = {
-            "paired": plan_patients(
-                float(np.std(influences[1].values - influences[0].values, ddof=1)),
-                n_groups,
-                effective=effective,
-                **requested,
-            )
-        }
-        document["correlation"] = float(
-            stats.pearsonr(*(influence.values for influence in influences)).statistic
-        )
+        document["correlation"] = float(stats.pearsonr(*values).statistic)
+        deviations = {"paired": np.std(values[1] - values[0], ddof=1)}
     else:
-        sd = float(np.std(influences[0].values, ddof=1))
-        needs = {
-            f"correlation {rho:g}": plan_patients(
-                sd * np.sqrt(2 * (1 - rho)), n_groups, effective=effective, **requested
-            )
-            for rho in CORRELATIONS
+        sd = np.std(values[0], ddof=1)
+        deviations = {f"correlation {rho:g}": sd * np.sqrt(2 * (1 - rho)) for rho in CORRELATIONS}
+    document["needs"] = [
+        {
+            "assumed": name,
+            **vars(
+                plan_patients(float(sd), n_groups, effective=effective, difference=difference, power=power)
+            ),
         }
-    return document | {"needs": [{"assumed": name, **vars(need)} for name, need in needs.items()]}
+        for name, sd in deviations.items()
+    ]
+    return document

@@ -6,7 +6,7 @@ The p-values of several comparisons are corrected by Holm's procedure, per metri
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -56,13 +56,9 @@ class ModelPredictions:
     frames: Sequence[pd.DataFrame]
     source: Source
 
-
-@dataclass(frozen=True)
-class PackId:
-    """Path and hash of a pack."""
-
-    path: str
-    content_sha256: str
+    def is_paired(self, reference: "ModelPredictions") -> bool:
+        """Return whether both models have the same seeds."""
+        return set(self.seeds) == set(reference.seeds)
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,13 @@ class EvaluationSet:
     """The common test set of all models.
 
     Attributes:
+        pack: ``path`` and ``content_sha256`` of the pack.
         class_names: Names by class index.
         positive_class: The positive class; None for more than two classes.
         unit: Unit of independent observations: patient, slide or patch.
     """
 
-    pack: PackId
+    pack: Mapping[str, str]
     class_names: Sequence[str]
     positive_class: str | None
     unit: str
@@ -192,7 +189,7 @@ class ComparisonDocument:
     format: str = FORMAT
     reference: str
     metric: str
-    pack: PackId
+    pack: Mapping[str, str]
     class_names: list[str]
     positive_class: str | None
     unit: str
@@ -271,14 +268,13 @@ def _subtract_all(
     holm = {name: adjust_holm([result[name].p for result in results]) for name in test_set.metrics}
     differences = []
     for index, (model, sample, result) in enumerate(zip(models[1:], samples[1:], results, strict=True)):
-        paired = set(model.seeds) == set(reference.seeds)
         metrics = {
             name: MetricDifference(
                 **vars(difference.interval),
                 p=difference.p,
                 p_holm=holm[name][index],
                 over_patients=difference.over_patients,
-                over_seeds=spread_seeds(sample.by_seed[name], base.by_seed[name], paired),
+                over_seeds=spread_seeds(sample.by_seed[name], base.by_seed[name], model.is_paired(reference)),
             )
             for name, difference in result.items()
         }
@@ -301,23 +297,12 @@ def spread_seeds(
     if np.isnan([*first, *second]).any():
         return SeedSpread(paired=paired)
     differences = np.subtract(first, second) if paired else np.subtract.outer(first, second).ravel()
-    if paired:
-        sd = _sd(differences)
-    else:
-        sds = _sd(first), _sd(second)
-        sd = None if None in sds else float(np.hypot(*sds))  # type: ignore[arg-type]
-    return SeedSpread(
-        mean=float(np.mean(first) - np.mean(second)),
-        sd=sd,
-        min=float(differences.min()),
-        max=float(differences.max()),
-        n=len(differences),
-        paired=paired,
-    )
-
-
-def _sd(values: Sequence[float] | np.ndarray) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    spread = Spread.of(differences)
+    if not paired:
+        has_sd = min(len(first), len(second)) > 1
+        sd = float(np.hypot(np.std(first, ddof=1), np.std(second, ddof=1))) if has_sd else None
+        spread = replace(spread, sd=sd)
+    return SeedSpread(**vars(spread), n=len(differences), paired=paired)
 
 
 def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet) -> list[GroupResult]:
@@ -344,10 +329,8 @@ def _compare_groups(models: Sequence[ModelPredictions], test_set: EvaluationSet)
                 },
                 differences={
                     model.name: {
-                        name: spread_seeds(
-                            measured[model.name][name], base[name], set(model.seeds) == set(models[0].seeds)
-                        )
-                        for name in test_set.by_group
+                        name: spread_seeds(values, base[name], model.is_paired(models[0]))
+                        for name, values in measured[model.name].items()
                     }
                     for model in models[1:]
                 },

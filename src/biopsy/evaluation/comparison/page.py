@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import count, plural
+from biopsy.core.text import count_patches, plural
 from biopsy.evaluation.comparison.measure import RECIPES
 from biopsy.plotting.style import (
     INK,
@@ -29,8 +29,6 @@ from biopsy.reporting.document import (
     Gallery,
     Headline,
     Patch,
-    Picture,
-    Pictures,
     ReportDocument,
     Section,
     Summary,
@@ -41,7 +39,7 @@ from biopsy.reporting.document import (
     number,
     signed,
 )
-from biopsy.reporting.elements import encode_patch, pick_label
+from biopsy.reporting.elements import WITHOUT_IDS, encode_patch, make_table, pick_label, picture
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 
@@ -166,21 +164,18 @@ def format_p(p: float | None) -> str:
 
 
 MAX_SHOWN = 12  # patches of each kind in the gallery
-LONG_TABLE = 16
 SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specificity")
 
 
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
     """Return the page of a comparison."""
     m = facts.document
-    size = count(m["n_patches"], "patch")
-    if facts.unit != "patch":
-        size += f" of {count(m['n_patients'], facts.unit)}"
+    size = count_patches(m["n_patches"], m["n_patients"], facts.unit)
     sections = [
         _describe_differences(facts),
         _describe_seeds(facts),
         _describe_groups(facts),
-        *_describe_changed(facts),
+        _describe_changed(facts),
         _describe_models(facts),
     ]
     return ReportDocument(
@@ -195,15 +190,12 @@ def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
 
 def _summarise(facts: ComparisonFacts) -> Summary:
     m, name = facts.document, facts.document["metric"]
-    label = metric_label(name, len(m["class_names"]))
-    heads = [
-        Headline(f"{label} of {model['name']}", value["value"], value["low"], value["high"], value["reason"])
-        for model in m["models"][:3]
-        for value in [model["patch"][name]]
-    ]
     return Summary(
         verdict=" ".join(describe_verdict(m, difference) for difference in m["differences"]),
-        headlines=heads,
+        headlines=[
+            Headline(f"{_label(m, name)} of {model['name']}", model["patch"][name])
+            for model in m["models"][:3]
+        ],
         unit=facts.unit,
         findings=[
             "Use the interval of the paired difference below to compare models; overlap of the separate "
@@ -221,10 +213,7 @@ def _warn_reader(facts: ComparisonFacts) -> list[str]:
         if model.get("patients_overlap")
     ]
     if facts.unit == "patch":
-        warnings.append(
-            "The data have neither patient nor slide ids: the unit is the patch, and intervals are too "
-            "narrow if patches are correlated."
-        )
+        warnings.append(WITHOUT_IDS)
     seeds = min(len(model["seeds"]) for model in facts.document["models"])
     if seeds == 1:
         warnings.append(ONE_SEED)
@@ -240,45 +229,46 @@ def _describe_differences(facts: ComparisonFacts) -> Section:
         f"{facts.units}, and over seeds where both models have several (hollow dots: no interval). "
         "Pale bars: range over seeds."
     )
-    blocks: list[Block] = [Pictures([Picture(caption, facts.figure)], across=1)]
-    blocks += [table_of_difference(m, difference) for difference in m["differences"]]
-    return Section("differences", "Differences", blocks)
+    tables = [table_of_difference(m, difference) for difference in m["differences"]]
+    return Section("differences", "Differences", [picture(facts.figure, caption), *tables])
+
+
+def _label(m: Mapping[str, Any], metric: str) -> str:
+    return metric_label(metric, len(m["class_names"]))
+
+
+def _format_range(seeds: Mapping[str, Any]) -> str:
+    return "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}"
 
 
 def table_of_difference(m: Mapping[str, Any], difference: Mapping[str, Any]) -> Table:
     """Return the metrics of a model and of its reference, with the paired differences."""
-    several, n_classes = len(m["differences"]) > 1, len(m["class_names"])
-    rows, reasons = [], dict[str, None]()
-    for row in list_differences({**m, "differences": [difference]}):
-        if row["low"] is None and row["reason"]:
-            reasons[row["reason"]] = None
-        rows.append(
-            [
-                metric_label(row["metric"], n_classes),
-                number(row["reference_value"]),
-                number(row["value"]),
-                signed(row["difference"]),
-                "none" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}",
-                format_p(row["p"]),
-                *([format_p(row["p_holm"])] if several else []),
-            ]
-        )
+    n_comparisons, differences = len(m["differences"]), list_differences({**m, "differences": [difference]})
+    rows = [
+        [
+            _label(m, row["metric"]),
+            row["reference_value"],
+            row["value"],
+            signed(row["difference"]),
+            "none" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}",
+            format_p(row["p"]),
+            *([format_p(row["p_holm"])] if n_comparisons > 1 else []),
+        ]
+        for row in differences
+    ]
     note = (
         f"Intervals and p of {difference['compares']}: paired Student's t, with the standard error from "
         f"resampling {plural(m['unit'])}"
         + (" and the variance between seeds. " if difference["compares"] == RECIPES else ". ")
-        + (f"Adjusted p: Holm over {len(m['differences'])} comparisons, per metric. " if several else "")
-        + f"{metric_label(m['metric'], n_classes)} is the primary metric, the others are secondary."
+        + (f"Adjusted p: Holm over {n_comparisons} comparisons, per metric. " if n_comparisons > 1 else "")
+        + f"{_label(m, m['metric'])} is the primary metric, the others are secondary."
     )
+    reasons = dict.fromkeys(row["reason"] for row in differences if row["low"] is None and row["reason"])
     if reasons:
         note += f" No interval: {'; '.join(reasons)}."
     columns = ["metric", difference["to"], difference["of"], "difference", "95 % interval", "p"]
-    return Table(
-        [*columns, *(["adjusted p"] if several else [])],
-        rows,
-        caption=f"{difference['of']} against {difference['to']}",
-        note=note,
-    )
+    columns += ["adjusted p"] if n_comparisons > 1 else []
+    return make_table(columns, rows, caption=f"{difference['of']} against {difference['to']}", note=note)
 
 
 def _describe_seeds(facts: ComparisonFacts) -> Section | None:
@@ -288,21 +278,21 @@ def _describe_seeds(facts: ComparisonFacts) -> Section | None:
 
 def table_of_seeds(m: Mapping[str, Any]) -> Table | None:
     """Return the differences between trainings; None where no model has several seeds."""
-    rows = []
-    for difference in m["differences"]:
-        for name, result in difference["metrics"].items():
-            seeds = result["over_seeds"]
-            if name in SEEDS_SHOWN and seeds["n"] > 1:
-                rows.append(
-                    [
-                        difference["of"],
-                        metric_label(name, len(m["class_names"])),
-                        signed(seeds["mean"]),
-                        number(seeds["sd"]),
-                        f"{signed(seeds['min'])} to {signed(seeds['max'])}",
-                        f"{seeds['n']} seeds" if seeds["paired"] else f"{seeds['n']} pairs of seeds",
-                    ]
-                )
+    rows = [
+        [
+            difference["of"],
+            _label(m, name),
+            signed(seeds["mean"]),
+            seeds["sd"],
+            _format_range(seeds),
+            f"{seeds['n']} seeds" if seeds["paired"] else f"{seeds['n']} pairs of seeds",
+        ]
+        for difference in m["differences"]
+        for name in SEEDS_SHOWN
+        if name in difference["metrics"]
+        for seeds in [difference["metrics"][name]["over_seeds"]]
+        if seeds["n"] > 1
+    ]
     if not rows:
         return None
     note = (
@@ -310,62 +300,47 @@ def table_of_seeds(m: Mapping[str, Any]) -> Table | None:
         "seeds. Paired by seed where both have the same seeds, otherwise every pair of seeds."
     )
     columns = ["classifier", "metric", "mean difference", "SD over seeds", "range", "of"]
-    return Table(columns, rows, note=note, text_columns=2)
+    return make_table(columns, rows, note=note, text_columns=2)
 
 
 def _describe_groups(facts: ComparisonFacts) -> Section | None:
     m = facts.document
     if not m["by_group"]:
         return None
-    blocks = [table_of_groups(m, difference) for difference in m["differences"]]
-    return Section("groups", f"Per-{facts.unit} results", blocks)
+    tables = [table_of_groups(m, difference) for difference in m["differences"]]
+    return Section("groups", f"Per-{facts.unit} results", tables)
 
 
 def table_of_groups(m: Mapping[str, Any], difference: Mapping[str, Any]) -> Table:
     """Return the metrics of a model and of its reference within each patient or slide."""
     first, *_, last = m["by_group"][0]["values"][m["reference"]]
-    first_label, last_label = (metric_label(name, len(m["class_names"])) for name in (first, last))
-    rows = []
+    to, of, rows = difference["to"], difference["of"], []
     for entry in m["by_group"]:
-        values, seeds = entry["values"], entry["differences"][difference["of"]][first]
-        rows.append(
-            [
-                entry["group"],
-                number(entry["n_patches"]),
-                number(values[difference["to"]][first]),
-                number(values[difference["of"]][first]),
-                signed(seeds["mean"]),
-                number(seeds["sd"]),
-                "-" if seeds["n"] < 2 else f"{signed(seeds['min'])} to {signed(seeds['max'])}",
-                signed(entry["differences"][difference["of"]][last]["mean"]),
-            ]
-        )
-    columns = [m["unit"], "patches", difference["to"], difference["of"], f"difference in {first_label}"]
-    title = f"{difference['of']} against {difference['to']}, per {m['unit']}"
-    long = len(rows) > LONG_TABLE
-    note = f"{first_label}, mean of seeds. Dash: undefined, because of a single class or a single seed."
-    return Table(
-        [*columns, "SD over seeds", "range", f"difference in {last_label}"],
-        rows,
-        caption="" if long else title,
-        note=note,
-        fold=title if long else "",
-    )
+        values, differences = entry["values"], entry["differences"][of]
+        seeds = differences[first]
+        row = [entry["group"], entry["n_patches"], values[to][first], values[of][first]]
+        row += [signed(seeds["mean"]), seeds["sd"], _format_range(seeds)]
+        rows.append([*row, signed(differences[last]["mean"])])
+    columns = [m["unit"], "patches", to, of, f"difference in {_label(m, first)}", "SD over seeds", "range"]
+    columns.append(f"difference in {_label(m, last)}")
+    note = f"{_label(m, first)}, mean of seeds. Dash: undefined, with a single class or a single seed."
+    caption = f"{of} against {to}, per {m['unit']}"
+    return make_table(columns, rows, caption=caption, note=note, fold_long=True)
 
 
-def _describe_changed(facts: ComparisonFacts) -> list[Section]:
+def _describe_changed(facts: ComparisonFacts) -> Section | None:
     changed, result = facts.changed, facts.document.get("changed")
     if changed is None or not result:
-        return []
-    lost, gained = result["turned_wrong"], result["turned_right"]
+        return None
+    n_changed = {"wrong": result["turned_wrong"], "right": result["turned_right"]}
     p = format_p(result["mcnemar_p_if_patches_were_independent"])
     blocks: list[Block] = [
         Facts(
             [
                 ("correct by both", number(result["both_right"])),
                 ("wrong by both", number(result["both_wrong"])),
-                ("correct to wrong", number(lost)),
-                ("wrong to correct", number(gained)),
+                ("correct to wrong", number(n_changed["wrong"])),
+                ("wrong to correct", number(n_changed["right"])),
             ],
             caption=f"From {result['before']} to {result['after']}",
         ),
@@ -375,25 +350,18 @@ def _describe_changed(facts: ComparisonFacts) -> list[Section]:
             "note",
         ),
     ]
-    kinds = ("by_class", "by_group") if result["by_group"] else ("by_class",)
-    for key in kinds:
-        rows = [
-            [name, *(number(counts[k]) for k in ("n_patches", "turned_wrong", "turned_right"))]
-            for name, counts in result[key].items()
-        ]
-        unit = "class" if key == "by_class" else facts.unit
-        fold = f"Changes per {unit} ({len(rows)})" if len(rows) > LONG_TABLE else ""
-        blocks.append(Table([unit, "patches", "correct to wrong", "wrong to correct"], rows, fold=fold))
-    if facts.get_patch is not None:
-        for kind in ("wrong", "right"):
-            part = changed[changed["turned"] == kind].head(MAX_SHOWN)
-            if len(part):
-                n = lost if kind == "wrong" else gained
-                title = "Correct to wrong" if kind == "wrong" else "Wrong to correct"
-                caption = f"{title} ({len(part)} of {number(n)}, largest change first)"
-                note = "Below each patch: true class and its probability, before and after."
-                blocks.append(Gallery(caption, _group_patches(facts.get_patch, part), note))
-    return [Section("changed", "Changed predictions", blocks)]
+    for unit, counts in (("class", result["by_class"]), (facts.unit, result["by_group"])):
+        if counts:
+            rows = [[name, *counts[name].values()] for name in counts]
+            columns = [unit, "patches", "correct to wrong", "wrong to correct"]
+            blocks.append(make_table(columns, rows, caption=f"Changes per {unit}", fold_long=True))
+    for kind, title in (("wrong", "Correct to wrong"), ("right", "Wrong to correct")):
+        part = changed[changed["turned"] == kind].head(MAX_SHOWN)
+        if facts.get_patch is not None and len(part):
+            caption = f"{title} ({len(part)} of {number(n_changed[kind])}, largest change first)"
+            note = "Below each patch: true class and its probability, before and after."
+            blocks.append(Gallery(caption, _group_patches(facts.get_patch, part), note))
+    return Section("changed", "Changed predictions", blocks)
 
 
 def _group_patches(
@@ -411,12 +379,9 @@ def _describe_models(facts: ComparisonFacts) -> Section:
     m = facts.document
     rows = [
         [
-            model["name"],
-            model["recipe"],
-            model["kind"],
-            model["split"],
+            *(model[key] for key in ("name", "recipe", "kind", "split")),
             ", ".join(map(str, model["seeds"])),
-            number(model["patch"]["auroc"]["value"]),
+            model["patch"]["auroc"]["value"],
             interval_of(model["patch"]["auroc"]),
         ]
         for model in m["models"]
@@ -429,7 +394,7 @@ def _describe_models(facts: ComparisonFacts) -> Section:
             "Metrics of a study are means over seeds; its folds are pooled, each run at its own threshold.",
         ]
     )
-    return Section("compared", "Models compared", [Table(columns, rows, text_columns=5), notes])
+    return Section("compared", "Models compared", [make_table(columns, rows, text_columns=5), notes])
 
 
 # Metrics with similar ranges, which can share one axis.

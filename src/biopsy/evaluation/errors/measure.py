@@ -5,7 +5,7 @@ recomputed. To measure another property of a patch, add it to `biopsy.evaluation
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, write_json
+from biopsy.core.files import plain, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
-from biopsy.evaluation.hypotheses.measure import MAX_MEASURED, draw_rows, subset_key
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
 from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.stored_results import MAX_MEASURED, draw_rows, read_result, result_key
 from biopsy.models.engine import Engine
 from biopsy.statistics.contrasts import contrast_groups
-from biopsy.statistics.resampling import Interval
 from biopsy.training.runs import Run
 
 FORMAT = "biopsy-errors/1"
@@ -40,16 +39,44 @@ MAX_GROUPS = 24  # groups listed individually
 
 
 @dataclass(frozen=True)
+class CaseView:
+    """Images of one patch, uint8 ``(height, width, 3)``.
+
+    Attributes:
+        patch: The patch in its original size.
+        overlay: The patch with its saliency map superimposed.
+        is_constant: Whether the map has the same value at every pixel.
+        overview: Its position on the slide; None without coordinates.
+        nearest: The nearest training patches.
+    """
+
+    patch: np.ndarray
+    overlay: np.ndarray
+    is_constant: bool
+    overview: np.ndarray | None
+    nearest: list[np.ndarray]
+
+
+@dataclass(frozen=True)
 class ErrorRecord:
     """The errors of a run on one subset.
 
     Attributes:
         document: The content of ``errors.json``.
         table: The content of ``errors.parquet``: one row per evaluated patch.
+        views: Images of the patches in the galleries, by ``patch_id``; empty if not drawn.
+        caption: What the saliency maps of the images show and what they do not.
     """
 
     document: dict[str, Any]
     table: pd.DataFrame
+    views: Mapping[str, CaseView] = field(default_factory=dict)
+    caption: str = ""
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The patches in the galleries by ``patch_id``."""
+        return {item["patch_id"]: item for part in self.document["galleries"].values() for item in part}
 
 
 def measure_errors(
@@ -76,7 +103,7 @@ def measure_errors(
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    requested = {**subset_key(run, FORMAT, subset, frame, metadata), "n": n}
+    requested = {**result_key(run, FORMAT, subset, frame, metadata), "n": n}
     folder = run.path / FOLDER
     cached = _read_cached(folder, requested)
     if cached is not None:
@@ -93,7 +120,7 @@ def read_errors(run: Run) -> ErrorRecord | None:
     """Return the stored record of the subset evaluated last; None if there is none."""
     subset = run.evaluated_subset
     frame, metadata = run.predictions(subset)
-    return _read_cached(run.path / FOLDER, subset_key(run, FORMAT, subset, frame, metadata))
+    return _read_cached(run.path / FOLDER, result_key(run, FORMAT, subset, frame, metadata))
 
 
 def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: str) -> ErrorRecord:
@@ -179,20 +206,14 @@ def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, l
     return {**galleries, "uncertain": ordered.sort_values(["near", "patch_id"]).index[:n].tolist()}
 
 
-def contrast_errors(
-    sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str, level: float = 0.95
-) -> dict[str, Any]:
+def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str) -> dict[str, Any]:
     """Compare every property between errors and correct patches of the same class.
 
     Comparisons are made within each patient: the probability that an error has the higher value, averaged
-    over patients with both. The intervals are simultaneous with ``level`` (Bonferroni).
+    over patients with both; not with the patch as the unit. The 95 % intervals are simultaneous (Bonferroni).
 
     Args:
         sample: ``kind`` and the columns of `PROPERTIES`.
-        group_ids: Group id per row.
-        seed: Seed of the bootstrap.
-        unit: Unit of the groups; with ``patch``, there is no comparison within groups.
-        level: Simultaneous coverage of all intervals.
 
     Returns:
         ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, one record each.
@@ -205,7 +226,7 @@ def contrast_errors(
         if sample[name].notna().all()
     ]
     n_comparisons = sum((kinds == wrong).any() and (kinds == right).any() for _, wrong, right in requested)
-    level_each = 1 - (1 - level) / max(1, n_comparisons)
+    level_each = 1 - 0.05 / max(1, n_comparisons)
     contrasts = []
     for name, wrong, right in requested:
         among = np.isin(kinds, (wrong, right))
@@ -219,21 +240,14 @@ def contrast_errors(
             level=level_each,
             draws=DRAWS,
         )
-        by_group = result.by_group if len(result.by_group) <= MAX_GROUPS else result.by_group[:0]
         contrasts.append(
             {
                 "property": name,
                 "errors": wrong,
                 "others": right,
-                "n_errors": result.n_chosen,
-                "n_others": result.n_others,
-                "mean_errors": result.mean_chosen,
-                "mean_others": result.mean_others,
-                "within": result.within,
-                "auroc": result.auroc,
-                "difference_sd": result.difference_sd,
-                "verdict": _decide(result.within or result.auroc),
-                "by_group": by_group.replace({np.nan: None}).to_dict(orient="index"),
+                **vars(result),
+                "by_group": result.by_group if len(result.by_group) <= MAX_GROUPS else {},
+                "verdict": (result.within or result.auroc).compare(0.5),
             }
         )
     return {
@@ -242,12 +256,6 @@ def contrast_errors(
         "draws": DRAWS,
         "contrasts": contrasts,
     }
-
-
-def _decide(estimate: Interval) -> str:
-    if estimate.low is None or estimate.high is None:
-        return "unsaid"
-    return "higher" if estimate.low > 0.5 else "lower" if estimate.high < 0.5 else "not seen"
 
 
 def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:
@@ -279,14 +287,11 @@ def _write(folder: Path, record: ErrorRecord) -> None:
 
 def _read_cached(folder: Path, requested: Mapping[str, Any]) -> ErrorRecord | None:
     """Return the stored record if it belongs to the requested predictions, else None."""
+    document = read_result(folder / DOCUMENT, requested)
     try:
-        document = read_json(folder / DOCUMENT, format=FORMAT)
-        if document.pop("table_sha256", None) != sha256_file(folder / TABLE):
+        if document is None or document.pop("table_sha256", None) != sha256_file(folder / TABLE):
             return None
         table, _ = read_parquet_table(folder / TABLE)
     except DataError:
         return None
-    matches = len(table) == requested["n_patches"] and all(
-        document.get(key) == requested[key] for key in requested
-    )
-    return ErrorRecord(document, table) if matches else None
+    return ErrorRecord(document, table) if len(table) == requested["n_patches"] else None

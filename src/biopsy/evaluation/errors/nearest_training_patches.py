@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.metrics.pairwise import euclidean_distances
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.evaluation.hypotheses.measure import affordable_patches
+from biopsy.evaluation.stored_results import affordable_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
@@ -61,36 +62,26 @@ def find_nearest_training_patches(
         values / np.where(spread > 0, spread, np.inf) for values in (train_features, query_features)
     )
     unit = _typical_distance(train_features, pack.group_ids[sampled])
-    distance = _distances(query_features, train_features) / unit
+    distance = euclidean_distances(query_features, train_features) / unit
     reference = {
         "n": len(sampled),
         "distance": f"1 is the median distance of a training patch to the nearest one of another {pack.unit}",
     }
     order = np.argsort(distance, axis=1, kind="stable")[:, :N_NEAREST]
-    columns = pack.table[["patch_id", "patient_id", "slide_id"]].astype("string")
+    table = pack.table[["patch_id", "patient_id", "slide_id"]].iloc[sampled].astype(object)
+    table = table.where(table.notna(), None).assign(
+        **{"class": [pack.class_names[index] for index in pack.target[sampled]]}
+    )
     nearest = [
-        [
-            {
-                **columns.iloc[sampled[index]].where(columns.iloc[sampled[index]].notna(), None).to_dict(),
-                "class": pack.class_names[pack.target[sampled[index]]],
-                "distance": float(distance[row, index]),
-            }
-            for index in nearest_rows
-        ]
-        for row, nearest_rows in enumerate(order)
+        table.iloc[indices].assign(distance=row[indices]).to_dict("records")
+        for row, indices in zip(distance, order, strict=True)
     ]
     return NearestTrainingPatches(reference, nearest)
 
 
-def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return Euclidean distances ``(n_first, n_second)``."""
-    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1)[None] - 2 * first @ second.T
-    return np.sqrt(np.clip(squares, 0, None))
-
-
 def _typical_distance(features: np.ndarray, group_ids: np.ndarray) -> float:
     """Return the median distance to the nearest patch of another group, or of any with a single group."""
-    distance = _distances(features, features)
+    distance = euclidean_distances(features)
     excluded = (
         group_ids[:, None] == group_ids[None]
         if len(np.unique(group_ids)) > 1

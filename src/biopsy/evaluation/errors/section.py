@@ -7,25 +7,18 @@ import cv2
 import numpy as np
 
 from biopsy.core.text import capitalize, count, plural
-from biopsy.evaluation.errors.case_views import CaseView, ErrorFacts, errors, hide_errors, load_errors
-from biopsy.evaluation.errors.measure import AGAINST, KINDS
+from biopsy.evaluation.errors.case_views import errors, hide_errors, load_errors
+from biopsy.evaluation.errors.measure import AGAINST, KINDS, CaseView, ErrorRecord
+from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES
 from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg
-from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Table, Text, number
-from biopsy.reporting.elements import Footnotes, pick_label
+from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Text, number
+from biopsy.reporting.elements import make_table, pick_label
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
 THUMBNAIL_PX = 144
 ERRORS = {"fn": ("false negatives", "true positives"), "fp": ("false positives", "true negatives")}
-VERDICTS = {
-    "higher": "higher",
-    "lower": "lower",
-    "not seen": "none detected",
-    "unsaid": "inconclusive",
-}
-ABOUT_ERRORS = ("less stained", "heterogeneous")
-"""The hypotheses about the appearance of misclassified patches."""
 
 
 @section(
@@ -42,10 +35,10 @@ ABOUT_ERRORS = ("less stained", "heterogeneous")
 )
 def describe_errors(facts: RunFacts) -> Section | None:
     """Return the counts of errors, the properties associated with them, and the patches."""
-    analysis: ErrorFacts | None = facts.results.get("errors")
-    if analysis is None:
+    record: ErrorRecord | None = facts.results.get("errors")
+    if record is None:
         return None
-    document = analysis.record.document
+    document = record.document
     blocks: list[Block] = [Text(_describe_counts(facts, document)), *_describe_zones(document)]
     blocks += _describe_contrasts(document)
     answers = [
@@ -53,7 +46,7 @@ def describe_errors(facts: RunFacts) -> Section | None:
     ]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
-    return Section("errors", "Error analysis", blocks + _galleries(facts, analysis))
+    return Section("errors", "Error analysis", blocks + _galleries(facts, record))
 
 
 def _describe_counts(facts: RunFacts, document: Mapping[str, Any]) -> str:
@@ -72,14 +65,12 @@ def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
         return [
             Text("The patches have no coordinates; errors at annotated borders cannot be counted.", "note")
         ]
-    rows, reasons = [], Footnotes()
+    rows: list[list[object]] = []
     several = unit != "patch" and document["n_groups"] > 1
     for name, result in zones.items():
-        row = [name, number(result["n_patches"]), number(result["fn"]), number(result["fp"])]
-        row += [reasons.estimate(result["patch"][metric]) for metric in ("sensitivity", "specificity")]
-        if several:
-            row += [reasons.estimate(result["patient"][metric]) for metric in ("sensitivity", "specificity")]
-        rows.append(row)
+        levels = ("patch", "patient") if several else ("patch",)
+        rates = [result[level][metric] for level in levels for metric in ("sensitivity", "specificity")]
+        rows.append([name, *(result[key] for key in ("n_patches", "fn", "fp")), *rates])
     columns = ["zone", "patches", "false negatives", "false positives", "sensitivity", "specificity"]
     if several:
         columns += [f"{name}, mean of {plural(unit)}" for name in ("sensitivity", "specificity")]
@@ -93,10 +84,9 @@ def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
         caption = f"{share:.0%} of the errors, but {size:.0%} of the patches, lie at an annotated border"
     note = (
         "Border: at least one of the eight neighbours on the slide has another label, so that the label is "
-        "less certain; deep: all neighbours in the data have the same label. 95 % intervals in "
-        f"brackets.{reasons.text}"
+        "less certain; deep: all neighbours in the data have the same label. 95 % intervals in brackets."
     )
-    return [Table(columns, rows, caption=caption, note=note)]
+    return [make_table(columns, rows, caption=caption, note=note)]
 
 
 def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
@@ -105,20 +95,18 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
     if not document["n_comparisons"]:
         return [Text("No comparison: no class has both misclassified and correct patches.", "note")]
     within = unit != "patch"
-    rows, reasons = [], Footnotes()
-    for result in contrasts:
-        if not (result["n_errors"] and result["n_others"]):
-            continue
-        rows.append(
-            [
-                ERRORS[result["errors"]][0],
-                property_name(result["property"]),
-                number(result["mean_errors"], _digits(result)),
-                number(result["mean_others"], _digits(result)),
-                reasons.estimate(result["within"] if within else result["auroc"]),
-                VERDICTS[result["verdict"]],
-            ]
-        )
+    rows = [
+        [
+            ERRORS[result["errors"]][0],
+            property_name(result["property"]),
+            number(result["mean_chosen"], _digits(result)),
+            number(result["mean_others"], _digits(result)),
+            result["within"] if within else result["auroc"],
+            result["verdict"],
+        ]
+        for result in contrasts
+        if result["n_chosen"] and result["n_others"]
+    ]
     chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
     columns = ["errors", "property", "mean, errors", "mean, correct", chance, "difference"]
     note_start = (
@@ -140,24 +128,24 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
         f"{note_start}; 0.5: no difference. The 95 % intervals are simultaneous over "
         f"{document['n_comparisons']} comparisons ({document['level_each']:.2%} each). Associations need not "
         "be causal. Measured on "
-        f"{number(document['n_measured'])} patches. {units}.{left_out}{reasons.text}"
+        f"{number(document['n_measured'])} patches. {units}.{left_out}"
     )
     return [
         Text(_describe_verdicts(contrasts)),
-        Table(columns, rows, caption="Properties associated with errors", note=note, text_columns=2),
+        make_table(columns, rows, caption="Properties associated with errors", note=note, text_columns=2),
         *_by_group(contrasts, unit),
     ]
 
 
 def _digits(contrast: Mapping[str, Any]) -> int:
-    return 0 if max(abs(contrast["mean_errors"]), abs(contrast["mean_others"])) >= 20 else 3
+    return 0 if max(abs(contrast["mean_chosen"]), abs(contrast["mean_others"])) >= 20 else 3
 
 
 def _describe_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     """Return one sentence per kind of error."""
     sentences = []
     for kind in AGAINST:
-        results = [result for result in contrasts if result["errors"] == kind and result["n_errors"]]
+        results = [result for result in contrasts if result["errors"] == kind and result["n_chosen"]]
         clear = [
             f"{result['verdict']} {property_name(result['property'])}"
             for result in results
@@ -166,7 +154,7 @@ def _describe_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
         wrong, right = ERRORS[kind]
         if clear:
             sentences.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
-        elif results and all(result["verdict"] == "unsaid" for result in results):
+        elif results and all(result["verdict"] == "inconclusive" for result in results):
             sentences.append(
                 f"Inconclusive: too few {wrong} to test which properties are associated with them."
             )
@@ -180,9 +168,7 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
         [
             f"{property_name(result['property'])}, {ERRORS[result['errors']][0]}",
             str(name),
-            number(item["n_chosen"]),
-            number(item["n_others"]),
-            number(item["auroc"]),
+            *(item[key] for key in ("n_chosen", "n_others", "auroc")),
         ]
         for result in contrasts
         for name, item in result["by_group"].items()
@@ -192,25 +178,25 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     if len(groups) < 2:
         return []
     columns = ["property", unit, "errors", "correct", "P(wrong > right) (AUC)"]
-    return [Table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
+    return [make_table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
 def _describe_hypothesis(hypothesis: Mapping[str, Any]) -> str:
-    if hypothesis["name"] not in ABOUT_ERRORS:
+    if hypothesis["name"] not in ERROR_HYPOTHESES:
         return ""
     return f"{capitalize(hypothesis['source'])}: “{hypothesis['claim']}” {hypothesis['answer']}"
 
 
-def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
+def _galleries(facts: RunFacts, record: ErrorRecord) -> list[Block]:
     titles = {
         "fn": f"False negatives: {facts.positive} predicted {facts.negative}",
         "fp": f"False positives: {facts.negative} predicted {facts.positive}",
         "uncertain": "Least certain: probability closest to the threshold",
     }
-    counts = analysis.record.document["counts"]
+    counts = record.document["counts"]
     blocks: list[Block] = []
     for kind, title in titles.items():
-        entries = analysis.record.document["galleries"][kind]
+        entries = record.document["galleries"][kind]
         if not entries:
             blocks.append(Text(f"{title}: none."))
             continue
@@ -219,38 +205,37 @@ def _galleries(facts: RunFacts, analysis: ErrorFacts) -> list[Block]:
             if kind in counts
             else f" ({len(entries)})"
         )
-        blocks.append(Cases(title + suffix, _group_cases(analysis, entries)))
-    if analysis.case_views is not None and any(isinstance(block, Cases) for block in blocks):
-        blocks.insert(0, Text(_explain_pictures(facts, analysis), "note"))
+        blocks.append(Cases(title + suffix, _group_cases(record, entries)))
+    if record.views and any(isinstance(block, Cases) for block in blocks):
+        blocks.insert(0, Text(_explain_pictures(facts, record), "note"))
     return blocks
 
 
-def _explain_pictures(facts: RunFacts, analysis: ErrorFacts) -> str:
-    assert analysis.case_views is not None
-    reference = analysis.record.document["training_reference"]
+def _explain_pictures(facts: RunFacts, record: ErrorRecord) -> str:
+    reference = record.document["training_reference"]
     return (
         "Each row: the patch, its saliency map, its position on the slide where known, and the nearest "
         f"three of {count(reference['n'], 'training patch')} in the penultimate layer of the network, with "
         f"class, patient and distance ({reference['distance']}). Below: probability of {facts.positive}, "
         "patch id, and properties that are unusual among correctly classified patches of its class (the "
-        f"share of them with a lower or higher value). {analysis.case_views.caption}"
+        f"share of them with a lower or higher value). {record.caption}"
     )
 
 
-def _group_cases(analysis: ErrorFacts, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
-    table = analysis.record.table
+def _group_cases(record: ErrorRecord, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
+    table = record.table
     rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
     groups: dict[str, list[Case]] = {}
     for entry in entries:
         row = rows.loc[entry["patch_id"]]
-        case_view = None if analysis.case_views is None else analysis.case_views.by_patch[entry["patch_id"]]
         lines = [
             number(float(row["prob"])),
             str(entry["patch_id"]),
             KINDS[row["kind"]],
             *_reasons(entry, row),
         ]
-        groups.setdefault(row["who"], []).append(Case(_pictures(case_view, entry), lines))
+        pictures = _pictures(record.views.get(entry["patch_id"]), entry)
+        groups.setdefault(row["who"], []).append(Case(pictures, lines))
     return list(groups.items())
 
 

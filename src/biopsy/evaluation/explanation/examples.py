@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
-from biopsy.core.text import file_name
+from biopsy.core.text import capitalize, file_name
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.patches import Overlay, draw_overlays, is_constant, lay_out_sheet, superimpose
 from biopsy.plotting.style import png, shorten
@@ -47,8 +47,8 @@ class Explained:
 
     Attributes:
         examples: One row per example: ``patch_id``, ``subset`` (empty outside a run), ``class`` (empty if
-            unknown), ``called`` (predicted class), ``prob`` (of the positive class; for more than two
-            classes, of the predicted one) and ``kind``: missed, false alarm, wrong, right, or unlabelled.
+            unknown), ``predicted`` (class), ``prob`` (of the positive class; for more than two classes, of
+            the predicted one) and ``kind``: false negative, false positive, misclassified, correct, no label.
         patches: uint8 ``(height, width, 3)`` without padding.
         illustrations: One per method.
     """
@@ -59,13 +59,6 @@ class Explained:
 
 
 LABEL_CHARACTERS = 74  # that fit above a row of maps
-KINDS = {
-    "missed": "False negative",
-    "false alarm": "False positive",
-    "wrong": "Misclassified",
-    "right": "Correct",
-    "unlabelled": "No label",
-}
 
 
 def count_constant(explained: Explained) -> dict[str, tuple[int, int]]:
@@ -84,7 +77,7 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
     for index in chosen:
         example = explained.examples.iloc[index]
         true = f", true class {example['class']}" if example["class"] else ""
-        label = f"{KINDS[example['kind']]}{true}, p {example['prob']:.2f}, patch "
+        label = f"{capitalize(example['kind'])}{true}, p {example['prob']:.2f}, patch "
         label += shorten(example["patch_id"], min(32, max(10, LABEL_CHARACTERS - len(label))))
         maps = np.concatenate([part.maps[index] for part in parts])
         rows.append(Overlay(label, explained.patches[index], maps))
@@ -108,13 +101,7 @@ def keep_explained(run: Run, explained: Explained) -> None:
         "classifier_sha256": run.classifier.sha256,
         "examples": explained.examples.to_dict(orient="list"),
         "illustrations": [
-            {
-                "method": part.method,
-                "layer": part.layer,
-                "titles": part.titles,
-                "caption": part.caption,
-                "signed": part.signed,
-            }
+            {key: getattr(part, key) for key in ("method", "layer", "titles", "caption", "signed")}
             for part in parts
         ],
     }
@@ -133,14 +120,12 @@ def load_explained(run: Run) -> Explained | None:
     }:
         return None
     pack = run.open_pack(verify=False)
-    rows = pack.rows_of(examples["patch_id"])
-    sizes = pack.sizes[rows]
-    patches = [pack.pixels(row) for row in rows]
+    patches = [pack.pixels(row) for row in pack.rows_of(examples["patch_id"])]
     parts = [
         Illustration(
             maps=[
-                arrays[f"maps-{index}"][number, :, :height, :width].astype(float)
-                for number, (width, height) in enumerate(sizes)
+                maps[:, : patch.shape[0], : patch.shape[1]].astype(float)
+                for maps, patch in zip(arrays[f"maps-{index}"], patches, strict=True)
             ],
             **part,
         )

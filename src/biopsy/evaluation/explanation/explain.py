@@ -1,10 +1,9 @@
 """`explain`: selects patches, explains them and writes sheets of saliency maps."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import cast
@@ -16,9 +15,9 @@ from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import Result, Table, number
 from biopsy.core.seeds import make_rng
-from biopsy.core.text import capitalize, count
-from biopsy.data.archives import open_archive
-from biopsy.data.packs import Pack, is_pack, pad
+from biopsy.core.text import count
+from biopsy.data.packs import Pack
+from biopsy.data.predictions import decide
 from biopsy.evaluation.explanation.examples import (
     Explained,
     Illustration,
@@ -29,176 +28,17 @@ from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfuln
 from biopsy.evaluation.explanation.maps import Explanation, explain_patches
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.explanation.methods.layers import find_last_maps, has_convolution
+from biopsy.evaluation.predict import Image, PackSource, decode_patch, open_sources, pad_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
 from biopsy.plotting.patches import scale_maps
-from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
-
-def check_requested(run: Run, pack: Pack, subsets: np.ndarray, patch: Sequence[str]) -> list[str]:
-    """Check that the requested patches exist and are not in a test subset that has not been evaluated."""
-    subset_of = dict(zip(pack.table["patch_id"].astype(str), subsets, strict=True))
-    for name in patch:
-        if name not in subset_of:
-            raise RunError(
-                f"{pack.path.name} has no patch {name!r}; its ids are such as {next(iter(subset_of))!r}"
-            )
-        if subset_of[name] == "test" and run.evaluated_subset != "test":
-            raise RunError(
-                f"patch {name!r} is in the test subset, which has not been evaluated: run `biopsy evaluate "
-                f"{run.path}` first"
-            )
-    return list(dict.fromkeys(patch))
-
-
-def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
-    """Return the most confident errors of each kind in turn, then random correct patches of each class."""
-    probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
-    sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
-    wrong = sure[sure["pred"] != sure["target"]]
-    kinds = [part["patch_id"] for _, part in wrong.groupby("target", sort=False)]
-    shuffled = frame.sort_values("patch_id").sample(
-        frac=1, random_state=make_rng(seed, "examples called right")
-    )
-    right = [
-        part["patch_id"] for _, part in shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")
-    ]
-    return _interleave(kinds)[:errors] + _interleave(right)[:errors]
-
-
-def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
-    """Return up to ``n`` random patches, independent of the order of ``patch_ids``."""
-    ids = sorted(patch_ids)
-    if n < 1 or not ids:
-        raise RunError(f"random={n!r} of {len(ids):,} patches: expected at least 1 of 1 or more patches")
-    return [str(name) for name in make_rng(seed, "random examples").permutation(ids)[:n]]
-
-
-def _interleave(lists: Sequence[Sequence[str]]) -> list[str]:
-    return [name for name in chain.from_iterable(zip_longest(*lists)) if name is not None]
-
-
-def tabulate_predicted_classes(
-    classifier: Classifier, target: np.ndarray | None, probs: np.ndarray
-) -> pd.DataFrame:
-    names, positive, threshold = classifier.info.class_names, classifier.positive_index, classifier.threshold
-    pred, prob = probs.argmax(axis=1), probs.max(axis=1)
-    if positive is not None:
-        prob = probs[:, positive]
-        pred = np.where(prob >= (0.5 if threshold is None else threshold), positive, 1 - positive)
-    columns = {"called": [names[i] for i in pred], "prob": prob}
-    if target is None:
-        return pd.DataFrame({"class": "", **columns, "kind": "unlabelled"})
-    kinds = np.where(pred == target, "right", "wrong").astype(object)
-    if positive is not None:
-        kinds[(kinds == "wrong")] = np.where(target == positive, "missed", "false alarm")[kinds == "wrong"]
-    return pd.DataFrame({"class": [names[i] for i in target], **columns, "kind": kinds})
-
-
-MAX_LABELLED = 2_000  # patches of a pack from which examples are selected
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Patches in memory.
-
-    Attributes:
-        patch_ids: Patch ids; for images, their path inside the folder or zip.
-        pixels: uint8 ``(n, H, W, 3)``, padded at the right and bottom.
-        sizes: True ``(width, height)``, ``(n, 2)``.
-        target: Index of the true class, ``(n,)``; None if unknown.
-    """
-
-    patch_ids: list[str]
-    pixels: np.ndarray
-    sizes: np.ndarray
-    target: np.ndarray | None
-
-
-def gather_patches(
-    classifier: Classifier, data: Path | str, requested: Sequence[str], n_unlabelled: int
-) -> Patches:
-    """Read the requested patches, or those from which examples are selected.
-
-    Args:
-        classifier: The classifier, for patch size and resolution.
-        data: A pack, a folder or zip of images, or an image.
-        named: Ids of the requested patches; if empty, patches are selected.
-        n_unlabelled: Number of images to read, in order, if none is requested: they have no labels.
-
-    Raises:
-        DataError: If a requested patch does not exist, or an image cannot be read or is too large.
-    """
-    path = Path(data)
-    if is_pack(path):
-        return _read_pack(classifier, Pack.open(path), requested)
-    readers = _list_images(path)
-    names = _check_named(path, requested, list(readers)) or list(readers)[:n_unlabelled]
-    if not names:
-        raise DataError(f"{path} contains no image to explain")
-    load = partial(_load, patch_px=classifier.info.patch_px)
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda name: load(name, readers[name]), names))
-    sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
-    pixels = np.stack([pad(image, classifier.info.patch_px) for image in images])
-    return Patches(names, pixels, sizes, None)
-
-
-def _read_pack(classifier: Classifier, pack: Pack, requested: Sequence[str]) -> Patches:
-    classifier.check_pack(pack)
-    ids = pack.table["patch_id"].astype(str).tolist()
-    row_of = {name: row for row, name in enumerate(ids)}
-    rows = np.array([row_of[name] for name in _check_named(pack.path, requested, ids)], dtype=int)
-    if not requested:
-        n = min(len(pack), MAX_LABELLED)
-        rows = np.sort(make_rng(0, "examples of a pack").choice(len(pack), n, replace=False))
-    has_labels = pack.class_names == classifier.info.class_names
-    target = pack.target[rows] if has_labels else None
-    return Patches([ids[row] for row in rows], pack.patches[rows], pack.sizes[rows], target)
-
-
-def _list_ids(path: Path) -> list[str]:
-    return Pack.open(path).table["patch_id"].astype(str).tolist() if is_pack(path) else [*_list_images(path)]
-
-
-def _check_named(path: Path, requested: Sequence[str], patch_ids: Sequence[str]) -> list[str]:
-    for name in requested:
-        if name not in patch_ids:
-            raise DataError(
-                f"{path} has no patch {name!r}; its ids are such as {next(iter(patch_ids), '')!r}"
-            )
-    return list(dict.fromkeys(requested))
-
-
-def _list_images(path: Path) -> dict[str, Callable[[], bytes | memoryview]]:
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-        return {path.name: path.read_bytes}
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a pack, a folder or zip of images, or an image")
-    archive = open_archive(path)
-    entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
-    return {entry.name: partial(archive.read, entry) for entry in entries}
-
-
-def _load(name: str, read: Callable[[], bytes | memoryview], *, patch_px: int) -> np.ndarray:
-    try:
-        data = read()
-        header = read_header(data)
-        if max(header.width, header.height) <= patch_px:
-            return decode(data)
-    except DataError as error:
-        raise DataError(f"{name} {error}") from None
-    raise DataError(
-        f"{name} is {header.width}x{header.height} px, the classifier takes patches of "
-        f"{patch_px}x{patch_px}: cut it into patches of that size"
-    )
-
-
 N_EXAMPLES = 5
 N_CHANNELS = 3  # shown per layer
+MAX_LABELLED = 2_000  # patches of a pack from which examples are selected
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,7 +55,7 @@ class Explanations(Result):
     path: Path
 
     def blocks(self) -> list[str | Table]:
-        columns = ("kind", "class", "called", "prob", "patch_id")
+        columns = ("kind", "class", "predicted", "prob", "patch_id")
         patches = {str(entry["patch_id"]): entry for entry in self["patches"]}.values()  # one per method
         table = Table(columns, [[number(entry[key]) for key in columns] for entry in patches])
         sheets = [str(self.path / sheet["picture"]) for sheet in self["sheets"]]
@@ -301,8 +141,7 @@ def explain(
                 f"{run.path} is a run and is explained on its own pack: for data={str(data)!r} give its "
                 f"classifier, {run.path / 'classifier'}"
             )
-        explained = explain_examples(run, selection, methods, layers, device=device)
-        classifier = run.classifier
+        classifier, chosen = run.classifier, choose_from_run(run, selection)
     else:
         classifier = open_classifier(cast(Classifier | Path | str, model))
         if data is None or faithfulness:
@@ -311,7 +150,8 @@ def explain(
                 if data is None
                 else "faithfulness tests need the evaluated patches of a run: give the run"
             )
-        explained = explain_others(classifier, data, selection, methods, layers, device=device)
+        chosen = choose_from_data(classifier, Path(data), selection, Engine(device))
+    explained = explain_chosen(classifier, chosen, methods, layers, device=device)
     document = write_explained(classifier, explained, folder, named_layers=layers)
     if run is not None and not patch and not random:
         with contextlib.suppress(OSError):  # read-only run
@@ -332,73 +172,181 @@ class Selection:
     random: int = 0
     seed: int = 0
 
+    def named(self, path: Path, patch_ids: Sequence[str]) -> list[str]:
+        """Return the ids of the requested or randomly drawn patches; empty if examples are to be picked.
 
-def explain_examples(
-    run: Run,
-    selection: Selection,
-    methods: Sequence[str] = (),
-    layers: Sequence[str] = (),
-    *,
-    device: str = "auto",
-) -> Explained:
-    """Select examples of a run and return their explanations; see `explain`."""
-    pack, classifier = run.open_pack(verify=False), run.classifier
+        Raises:
+            DataError: If a requested patch does not exist.
+        """
+        if self.random:
+            return draw_patches(patch_ids, self.random, self.seed)
+        known = set(patch_ids)
+        for name in self.patch:
+            if name not in known:
+                example = next(iter(patch_ids), "")
+                raise DataError(f"{path} has no patch {name!r}; its ids are such as {example!r}")
+        return list(dict.fromkeys(self.patch))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches in memory.
+
+    Attributes:
+        patch_ids: Patch ids; for images, their path inside the folder or zip.
+        pixels: uint8 ``(n, H, W, 3)``, padded at the right and bottom.
+        sizes: True ``(width, height)``, ``(n, 2)``.
+        target: Index of the true class, ``(n,)``; None if unknown.
+        subsets: Subset of the run's split, ``(n,)``; None outside a run.
+    """
+
+    patch_ids: Sequence[str]
+    pixels: np.ndarray
+    sizes: np.ndarray
+    target: np.ndarray | None = None
+    subsets: np.ndarray | None = None
+
+    @classmethod
+    def of_pack(cls, pack: Pack, rows: np.ndarray) -> "Patches":
+        """Return rows of a pack."""
+        ids = pack.table["patch_id"].iloc[rows].astype(str).tolist()
+        return cls(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
+
+    def take(self, rows: np.ndarray) -> "Patches":
+        """Return some of the patches."""
+        target = None if self.target is None else self.target[rows]
+        return Patches([self.patch_ids[row] for row in rows], self.pixels[rows], self.sizes[rows], target)
+
+
+def choose_from_run(run: Run, selection: Selection) -> Patches:
+    """Return the requested patches of a run's pack, or examples from the subset evaluated last.
+
+    Raises:
+        RunError: If a requested patch is in a test subset that has not been evaluated.
+        DataError: If a requested patch does not exist.
+    """
+    pack = run.open_pack(verify=False)
     subsets = run.subsets(pack)
     if selection.patch:
-        ids = check_requested(run, pack, subsets, selection.patch)
+        ids = selection.named(pack.path, pack.table["patch_id"].astype(str).tolist())
+        unseen = [name for name in ids if subsets[pack.rows_of([name])[0]] == "test"]
+        if unseen and run.evaluated_subset != "test":
+            raise RunError(
+                f"patch {unseen[0]!r} is in the test subset, which has not been evaluated: run "
+                f"`biopsy evaluate {run.path}` first"
+            )
     else:
         frame, _ = run.predictions(run.evaluated_subset)
         frame = frame.assign(patch_id=frame["patch_id"].astype(str))
-        ids = (
-            draw_patches(frame["patch_id"], selection.random, selection.seed)
-            if selection.random
-            else pick_examples(frame, selection.errors, run.info["seed"])
-        )
+        ids = selection.named(pack.path, frame["patch_id"].tolist())
+        ids = ids or pick_examples(frame, selection.errors, run.info["seed"])
     rows = pack.rows_of(ids)
-    chosen = Patches(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
-    return _explain_chosen(classifier, chosen, subsets[rows], methods, layers, Engine(device))
+    return replace(Patches.of_pack(pack, rows), subsets=subsets[rows])
 
 
-def explain_others(
+def choose_from_data(classifier: Classifier, path: Path, selection: Selection, engine: Engine) -> Patches:
+    """Return the requested patches of a pack or of images, or examples.
+
+    Examples are errors and correct patches picked from up to `MAX_LABELLED` patches of a pack; of a pack with
+    other classes random patches, of images the first ones.
+
+    Raises:
+        DataError: If a requested patch does not exist, or an image cannot be read or is too large.
+    """
+    classifier = classifier.single_patch()
+    [source] = open_sources([path], classifier, [])
+    ids = selection.named(path, source.names)
+    n_unlabelled = 2 * selection.errors
+    if not isinstance(source, PackSource):
+        images = {image.name: image for image in source.images}
+        names = ids or source.names[:n_unlabelled]
+        return _read_images([images[name] for name in names], classifier.info.patch_px)
+    pack = source.pack
+    has_labels = pack.class_names == classifier.info.class_names
+    n = min(len(pack), MAX_LABELLED if has_labels else n_unlabelled)
+    drawn = np.sort(make_rng(0, "examples of a pack").choice(len(pack), n, replace=False))
+    patches = Patches.of_pack(pack, pack.rows_of(ids) if ids else drawn)
+    if not has_labels:
+        return replace(patches, target=None)
+    if ids:
+        return patches
+    probs = classifier.probs(predict_classifier(classifier, patches.pixels, patches.sizes, engine=engine))
+    frame = pd.DataFrame(probs, columns=[f"prob_{name}" for name in classifier.info.class_names])
+    frame = frame.assign(patch_id=patches.patch_ids, target=patches.target, pred=_decide(classifier, probs))
+    return patches.take(pd.Index(patches.patch_ids).get_indexer(pick_examples(frame, selection.errors, 0)))
+
+
+def _read_images(images: Sequence[Image], patch_px: int) -> Patches:
+    def read(image: Image) -> np.ndarray:
+        try:
+            return decode_patch(image.read(), patch_px)
+        except DataError as error:
+            raise DataError(f"{image.name} {error}") from None
+
+    if not images:
+        raise DataError("there is no image to explain: give a pack, images, or a folder or zip of images")
+    with ThreadPoolExecutor() as pool:
+        pixels, sizes = pad_patches(list(pool.map(read, images)), patch_px)
+    return Patches([image.name for image in images], pixels, sizes)
+
+
+def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
+    """Return the most confident errors of each kind in turn, then random correct patches of each class."""
+    probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
+    sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
+    shuffled = frame.sort_values("patch_id").sample(
+        frac=1, random_state=make_rng(seed, "examples called right")
+    )
+    wrong = sure[sure["pred"] != sure["target"]].groupby("target", sort=False)["patch_id"]
+    right = shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")["patch_id"]
+    return [name for kinds in (wrong, right) for name in _interleave([ids for _, ids in kinds])[:errors]]
+
+
+def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
+    """Return up to ``n`` random patches, independent of the order of ``patch_ids``."""
+    ids = sorted(patch_ids)
+    if n < 1 or not ids:
+        raise RunError(f"random={n!r} of {len(ids):,} patches: expected at least 1 of 1 or more patches")
+    return [str(name) for name in make_rng(seed, "random examples").permutation(ids)[:n]]
+
+
+def _interleave(lists: Sequence[Iterable[str]]) -> list[str]:
+    return [name for name in chain.from_iterable(zip_longest(*lists)) if name is not None]
+
+
+def _decide(classifier: Classifier, probs: np.ndarray) -> np.ndarray:
+    threshold = 0.5 if classifier.threshold is None else classifier.threshold
+    return decide(probs, classifier.positive_index, threshold)
+
+
+def tabulate_predicted_classes(
+    classifier: Classifier, target: np.ndarray | None, probs: np.ndarray
+) -> pd.DataFrame:
+    """Return true and predicted class, probability and kind of each patch, as in `Explained.examples`."""
+    names, positive, pred = classifier.info.class_names, classifier.positive_index, _decide(classifier, probs)
+    columns = {
+        "predicted": [names[i] for i in pred],
+        "prob": probs.max(axis=1) if positive is None else probs[:, positive],
+    }
+    if target is None:
+        return pd.DataFrame({"class": "", **columns, "kind": "no label"})
+    wrong = np.full(len(target), "misclassified", object)
+    if positive is not None:
+        wrong = np.where(target == positive, "false negative", "false positive")
+    kinds = np.where(pred == target, "correct", wrong)
+    return pd.DataFrame({"class": [names[i] for i in target], **columns, "kind": kinds})
+
+
+def explain_chosen(
     classifier: Classifier,
-    data: Path | str,
-    selection: Selection,
+    chosen: Patches,
     methods: Sequence[str] = (),
     layers: Sequence[str] = (),
     *,
     device: str = "auto",
 ) -> Explained:
-    """Select examples of a pack or of images and return their explanations; see `explain`."""
-    patch, errors = selection.patch, selection.errors
-    if selection.random:
-        patch = draw_patches(_list_ids(Path(data)), selection.random, selection.seed)
-    result, engine = gather_patches(classifier, data, patch, 2 * errors), Engine(device)
-    classifier = classifier.single_patch()
-    if not patch and result.target is not None:
-        logits = predict_classifier(classifier, result.pixels, result.sizes, engine=engine)
-        calls = tabulate_predicted_classes(classifier, result.target, classifier.probs(logits))
-        names = classifier.info.class_names
-        frame = pd.DataFrame(classifier.probs(logits), columns=[f"prob_{name}" for name in names]).assign(
-            patch_id=result.patch_ids, target=result.target, pred=calls["called"].map(names.index)
-        )
-        picked = pd.Index(result.patch_ids).get_indexer(pick_examples(frame, errors, 0))
-        result = Patches(
-            [result.patch_ids[row] for row in picked],
-            result.pixels[picked],
-            result.sizes[picked],
-            result.target[picked],
-        )
-    return _explain_chosen(classifier, result, np.full(len(result.patch_ids), ""), methods, layers, engine)
-
-
-def _explain_chosen(
-    classifier: Classifier,
-    chosen: Patches,
-    subsets: np.ndarray,
-    methods: Sequence[str],
-    layers: Sequence[str],
-    engine: Engine,
-) -> Explained:
+    """Return the explanations of patches, without context, by each method and layer; see `explain`."""
+    classifier, engine = classifier.single_patch(), Engine(device)
     methods = list(dict.fromkeys(methods)) or _pick_methods(classifier, layers)
     if layers and not any(find_method(name).takes_layer for name in methods):
         raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} uses the whole network")
@@ -407,6 +355,7 @@ def _explain_chosen(
         for name in methods
         for layer in _choose_layers(name, layers)
     ]
+    subsets = "" if chosen.subsets is None else chosen.subsets
     examples = pd.DataFrame({"patch_id": chosen.patch_ids, "subset": subsets})
     examples = examples.join(tabulate_predicted_classes(classifier, chosen.target, result[0].probs))
     patches = [
@@ -440,7 +389,7 @@ def _illustrate(explanation: Explanation, sizes: np.ndarray, classifier: Classif
         channels = _pick_channels(maps)
         maps, titles = maps[:, channels], [f"activation {channel + 1}" for channel in channels]
     scaled = scale_maps(maps, axis=(2, 3) if n_maps == 1 else (0, 2, 3), signed=method.signed)
-    caption = f"{capitalize(method.title)}: {method.shows}. {method.caveat}."
+    caption = method.caption
     if method.takes_layer:
         caption += f" Layer {explanation.layer}" + (
             f", {len(titles)} of its {n_maps} channels: some that vary and differ." if n_maps > 1 else "."

@@ -12,17 +12,17 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from biopsy.core.errors import DataError, RecipeError, RunError
+from biopsy.core.errors import RecipeError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.seeds import derive, make_rng
 from biopsy.core.text import capitalize, count
 from biopsy.data.packs import Pack
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import METHODS, find_method
+from biopsy.evaluation.stored_results import affordable_patches, read_result
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_classifier
-from biopsy.models.networks import describe
 from biopsy.statistics.intervals import describe_method
 from biopsy.statistics.resampling import Interval, Resampling, clustered_mean
 from biopsy.training.runs import Run
@@ -57,9 +57,7 @@ def rank_cells(maps: np.ndarray) -> np.ndarray:
     ranks = np.empty(maps.shape, int)
     for values, out in zip(maps, ranks, strict=True):
         mean = np.bincount(cell.ravel(), values.ravel(), CELLS**2) / np.maximum(sizes, 1)
-        order = np.argsort(-mean, kind="stable")
-        rank = np.empty(CELLS**2, int)
-        rank[order] = np.arange(CELLS**2)
+        rank = np.argsort(np.argsort(-mean, kind="stable"))
         out[...] = rank[cell]
     return ranks
 
@@ -184,7 +182,11 @@ BASELINES = {"random": "random maps", "edges": "edges"}
 MIN_CORRELATION = (
     0.5  # rank correlation from which maps of random weights count as similar to the trained ones
 )
-_VERBS = {"beats": "is better than {}", "worse": "is worse than {}", "no better": "is not better than {}"}
+_VERBS = {
+    "higher": "is better than {}",
+    "lower": "is worse than {}",
+    "not different": "is not better than {}",
+}
 
 
 def describe_method_result(
@@ -203,18 +205,15 @@ def describe_method_result(
         group_ids: Group id per patch.
         **resampling: As of `Resampler`, including ``unit``.
     """
-    score, gains, n_better = _score(traced[name]), {}, {}
-    for baseline in BASELINES:
-        gain = score - _score(traced[baseline])
-        gains[baseline] = clustered_mean(gain, group_ids, **resampling)
-        n_better[baseline] = int((gain > 0).sum())
+    by_patch = {baseline: _score(traced[name]) - _score(traced[baseline]) for baseline in BASELINES}
+    gains = {baseline: clustered_mean(gain, group_ids, **resampling) for baseline, gain in by_patch.items()}
     record = {
         "name": name,
         "title": find_method(name).title,
         **describe_curves(traced[name], group_ids, **resampling),
         "gain": gains,
-        "n_better": n_better,
-        "verdict": {baseline: compare_with_baselines(gain) for baseline, gain in gains.items()},
+        "n_better": {baseline: int((gain > 0).sum()) for baseline, gain in by_patch.items()},
+        "verdict": {baseline: gain.compare(0.0) for baseline, gain in gains.items()},
         "randomised": list(randomised),
     }
     return record | {"answer": describe_gain(record, len(np.unique(group_ids)), resampling["unit"])}
@@ -231,39 +230,29 @@ def describe_curves(
     return result
 
 
-def compare_with_baselines(gain: Interval) -> str:
-    """Return ``beats``, ``worse``, ``no better``, or ``unsaid`` without an interval."""
-    if gain.low is None or gain.high is None:
-        return "unsaid"
-    if gain.low > 0:
-        return "beats"
-    return "worse" if gain.high < 0 else "no better"
-
-
 def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
     """Return the results of a method in one sentence."""
-    title, parts = record["title"], []
-    if "unsaid" in record["verdict"].values():
-        result = [
+    title, gains = record["title"], record["gain"]
+    if "inconclusive" in record["verdict"].values():
+        points = [
             f"{abs(gain.value):.2f} {'above' if gain.value >= 0 else 'below'} {BASELINES[baseline]}"
-            for baseline, gain in record["gain"].items()
+            for baseline, gain in gains.items()
         ]
-        reason = record["gain"]["random"].reason
-        parts.append(
-            f"{title}: inconclusive with {count(n_groups, unit)} ({reason}); point estimate: "
-            + " and ".join(result)
+        answer = (
+            f"{title}: inconclusive with {count(n_groups, unit)} ({gains['random'].reason}); point estimate: "
+            + " and ".join(points)
         )
     else:
-        result = [
+        verdicts = [
             f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_format_gain(gain)}"
-            for baseline, gain in record["gain"].items()
+            for baseline, gain in gains.items()
         ]
-        parts.append(f"{title} {' and '.join(result)}")
+        answer = f"{title} {' and '.join(verdicts)}"
     if record["randomised"]:
         correlation = record["randomised"][-1]["rank_correlation"]
         change = "hardly changes" if correlation >= MIN_CORRELATION else "changes"
-        parts.append(f"its map {change} when all weights are random (rank correlation {correlation:.2f})")
-    return capitalize("; ".join(parts) + ".")
+        answer += f"; its map {change} when all weights are random (rank correlation {correlation:.2f})"
+    return capitalize(f"{answer}.")
 
 
 def _score(curves: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -322,7 +311,10 @@ def measure_faithfulness(
     subset, seed = run.evaluated_subset, run.info["seed"]
     network = engine.place(classifier.network).eval()
     input_px = classifier.info.preprocessing.input_px
-    rows = draw_patches(run, pack, n_patches or count_patches(network, input_px), seed=seed)
+    affordable = affordable_patches(
+        network, input_px, MAX_MULTIPLICATIONS / PASSES, (MIN_PATCHES, MAX_PATCHES)
+    )
+    rows = draw_patches(run, pack, n_patches or affordable, seed=seed)
     patches, groups = pack.patches[rows], pack.group_ids[rows]
 
     def predict(versions: np.ndarray) -> np.ndarray:
@@ -375,12 +367,12 @@ def measure_faithfulness(
 
 def read_faithfulness(run: Run) -> dict[str, Any] | None:
     """Return the stored results of this classifier on the evaluated subset; None if there are none."""
-    try:
-        cached = read_json(run.path / FOLDER / DOCUMENT, format=FORMAT)
-    except DataError:
-        return None
-    requested = (run.classifier.sha256, run.evaluated_subset)
-    return cached if (cached["classifier_sha256"], cached["subset"]) == requested else None
+    key = {
+        "format": FORMAT,
+        "classifier_sha256": run.classifier.sha256,
+        "subset": run.evaluated_subset,
+    }
+    return read_result(run.path / FOLDER / DOCUMENT, key)
 
 
 def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
@@ -406,15 +398,6 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
     return rows[np.argsort(turn, kind="stable")][:n_patches]
 
 
-def count_patches(network: Any, input_px: int) -> int:
-    """Return the number of patches that can be tested in about a minute."""
-    multiplications = sum(
-        row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
-    )
-    affordable = MAX_MULTIPLICATIONS / PASSES / max(multiplications, 1)
-    return int(np.clip(affordable, MIN_PATCHES, MAX_PATCHES))
-
-
 def explain_all(
     classifier: Classifier,
     patches: np.ndarray,
@@ -437,11 +420,15 @@ def explain_all(
             raise RecipeError(f"{name} is not class-specific: faithfulness tests need a map of one class")
         try:
             chosen = layer if method.takes_layer else None
-            maps[name], layers[name] = _explain(classifier, patches, class_index, name, chosen, engine)
+            result = explain_patches(
+                classifier, patches, None, name, class_index, chosen, channels="mean", engine=engine
+            )
         except RecipeError as error:
             if methods or layer:
                 raise
             refused.append({"name": name, "reason": str(error)})
+        else:
+            maps[name], layers[name] = result.maps[:, 0], result.layer
     return maps, layers, refused
 
 
@@ -490,7 +477,10 @@ def compare_randomised(
         other = Classifier(classifier.info, network)
         for name in maps:
             trained = np.abs(maps[name][: len(patches)])
-            random = np.abs(_explain(other, patches, class_index, name, layers[name], engine)[0])
+            explained = explain_patches(
+                other, patches, None, name, class_index, layers[name], channels="mean", engine=engine
+            )
+            random = np.abs(explained.maps[:, 0])
             result[name].append(
                 {
                     "from_layer": from_layer,
@@ -501,29 +491,6 @@ def compare_randomised(
     return result
 
 
-def _explain(
-    classifier: Classifier,
-    patches: np.ndarray,
-    class_index: np.ndarray,
-    method: str,
-    layer: str | None,
-    engine: Engine,
-) -> tuple[np.ndarray, str | None]:
-    """Return maps of the class of each patch, and the layer used."""
-    maps = np.empty(patches.shape[:3], np.float32)
-    for index in np.unique(class_index):
-        rows = class_index == index
-        name = classifier.info.class_names[index]
-        result = explain_patches(
-            classifier, patches[rows], None, method, name, layer, channels="mean", engine=engine
-        )
-        maps[rows], layer = result.maps[:, 0], result.layer
-    return maps, layer
-
-
 def _draw_maps(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Return maps with random values per cell."""
-    n, height, width = shape
-    small = rng.random((n, CELLS, CELLS))
-    rows, columns = (np.arange(side) * CELLS // side for side in (height, width))
-    return small[:, rows][:, :, columns]
+    return rng.random((shape[0], CELLS**2))[:, _cell_of_pixels(shape[1:])]

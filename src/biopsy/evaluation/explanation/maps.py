@@ -43,7 +43,7 @@ def explain_patches(
     patches: np.ndarray,
     sizes: np.ndarray | None = None,
     method: str = "saliency",
-    target_class: str | None = None,
+    target_class: str | np.ndarray | None = None,
     layer: str | None = None,
     *,
     channels: Channels = "all",
@@ -59,8 +59,8 @@ def explain_patches(
         patches: uint8 ``(n, H, W, 3)`` RGB.
         sizes: True ``(width, height)`` of each patch, ``(n, 2)``; None without padding.
         method: One of ``methods.METHODS``.
-        target_class: The class to explain; by default the positive class or, for more than two classes, the
-            predicted class of each patch.
+        target_class: The class to explain, or the class index of each patch, ``(n,)``; by default the
+            positive class or, for more than two classes, the predicted class of each patch.
         layer: Name of the layer, for methods that use one; by default the first convolution (after its
             activation, if any), for Grad-CAM the last feature maps before pooling.
         channels: ``all`` maps of a layer, or their ``mean``.
@@ -74,7 +74,7 @@ def explain_patches(
         raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
     if layer is not None and not method_info.takes_layer:
         raise RecipeError(f"layer={layer!r} cannot be chosen: {method} uses the whole network")
-    target_index = _find_class(classifier, target_class)
+    requested = _find_classes(classifier, target_class, len(patches))
     engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.resize_mode == "stretch"
     network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
     predictor = engine.place(classifier.network)
@@ -91,8 +91,9 @@ def explain_patches(
         batch = preprocessing.prepare(patches[chunk], widths, heights, device=engine.device)
         with torch.no_grad():
             logits.append(predictor(batch).float())
-        predicted = logits[-1].argmax(dim=1)
-        class_index = predicted if target_index is None else torch.full_like(predicted, target_index)
+        class_index = logits[-1].argmax(dim=1)
+        if requested is not None:
+            class_index = torch.as_tensor(requested[chunk], device=class_index.device)
         result = method_info.compute(ExplanationRequest(network, batch, class_index, baseline, layer)).float()
         result = result.mean(dim=1, keepdim=True) if channels == "mean" else result
         maps.append(_to_patches(result, patches.shape[1:3], size, stretched=stretched))
@@ -100,19 +101,22 @@ def explain_patches(
     return Explanation(
         method,
         layer,
-        all_logits.argmax(axis=1) if target_index is None else np.full(len(patches), target_index),
+        all_logits.argmax(axis=1) if requested is None else requested,
         classifier.probs(all_logits),
         np.concatenate(maps),
     )
 
 
-def _find_class(classifier: Classifier, target_class: str | None) -> int | None:
-    if target_class is None:
-        return classifier.positive_index
-    names = classifier.info.class_names
-    if target_class not in names:
-        raise RecipeError(f"the classifier has no class {target_class!r}; {suggest(target_class, names)}")
-    return names.index(target_class)
+def _find_classes(classifier: Classifier, target_class: str | np.ndarray | None, n: int) -> np.ndarray | None:
+    """Return the index of the class to explain for each patch; None for the predicted one."""
+    if isinstance(target_class, np.ndarray):
+        return target_class
+    names, index = classifier.info.class_names, classifier.positive_index
+    if target_class is not None:
+        if target_class not in names:
+            raise RecipeError(f"the classifier has no class {target_class!r}; {suggest(target_class, names)}")
+        index = names.index(target_class)
+    return None if index is None else np.full(n, index)
 
 
 def _to_patches(

@@ -1,13 +1,14 @@
 """Sections of the report on saliency and its faithfulness."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import count
+from biopsy.core.text import count_patches
 from biopsy.evaluation.explanation.examples import (
     Explained,
     count_constant,
@@ -19,7 +20,7 @@ from biopsy.evaluation.explanation.explain import explain
 from biopsy.evaluation.explanation.faithfulness import read_faithfulness
 from biopsy.plotting.style import BASELINE, INK, SERIES_COLOURS, WIDTH_IN, styled, svg
 from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
-from biopsy.reporting.elements import Footnotes
+from biopsy.reporting.elements import make_table, picture
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
@@ -38,7 +39,7 @@ def describe_attention(facts: RunFacts) -> Section | None:
     explained: Explained | None = facts.results.get("explanation")
     if explained is None or explained.examples.empty:
         return None
-    right = (explained.examples["kind"] == "right").to_numpy()
+    right = (explained.examples["kind"] == "correct").to_numpy()
     pictures = []
     for name, chosen, title in (
         ("wrong", ~right, "Misclassified patches: the most confident errors of each kind."),
@@ -104,11 +105,11 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
     settings, methods = result["settings"], result["methods"]
     baselines = {item["name"]: item for item in result["baselines"]}
     patches = f"predicted {result['positive_class']}" if result["positive_class"] else "of any class"
-    units = "" if result["unit"] == "patch" else f" of {count(result['n_groups'], result['unit'])}"
+    size = count_patches(result["n_patches"], result["n_groups"], result["unit"])
     blocks: list[Block] = [
         Bullets([item["answer"] for item in methods]),
         Text(
-            f"Measured on {count(result['n_patches'], 'patch')}{units}, {patches}, of the "
+            f"Measured on {size}, {patches}, of the "
             f"{result['subset']} subset (seed {result['seed']}). Each patch is divided into "
             f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
             "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
@@ -118,7 +119,7 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
             "half the difference of the areas under its two curves, minus the same of a random order, and "
             "of an edge detector, which does not know the network."
         ),
-        Pictures([Picture(_caption(result), svg(_draw(methods, baselines), "faithfulness"))], across=1),
+        picture(svg(_draw(methods, baselines), "faithfulness"), _caption(result)),
         _table_of_gains(methods, baselines),
         _table_of_randomisation(methods, settings),
     ]
@@ -145,20 +146,20 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 
 def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows, reasons = [], Footnotes()
-    for item in methods:
-        areas = [number(item[name]["value"]) for name in ("deletion", "insertion")]
-        gains = [reasons.estimate(item["gain"][name]) for name in TITLES]
-        rows.append([item["title"], *areas, *gains, *(number(item["n_better"][name]) for name in TITLES)])
-    for name, item in baselines.items():
-        areas = [number(item[key]["value"]) for key in ("deletion", "insertion")]
-        rows.append([TITLES[name], *areas, "-", "-", "-", "-"])
+    def areas(item: Mapping[str, Any]) -> list[float]:
+        return [item[name]["value"] for name in ("deletion", "insertion")]
+
+    rows = [
+        [item["title"], *areas(item), *(item[key][name] for key in ("gain", "n_better") for name in TITLES)]
+        for item in methods
+    ]
+    rows += [[TITLES[name], *areas(item), *[None] * 4] for name, item in baselines.items()]
     columns = ["method", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
     note = (
         "Deletion and insertion: area under the curve. Gains are paired by patch. The last two columns "
-        f"count patches.{reasons.text}"
+        "count patches."
     )
-    return Table([*columns, "than edges"], rows, caption="Deletion and insertion", note=note)
+    return make_table([*columns, "than edges"], rows, caption="Deletion and insertion", note=note)
 
 
 def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[str, Any]) -> Table:
@@ -202,31 +203,17 @@ def draw_deletion_insertion(
         raise MetricError("no curve to draw: no method was tested")
     figure = Figure(figsize=(WIDTH_IN, 2.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    lines = [
-        (title, pair, {"color": BASELINE, "linestyle": style, "linewidth": 2.2})
-        for (title, pair), style in zip(baselines.items(), _BASELINE_LINES, strict=False)
-    ]
-    lines += [
-        (
-            title,
-            pair,
-            {
-                "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
-                "linestyle": _LINES[index % len(_LINES)],
-                "linewidth": 1.4,
-            },
-        )
-        for index, (title, pair) in enumerate(curves.items())
-    ]
-    headings = ("deletion: lower is better", "insertion: higher is better")
-    for column, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
-        for title, pair, style_options in lines:
-            panel.plot(np.linspace(0, 1, len(pair[column])), pair[column], label=title, **style_options)
-        panel.set_xlabel(f"Share of cells {('deleted', 'inserted')[column]}", color=INK)
-        panel.set_title(heading)
-        panel.set_xlim(0, 1)
-        panel.set_ylim(0, 1)
+    grey = [(BASELINE, line, 2.2) for line in _BASELINE_LINES]
+    colours, lines = cycle(SERIES_COLOURS), cycle(_LINES)
+    coloured = [(next(colours), next(lines), 1.4) for _ in curves]
+    headings = (("deleted", "deletion: lower is better"), ("inserted", "insertion: higher is better"))
+    for column, (panel, (verb, heading)) in enumerate(zip(panels, headings, strict=True)):
+        for series, styles in ((baselines, grey), (curves, coloured)):
+            for (title, pair), (colour, line, width) in zip(series.items(), styles, strict=False):
+                y, style = pair[column], {"color": colour, "linestyle": line}
+                panel.plot(np.linspace(0, 1, len(y)), y, label=title, linewidth=width, **style)
+        panel.set(xlim=(0, 1), ylim=(0, 1), title=heading)
+        panel.set_xlabel(f"Share of cells {verb}", color=INK)
     panels[0].set_ylabel("Mean probability")
-    handles, titles = panels[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -8,20 +8,24 @@ from typing import Any, Unpack
 import cv2
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from biopsy.core.errors import DataError, RunError
+from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, write_json
-from biopsy.core.seeds import make_rng
 from biopsy.core.text import count
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
+from biopsy.evaluation.stored_results import (
+    MAX_MEASURED,
+    affordable_patches,
+    draw_rows,
+    read_result,
+    result_key,
+)
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
-from biopsy.models.networks import describe
 from biopsy.slide_io.stain import combine_stains, separate_stains
-from biopsy.statistics.contrasts import contrast_groups
-from biopsy.statistics.intervals import PatientSummary, describe_method, estimate_metrics
+from biopsy.statistics.contrasts import Contrast, contrast_groups
+from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.resampling import Interval, Resampling, clustered_ratio
 from biopsy.statistics.weighted_counts import sort_scores
@@ -88,19 +92,18 @@ def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | No
 
 FORMAT = "biopsy-hypotheses/1"
 PATH = Path("explain", "hypotheses.json")
-MAX_MEASURED = 5_000  # patches whose stain and heterogeneity are measured
-MAX_PREDICTED, MIN_PREDICTED = 1_000, 100  # patches that are predicted again
-MAX_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
 MIN_AREA = 1e-3  # a colour with a smaller share of the area is treated as absent
 
-_WRONG_GALLERY = (
-    "The publication illustrates both hypotheses with the wrong kind of error; each is tested here on the "
-    "kind of error to which it can apply."
-)
+_VERDICTS = {
+    "higher": "supported",
+    "lower": "contradicted",
+    "not different": "not supported",
+    "inconclusive": "inconclusive",
+}
 _LEADS = {
-    "held": "Supported by these data",
-    "opposite": "Not supported by these data, which show the opposite",
-    "not seen": "Not supported by these data",
+    "supported": "Supported by these data",
+    "contradicted": "Not supported by these data, which show the opposite",
+    "not supported": "Not supported by these data",
 }
 
 
@@ -120,36 +123,22 @@ def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[s
         RunError: If the run has more than two classes, or no subset of it has been predicted.
     """
     run = Run.open(run)
-    subset, seed = run.evaluated_subset, run.info["seed"]
+    subset, path = run.evaluated_subset, run.path / PATH
     frame, metadata = run.predictions(subset)
     if "prob" not in frame:
         raise RunError(f"{run.path} has more than two classes: the hypotheses are defined for two")
-    requested = subset_key(run, FORMAT, subset, frame, metadata)
-    path = run.path / PATH
-    result = _read_cached(path, requested)
+    key = result_key(run, FORMAT, subset, frame, metadata)
+    result = read_result(path, key)
     if result is None:
-        write_json(path, {**requested, **_measure(run, frame, seed, device)})
+        write_json(path, {**key, **_measure(run, frame, key["seed"], device)})
         result = read_json(path, format=FORMAT)
     return result
-
-
-def subset_key(
-    run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the entries that identify the predictions from which a record was computed."""
-    return {
-        "format": format,
-        "subset": subset,
-        "n_patches": len(frame),
-        "classifier_sha256": metadata["classifier_sha256"],
-        "seed": run.info["seed"],
-    }
 
 
 def read_hypotheses(run: Run) -> dict[str, Any] | None:
     """Return the stored results for the evaluated subset; None if there are none."""
     subset = run.evaluated_subset
-    return _read_cached(run.path / PATH, subset_key(run, FORMAT, subset, *run.predictions(subset)))
+    return read_result(run.path / PATH, result_key(run, FORMAT, subset, *run.predictions(subset)))
 
 
 def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
@@ -183,38 +172,31 @@ def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str,
         "unit": pack.unit,
         "n_groups": len(np.unique(groups)),
         "n_measured": len(measured),
-        "n_asked": len(predicted),
+        "n_predicted": len(predicted),
         "threshold": threshold,
         "interval": describe_method(len(np.unique(groups)), **options),
         "hypotheses": [
-            check_less_stained(properties, *outcome, **options),
-            check_heterogeneous(properties, *outcome, **options),
+            *(check_errors(name, properties, *outcome, **options) for name in ERROR_HYPOTHESES),
             check_blue_yellow(truth[predicted], intact, without, shares, groups[predicted], **options),
         ],
     }
 
 
 @dataclass(frozen=True, kw_only=True)
-class PropertyContrast:
+class PropertyContrast(Contrast):
     """A property compared in the direction of a hypothesis: differences above 0, AUROC above 0.5 support it.
 
     Attributes:
+        property: The property, one of `PROPERTIES`.
         direction: ``more`` or ``less``, the expectation for the chosen patches.
-        by_group: Patient to ``n_chosen``, ``n_others`` and ``auroc``.
+        chosen: The chosen patches.
+        others: The patches that they are compared with.
     """
 
     property: str
     direction: str
     chosen: str
     others: str
-    n_chosen: int
-    n_others: int
-    mean_chosen: float
-    mean_others: float
-    difference_sd: Interval
-    auroc: Interval
-    within: PatientSummary | None
-    by_group: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -232,7 +214,7 @@ class Hypothesis:
     """A published hypothesis and its test.
 
     Attributes:
-        verdict: ``held`` (supported), ``opposite``, ``not seen`` (not supported) or ``unsaid`` (no interval).
+        verdict: ``supported``, ``contradicted``, ``not supported`` or ``inconclusive`` (no interval).
         answer: The verdict as a sentence.
         measures: The compared properties.
         auroc: ``auroc`` with colour and after each of `REMOVALS`, and the ``difference`` of the latter.
@@ -251,80 +233,101 @@ class Hypothesis:
     saliency: dict[str, ColourShare] | None = None
 
 
-def check_less_stained(
+@dataclass(frozen=True)
+class ErrorHypothesis:
+    """A hypothesis about misclassified patches of one class.
+
+    Attributes:
+        claim: The claim as published.
+        positive: Whether it is about false negatives, rather than false positives.
+        properties: The properties compared, the primary one first.
+        direction: 1 if misclassified patches should have more of it, else -1.
+        adjective: What they should be more, or less.
+    """
+
+    claim: str
+    positive: bool
+    properties: tuple[str, ...]
+    direction: int
+    adjective: str
+
+
+ERROR_HYPOTHESES = {
+    "less stained": ErrorHypothesis(
+        "Less stained patches are taken for negative.",
+        True,
+        ("stain", "haematoxylin", "eosin"),
+        -1,
+        "stained",
+    ),
+    "heterogeneous": ErrorHypothesis(
+        "Patches of high internal heterogeneity are taken for cancer.",
+        False,
+        ("heterogeneity",),
+        1,
+        "heterogeneous",
+    ),
+}
+
+
+def check_errors(
+    name: str,
     properties: pd.DataFrame,
     truth: np.ndarray,
     predicted_positive: np.ndarray,
     group_ids: np.ndarray,
     **resampling: Unpack[Resampling],
 ) -> Hypothesis:
-    """Test whether false negatives are less stained than true positives.
+    """Test a hypothesis about misclassified patches against correct patches of the same class.
 
     Args:
+        name: One of `ERROR_HYPOTHESES`.
         properties: From `measure_properties`, one row per patch.
         truth: 1 for positive patches, else 0, ``(n,)``.
-        called: Whether each patch is predicted positive, ``(n,)``.
+        predicted_positive: Whether each patch is predicted positive, ``(n,)``.
         **resampling: As of `Resampler`, including ``unit``.
     """
-    positive = truth == 1
-    names = ("false negatives", "true positives")
-    measures = [
-        _contrast(
-            name,
-            -1,
-            properties[name][positive],
-            ~predicted_positive[positive],
-            group_ids[positive],
-            names,
-            **resampling,
+    hypothesis = ERROR_HYPOTHESES[name]
+    of_class = truth == int(hypothesis.positive)
+    wrong, groups = predicted_positive[of_class] != hypothesis.positive, group_ids[of_class]
+    if hypothesis.positive:
+        chosen, others, among = "false negatives", "true positives", "positive patches"
+    else:
+        chosen, others, among = "false positives", "true negatives", "negative patches"
+    measures = []
+    for column in hypothesis.properties:
+        values = hypothesis.direction * properties[column][of_class].to_numpy()
+        result = contrast_groups(values, wrong, groups, names=(chosen, others), **resampling)
+        means = {key: hypothesis.direction * vars(result)[key] for key in ("mean_chosen", "mean_others")}
+        measures.append(
+            PropertyContrast(
+                **{**vars(result), **means},
+                property=column,
+                direction="more" if hypothesis.direction > 0 else "less",
+                chosen=chosen,
+                others=others,
+            )
         )
-        for name in ("stain", "haematoxylin", "eosin")
-    ]
-    words = ("false negatives are {} stained than true positives", "less", "more")
-    verdict, answer = _decide_contrast(measures[0], words, group_ids, resampling["unit"])
+    auroc, difference = measures[0].auroc, measures[0].difference_sd
+    verdict = _VERDICTS[auroc.compare(0.5)]
+    if np.isnan(auroc.value):
+        answer = f"Not tested: {auroc.reason}."
+    else:
+        comparative = "less" if hypothesis.direction * difference.value < 0 else "more"
+        size = "" if np.isnan(difference.value) else f", by {abs(difference.value):.2f} standard deviations"
+        answer = (
+            f"{_lead(verdict, group_ids, resampling['unit'], auroc.reason)} {chosen} are {comparative} "
+            f"{hypothesis.adjective} than {others}{size}; AUROC {_estimate(auroc, '.3f')}."
+        )
     return Hypothesis(
-        name="less stained",
-        claim="Less stained patches are taken for negative.",
+        name=name,
+        claim=hypothesis.claim,
         source="the VGG16 post",
-        among="positive patches",
+        among=among,
         verdict=verdict,
         answer=answer,
-        note=_WRONG_GALLERY,
-        measures=measures,
-    )
-
-
-def check_heterogeneous(
-    properties: pd.DataFrame,
-    truth: np.ndarray,
-    predicted_positive: np.ndarray,
-    group_ids: np.ndarray,
-    **resampling: Unpack[Resampling],
-) -> Hypothesis:
-    """Test whether false positives are more heterogeneous than true negatives; see `check_less_stained`."""
-    negative = truth == 0
-    names = ("false positives", "true negatives")
-    measures = [
-        _contrast(
-            "heterogeneity",
-            1,
-            properties["heterogeneity"][negative],
-            predicted_positive[negative],
-            group_ids[negative],
-            names,
-            **resampling,
-        )
-    ]
-    words = ("false positives are {} heterogeneous than true negatives", "more", "less")
-    verdict, answer = _decide_contrast(measures[0], words, group_ids, resampling["unit"])
-    return Hypothesis(
-        name="heterogeneous",
-        claim="Patches of high internal heterogeneity are taken for cancer.",
-        source="the VGG16 post",
-        among="negative patches",
-        verdict=verdict,
-        answer=answer,
-        note=_WRONG_GALLERY,
+        note="The publication illustrates both hypotheses with the wrong kind of error; each is tested here "
+        "on the kind of error to which it can apply.",
         measures=measures,
     )
 
@@ -351,16 +354,13 @@ def check_blue_yellow(
         "as it is": {"auroc": _auroc(truth, prob, group_ids, **resampling)}
     }
     for name, other in without.items():
-        difference = estimate_differences(truth, other, prob, group_ids, names=["auroc"], **resampling)[
-            "auroc"
-        ]
+        differences = estimate_differences(truth, other, prob, group_ids, names=["auroc"], **resampling)
         auroc[name] = {
             "auroc": _auroc(truth, other, group_ids, **resampling),
-            "difference": difference,
+            "difference": differences["auroc"],
         }
-    verdicts = {colour: _decide(share.ratio, 1.0) for colour, share in saliency.items()}
-    order = ("held", "opposite", "not seen", "unsaid")
-    verdict = min(verdicts.values(), key=order.index)
+    verdicts = {colour: _VERDICTS[share.ratio.compare(1.0)] for colour, share in saliency.items()}
+    verdict = min(verdicts.values(), key=list(_VERDICTS.values()).index)
     parts = [_describe_share(colour, result) for colour, result in saliency.items()]
     before = auroc["as it is"]["auroc"].value
     if not np.isnan(before) and "grey" in auroc:
@@ -370,7 +370,7 @@ def check_blue_yellow(
             f"(difference {_estimate(grey['difference'], '+.3f')})"
         )
     colours = [colour for colour, result in verdicts.items() if result == verdict]
-    suffix = "" if verdict == "unsaid" else f" for {' and '.join(colours)}"
+    suffix = "" if verdict == "inconclusive" else f" for {' and '.join(colours)}"
     lead = _lead(verdict, group_ids, resampling["unit"], saliency[colours[0]].ratio.reason, suffix)
     return Hypothesis(
         name="blue and yellow",
@@ -384,72 +384,6 @@ def check_blue_yellow(
         auroc=auroc,
         saliency=saliency,
     )
-
-
-def affordable_patches(network: nn.Module, input_px: int) -> int:
-    """Return the number of patches that the network can predict within some seconds."""
-    multiplications = sum(
-        row.parameters * np.prod(row.output_shape[1:], dtype=float) for row in describe(network, input_px)
-    )
-    return int(np.clip(MAX_MULTIPLICATIONS / max(multiplications, 1), MIN_PREDICTED, MAX_PREDICTED))
-
-
-def draw_rows(n: int, most: int, seed: int) -> np.ndarray:
-    """Return at most ``most`` of ``n`` rows, drawn without replacement, in order."""
-    if n <= most:
-        return np.arange(n)
-    return np.sort(make_rng(seed, "hypotheses", most).choice(n, most, replace=False))
-
-
-def _read_cached(path: Path, requested: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the stored results if they belong to the requested predictions, else None."""
-    try:
-        cached = read_json(path, format=FORMAT)
-    except DataError:
-        return None
-    return cached if all(cached.get(key) == value for key, value in requested.items()) else None
-
-
-def _contrast(
-    name: str,
-    direction: int,
-    values: pd.Series,
-    chosen: np.ndarray,
-    group_ids: np.ndarray,
-    names: tuple[str, str],
-    **resampling: Unpack[Resampling],
-) -> PropertyContrast:
-    """Compare a property in the direction of the hypothesis: -1 if the chosen patches should have less."""
-    result = contrast_groups(direction * values.to_numpy(), chosen, group_ids, names=names, **resampling)
-    return PropertyContrast(
-        property=name,
-        direction="more" if direction > 0 else "less",
-        chosen=names[0],
-        others=names[1],
-        n_chosen=result.n_chosen,
-        n_others=result.n_others,
-        mean_chosen=direction * result.mean_chosen,
-        mean_others=direction * result.mean_others,
-        difference_sd=result.difference_sd,
-        auroc=result.auroc,
-        within=result.within,
-        by_group=result.by_group.to_dict(orient="index"),
-    )
-
-
-def _decide_contrast(
-    measure: PropertyContrast, words: tuple[str, str, str], group_ids: np.ndarray, unit: str
-) -> tuple[str, str]:
-    """Return verdict and answer: whether the interval of the AUROC lies above 0.5."""
-    auroc, difference = measure.auroc, measure.difference_sd
-    verdict = _decide(auroc, 0.5)
-    if np.isnan(auroc.value):
-        return verdict, f"Not tested: {auroc.reason}."
-    sentence, more, less = words
-    statement = sentence.format(less if difference.value < 0 else more)
-    size = "" if np.isnan(difference.value) else f", by {abs(difference.value):.2f} standard deviations"
-    lead = _lead(verdict, group_ids, unit, auroc.reason)
-    return verdict, f"{lead} {statement}{size}; AUROC {_estimate(auroc, '.3f')}."
 
 
 def _measure_share(
@@ -477,16 +411,8 @@ def _auroc(
     return estimate_metrics(scores, ["auroc"], **resampling)["auroc"]
 
 
-def _decide(estimate: Interval, neutral: float) -> str:
-    if estimate.low is None or estimate.high is None:
-        return "unsaid"
-    if estimate.low > neutral:
-        return "held"
-    return "opposite" if estimate.high < neutral else "not seen"
-
-
 def _lead(verdict: str, group_ids: np.ndarray, unit: str, reason: str | None, suffix: str = "") -> str:
-    if verdict != "unsaid":
+    if verdict != "inconclusive":
         return f"{_LEADS[verdict]}{suffix}:"
     return f"Inconclusive with {count(len(np.unique(group_ids)), unit)} ({reason}). Point estimate:"
 

@@ -1,15 +1,14 @@
 """Report section on the hypotheses published with the recipes."""
 
 from collections.abc import Mapping
-from string import capwords
 from typing import Any
 
-from biopsy.core.text import count, plural
+from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.explanation.section import MAX_GROUPS
 from biopsy.evaluation.hypotheses.measure import measure_hypotheses, read_hypotheses
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.reporting.document import Block, Section, Table, Text, number
-from biopsy.reporting.elements import Footnotes
+from biopsy.reporting.elements import make_table
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
@@ -30,10 +29,10 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
     result = facts.results.get("hypotheses")
     if result is None:
         return None
-    is_sample = result["n_measured"] < result["n_patches"] or result["n_asked"] < result["n_patches"]
+    is_sample = result["n_measured"] < result["n_patches"] or result["n_predicted"] < result["n_patches"]
     size = (
         f" Measured on {number(result['n_measured'])} of {count(result['n_patches'], 'patch')} (seed "
-        f"{result['seed']}); hypotheses about saliency on {number(result['n_asked'])}."
+        f"{result['seed']}); hypotheses about saliency on {number(result['n_predicted'])}."
     )
     blocks: list[Block] = [
         Text(
@@ -56,18 +55,17 @@ def describe_hypotheses(facts: RunFacts) -> Section | None:
 
 
 def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
-    rows, reasons = [], Footnotes()
-    for _, m in compared:
-        row = [
+    rows = [
+        [
             f"{m['property']}: {m['chosen']} and {m['others']}",
             f"{number(m['n_chosen'])} / {number(m['n_others'])}",
             f"{number(m['mean_chosen'])} / {number(m['mean_others'])}",
-            reasons.estimate(m["difference_sd"]),
-            reasons.estimate(m["auroc"]),
+            m["difference_sd"],
+            m["auroc"],
+            *([m["within"] or {}] if unit != "patch" else []),
         ]
-        if unit != "patch":
-            row.append(reasons.estimate(m["within"] or {}))
-        rows.append(row)
+        for _, m in compared
+    ]
     columns = ["comparison", "patches", "means", "difference in SD", "AUROC"]
     columns += [f"AUROC within {plural(unit)}, mean"] if unit != "patch" else []
     units = "; ".join(
@@ -76,36 +74,30 @@ def _table_of_contrasts(compared: list[tuple[Any, Any]], unit: str) -> Table:
     notes = " ".join(dict.fromkeys(entry["note"] for entry, _ in compared))
     note = (
         "Differences above 0 and AUROC above 0.5 support the hypothesis: less stain in false negatives, "
-        f"more heterogeneity in false positives. {capwords(units[:1])}{units[1:]}. {notes}{reasons.text}"
+        f"more heterogeneity in false positives. {capitalize(units)}. {notes}"
     )
-    return Table(columns, rows, caption="Stain and heterogeneity of errors", note=note)
+    return make_table(columns, rows, caption="Stain and heterogeneity of errors", note=note)
 
 
 def _table_of_colour(entry: Mapping[str, Any]) -> Table:
-    rows, reasons = [], Footnotes()
-    for name, result in entry["auroc"].items():
-        difference = result.get("difference")
-        rows.append(
-            [name, reasons.estimate(result["auroc"]), reasons.estimate(difference) if difference else "-"]
-        )
-    note = f"Differences are paired, over the same patches. {entry['note']}{reasons.text}"
-    return Table(["patches", "AUROC", "difference"], rows, caption="AUROC without colour", note=note)
+    return make_table(
+        ["patches", "AUROC", "difference"],
+        [[name, result["auroc"], result.get("difference")] for name, result in entry["auroc"].items()],
+        caption="AUROC without colour",
+        note=f"Differences are paired, over the same patches. {entry['note']}",
+    )
 
 
 def _table_of_saliency(entry: Mapping[str, Any]) -> Table:
-    rows, reasons = [], Footnotes()
-    for colour, result in entry["saliency"].items():
-        shares = [number(result["area_share"]), number(result["saliency_share"])]
-        rows.append([colour, *shares, reasons.estimate(result["ratio"])])
-    note = (
-        "Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: saliency "
-        f"is independent of colour.{reasons.text}"
-    )
-    return Table(
+    return make_table(
         ["pixels", "share of the area", "share of the saliency", "ratio"],
-        rows,
+        [
+            [colour, *(result[key] for key in ("area_share", "saliency_share", "ratio"))]
+            for colour, result in entry["saliency"].items()
+        ],
         caption="Saliency by colour",
-        note=note,
+        note="Blue and yellow: a b* of CIELAB beyond -10 and 10; purple counts as blue. A ratio of 1: "
+        "saliency is independent of colour.",
     )
 
 
@@ -115,15 +107,13 @@ def _tables_by_group(compared: list[tuple[Any, Any]], unit: str) -> list[Block]:
         [
             f"{measure['property']}, {measure['chosen']}",
             str(name),
-            number(values["n_chosen"]),
-            number(values["n_others"]),
-            number(values["auroc"]),
+            *(values[key] for key in ("n_chosen", "n_others", "auroc")),
         ]
         for _, measure in compared
         for name, values in list(measure["by_group"].items())[:MAX_GROUPS]
     ]
     if not rows:
         return []
-    title = f"Per-{unit} results"
     columns = ["property", unit, "errors", "correct", "AUROC"]
-    return [Table(columns, rows, text_columns=2, fold=title, note="Dash: only one of the two groups occurs.")]
+    note = "Dash: only one of the two groups occurs."
+    return [make_table(columns, rows, text_columns=2, fold=f"Per-{unit} results", note=note)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.core.plugins import Registry
+from biopsy.core.text import capitalize
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Method:
     find_layer: FindLayer | None
     per_class: bool
     signed: bool
+
+    @property
+    def caption(self) -> str:
+        """What a map shows and what it does not, for captions."""
+        return f"{capitalize(self.title)}: {self.shows}. {self.caveat}."
 
     @property
     def takes_layer(self) -> bool:
