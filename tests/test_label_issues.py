@@ -51,7 +51,7 @@ def noisy(tmp_path_factory, trained_run):
     pack = biopsy.prepare(place / "idc.zip", place / "idc.pack")
     run = Run.open(shutil.copytree(trained_run.path, place / "run"))
     about = {"path": str(pack.path), "content_sha256": pack.info.content_sha256}
-    run.update(pack={**run.info["pack"], **about}, files={}, classifier_sha256=None)
+    run.update(pack={**run.info["pack"], **about}, files={}, classifier_sha256="")
     subsets = pack.table["slide_id"].map({"8863": "train", "8864": "validation", "8865": "test"})
     pack.table[["patch_id"]].assign(subset=subsets).to_csv(run.path / "split.csv", index=False)
     true = pack.table["patch_id"].map(truth).to_numpy(int)
