@@ -359,7 +359,7 @@ def chapter(conformal, **changes):
     scored = ScoredPatches.of_predictions(predictions, NAMES, NAMES[1], "patient")
     entry = plain(measure_abstention(conformal, scored))
     metrics = make_metrics(table) | {"abstention": entry} | changes
-    return make_small_facts(tuple("abcdefgh"), predictions=table, metrics=metrics)
+    return make_small_facts(tuple("abcdefgh"), predictions=predictions, metrics=metrics)
 
 
 def words(facts):
