@@ -783,6 +783,21 @@ def test_an_area_named_as_a_class_without_having_it_is_refused(tmp_path, about):
         prepare(tmp_path / "s", mpp=4.0, patch_px=20, classes=["tumour=Tumor"], rest="normal")
 
 
+@pytest.mark.parametrize("twin", ["a/case.tif", "case.tiff"])
+def test_annotated_slides_of_one_name_do_not_end_a_cohort(tmp_path, twin):
+    document = json.dumps([feature(REGION, "Region*"), feature(TUMOUR, "Tumor")])
+    for name in (twin, "b/case.tif", "other.tif"):
+        write_slide(tmp_path / "s" / name)
+        (tmp_path / "s" / f"{name}.geojson").write_text(document)
+    options = {"mpp": 4.0, "patch_px": 20, "classes": ["tumour=Tumor"], "rest": "normal"}
+    pack = prepare(tmp_path / "s", **options)
+    assert pack.table["slide_id"].unique().tolist() == ["other"]
+    assert {item["source"] for item in pack.info.skipped} == {twin, "b/case.tif"}
+    (tmp_path / "s" / "other.tif").unlink()
+    with pytest.raises(DataError):
+        biopsy.prepare(tmp_path / "s", tmp_path / "none.pack", **options)
+
+
 def test_names_of_slides_with_spaces(tmp_path):
     write_slide(tmp_path / "s" / "case 1 .tif")
     (tmp_path / "s" / "case 1 .geojson").write_text(

@@ -331,6 +331,10 @@ def list_patches(archive: Archive, cutting: Cutting) -> Listing:
         raise DataError(f"{archive.path} is not a folder of {LOOKS_FOR}")
     notes = _list_notes(archive, cutting.annotations)
     pairs, unmatched = _pair(archive.entries, list(notes), cutting.annotations)
+    slides_of = Counter(_slide_id(slide) for slide, _ in pairs)
+    twins = [slide.name for slide, _ in pairs if slides_of[_slide_id(slide)] > 1]
+    pairs = [(slide, name) for slide, name in pairs if slide.name not in twins]
+    unmatched += [{"source": name, "reason": "has the name of another slide: rename one"} for name in twins]
     if not pairs:
         first = "".join(f": {item['source']} {item['reason']}" for item in unmatched[:1])
         raise DataError(f"{archive.path} has no slides with annotations{first}")
@@ -339,9 +343,6 @@ def list_patches(archive: Archive, cutting: Cutting) -> Listing:
         _slide_id(slide): _Case(archive.path_of(slide), slide.name, notes[name], name, stated[slide.name])
         for slide, name in pairs
     }
-    if len(cases) < len(pairs):
-        repeated = Counter(_slide_id(slide) for slide, _ in pairs).most_common(1)[0][0]
-        raise DataError(f"{archive.path} holds two slides called {repeated!r}: rename one")
     read = {slide_id: read_annotations(case.notes_path) for slide_id, case in cases.items()}
     class_names = name_classes(list(read.values()), cutting)
     tables, records, left_out = [], {}, Counter[str]()
