@@ -110,7 +110,6 @@ def measure_zones(zone: np.ndarray, scored: ScoredPatches, threshold: float) -> 
     Args:
         zone: Zone per patch, from `find_zones`, ``(n,)``; patches without a zone are left out.
         scored: The patches, of two classes.
-        threshold: Decision threshold.
     """
     result, zones = {}, pd.Series(zone, dtype="string")
     for name in ZONES:

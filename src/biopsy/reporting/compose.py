@@ -28,11 +28,7 @@ from biopsy.reporting.registry import list_results, list_sections
 
 
 def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
-    """Return the report of a run.
-
-    Args:
-        hide_ids: Replace patient, slide and patch ids by numbers.
-    """
+    """Return the report of a run; with ``hide_ids``, ids of patients, slides and patches become numbers."""
     if hide_ids and not facts.ids_hidden:
         facts = hide_run(facts, {name: result.hide for name, result in list_results().items()})
     composed = [compose(facts) for compose in list_sections()]

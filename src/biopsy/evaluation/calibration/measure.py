@@ -42,7 +42,6 @@ def measure_calibration(
     """Return the ``calibration`` entry of ``metrics.json``.
 
     Args:
-        classifier: The classifier whose calibrator is measured.
         logits: ``(n, n_classes)``.
         scored: The patches; their probabilities are computed from the logits.
 

@@ -171,10 +171,8 @@ def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: f
     """Return for each patch whether its prediction is correct, and its position.
 
     Args:
-        pack: A pack with two classes.
-        rows: Rows of the patches in the pack, ``(n,)``.
+        rows: Rows of the patches in a pack with two classes, ``(n,)``.
         prob: Probability of the positive class, ``(n,)``.
-        threshold: Decision threshold.
 
     Returns:
         ``patch_id``, ``patient_id``, ``slide_id``, ``x``, ``y``, ``target``, ``prob``, ``kind`` (one of

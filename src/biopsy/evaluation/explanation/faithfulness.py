@@ -107,11 +107,7 @@ def randomise_cascading(network: nn.Module, *, seed: int) -> Iterator[tuple[str,
     """Yield a copy of a network with randomised weights, from the last layer to the first.
 
     Weight matrices and kernels are drawn from a normal distribution with their root mean square; vectors are
-    shuffled. Layers are grouped into at most `MAX_STEPS` steps.
-
-    Args:
-        network: The network, which is not modified.
-        seed: Seed of the new weights; each layer has its own stream.
+    shuffled. Layers, each with its own stream of random numbers, are grouped into at most `MAX_STEPS` steps.
 
     Yields:
         Name of the first randomised layer, and the network, the same object every time.
@@ -199,11 +195,8 @@ def describe_method_result(
     """Return the record of a method.
 
     Args:
-        name: Name of the method.
         traced: Curves of deletion and insertion, by method and baseline.
         randomised: One record per step of weight randomisation.
-        group_ids: Group id per patch.
-        **resampling: As of `Resampler`, including ``unit``.
     """
     by_patch = {baseline: _score(traced[name]) - _score(traced[baseline]) for baseline in BASELINES}
     gains = {baseline: clustered_mean(gain, group_ids, **resampling) for baseline, gain in by_patch.items()}
