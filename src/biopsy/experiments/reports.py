@@ -20,7 +20,7 @@ from biopsy.models.networks import build_network, describe
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument
-from biopsy.reporting.facts import RunFacts, StudyFacts
+from biopsy.reporting.facts import RunFacts, StudyFacts, make_pseudonymizer
 from biopsy.reporting.html import render_report
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.reporting.registry import list_results
@@ -232,4 +232,4 @@ def _make_pseudonymizer(study: Study) -> Pseudonymizer:
     columns = [f"{kind}_id" for kind in KINDS]
     frames = [run.predictions("test")[0] for run in study.evaluated_runs()] or [pd.DataFrame(columns=columns)]
     ids = pd.concat(frames)[columns].drop_duplicates()
-    return Pseudonymizer({kind: ids[f"{kind}_id"] for kind in KINDS}, study.info["pack"]["content_sha256"])
+    return make_pseudonymizer(ids, study.info["pack"])

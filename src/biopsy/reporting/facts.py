@@ -142,7 +142,8 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     Args:
         hide: For each of ``facts.results``, the function that replaces the ids in it.
     """
-    pseudonymizer, show = _make_pseudonymizer(facts.predictions, facts.run), facts.get_patch
+    pseudonymizer = make_pseudonymizer(facts.predictions, facts.run.get("pack"))
+    show = facts.get_patch
     return replace(
         facts,
         **_hide_common(facts, pseudonymizer),
@@ -159,7 +160,7 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
-    pseudonymizer = _make_pseudonymizer(facts.predictions, facts.study)
+    pseudonymizer = make_pseudonymizer(facts.predictions, facts.study.get("pack"))
     kind = "slide" if facts.unit == "slide" else "patient"
     return replace(
         facts,
@@ -180,7 +181,7 @@ def _hide_common(facts: EvaluationFacts, pseudonymizer: Pseudonymizer) -> dict[s
     }
 
 
-def _make_pseudonymizer(predictions: pd.DataFrame, record: Mapping[str, Any]) -> Pseudonymizer:
-    """Return pseudonyms of the ids in predictions, salted by the pack of a run or study."""
+def make_pseudonymizer(predictions: pd.DataFrame, pack: Mapping[str, Any] | None) -> Pseudonymizer:
+    """Return pseudonyms of the ids in predictions, salted by the ``content_sha256`` of their pack."""
     ids = {kind: predictions[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in predictions}
-    return Pseudonymizer(ids, str(record.get("pack", {}).get("content_sha256", "")))
+    return Pseudonymizer(ids, str((pack or {}).get("content_sha256", "")))

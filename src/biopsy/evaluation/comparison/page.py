@@ -40,8 +40,8 @@ from biopsy.reporting.document import (
     signed,
 )
 from biopsy.reporting.elements import WITHOUT_IDS, encode_patch, make_table, pick_label, picture
+from biopsy.reporting.facts import make_pseudonymizer
 from biopsy.reporting.html import HIDDEN, NOT_FOR
-from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 
 ALPHA = 0.05
 ONE_SEED = (
@@ -84,21 +84,17 @@ class ComparisonFacts:
 
 def hide_comparison(facts: ComparisonFacts) -> ComparisonFacts:
     """Replace every id in a comparison by a number."""
-    table = facts.predictions
-    pseudonymizer = Pseudonymizer(
-        {kind: table[f"{kind}_id"] for kind in KINDS}, facts.document["pack"]["content_sha256"]
-    )
+    pseudonymizer = make_pseudonymizer(facts.predictions, facts.document["pack"])
     show, changed = facts.get_patch, facts.changed
     if changed is not None:
-        order = changed["change"].abs()
-        changed = pseudonymizer.table(changed.assign(_order=range(len(order)))).sort_values("_order")
+        changed = pseudonymizer.table(changed.assign(_order=range(len(changed)))).sort_values("_order")
         changed = changed.drop(columns="_order").reset_index(drop=True)
     return replace(
         facts,
         document=pseudonymizer.nested(facts.document),
         changed=changed,
         get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
-        predictions=pseudonymizer.table(table),
+        predictions=pseudonymizer.table(facts.predictions),
         ids_hidden=True,
     )
 
