@@ -206,8 +206,8 @@ def _draw_views(pack: Pack, record: ErrorRecord, maps: np.ndarray, method: str) 
 def _list_errors(record: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFrame:
     """Return every error, false negatives first, most confident first."""
     table = record.table[record.table["kind"].isin(["fn", "fp"])].drop(columns="sampled")
-    sure = table["prob"].where(table["kind"] == "fn", -table["prob"])
-    table = table.assign(sure=sure).sort_values(["kind", "sure", "patch_id"]).drop(columns="sure")
+    order = table["prob"].where(table["kind"] == "fn", -table["prob"])
+    table = table.assign(order=order).sort_values(["kind", "order", "patch_id"]).drop(columns="order")
     entries = record.entries
     nearest = [
         "; ".join(

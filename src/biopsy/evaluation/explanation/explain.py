@@ -180,9 +180,9 @@ class Selection:
         """
         if self.random:
             return draw_patches(patch_ids, self.random, self.seed)
-        known = set(patch_ids)
+        existing = set(patch_ids)
         for name in self.patch:
-            if name not in known:
+            if name not in existing:
                 example = next(iter(patch_ids), "")
                 raise DataError(f"{path} has no patch {name!r}; its ids are such as {example!r}")
         return list(dict.fromkeys(self.patch))
@@ -293,11 +293,12 @@ def _read_images(images: Sequence[Image], patch_px: int) -> Patches:
 def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
     """Return the most confident errors of each kind in turn, then random correct patches of each class."""
     probs = frame[[name for name in frame if name.startswith("prob_")]].to_numpy(float)
-    sure = frame.assign(sure=probs[np.arange(len(frame)), frame["target"]]).sort_values(["sure", "patch_id"])
+    prob_true = probs[np.arange(len(frame)), frame["target"]]
+    ordered = frame.assign(prob_true=prob_true).sort_values(["prob_true", "patch_id"])
     shuffled = frame.sort_values("patch_id").sample(
         frac=1, random_state=make_rng(seed, "examples called right")
     )
-    wrong = sure[sure["pred"] != sure["target"]].groupby("target", sort=False)["patch_id"]
+    wrong = ordered[ordered["pred"] != ordered["target"]].groupby("target", sort=False)["patch_id"]
     right = shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")["patch_id"]
     return [name for kinds in (wrong, right) for name in _interleave([ids for _, ids in kinds])[:errors]]
 
