@@ -144,7 +144,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
 
 @section("training", order=150)
 def describe_training(facts: RunFacts) -> Section | None:
-    """Return training curves and the network."""
+    """Return training curves, of two epochs or more, and the network."""
     if not facts.is_run:
         return None
     blocks: list[Block] = []
@@ -154,7 +154,7 @@ def describe_training(facts: RunFacts) -> Section | None:
         for quantity, (series, _) in QUANTITIES.items()
         if any(record.get(key) is not None for record in facts.log for key, _ in series)
     ]
-    if drawn:
+    if drawn and len(facts.log) > 1:
         pictures = [
             Picture(
                 f"{QUANTITIES[name][1].capitalize() if name != 'auroc' else 'AUROC'} against epochs.",
