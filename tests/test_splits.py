@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from biopsy.core.errors import DataError, SplitError
 from biopsy.core.files import read_json, write_json
+from biopsy.core.results import Table
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import divide_groups
 from biopsy.data.splits import (
@@ -214,6 +215,14 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
         make_split(pack, protocol="patients").subsets(pack, 0)
 
 
+def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
+    _, text, table = make_split(pack, protocol="patients").blocks()
+    assert "--patients" in str(text) and isinstance(table, Table)
+    assert list(table.columns) == ["subset", "patches", *pack.class_names]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
 def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
     split = make_split(pack, protocol="patients")
@@ -250,7 +259,7 @@ def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
     assert pack.table["patch_id"][0] in caplog.text
 
 
-def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePack, tmp_path: Path) -> None:
+def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
     known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
     for seed in range(3):

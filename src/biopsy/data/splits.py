@@ -115,6 +115,11 @@ class Split(Output):
             blocks.append(
                 f"PATIENTS OVERLAP between subsets, {reason}: results on it do not apply to new patients"
             )
+        if self.unit == "patch":
+            blocks.append(
+                "patients are unknown: patches of one patient may be in several subsets, and results may not "
+                "apply to new patients; prepare the pack with --patients"
+            )
         if self.test_is_validation:
             blocks.append(
                 "the test subset is also the validation subset, as published: "
@@ -125,9 +130,11 @@ class Split(Output):
         for fold, subsets in enumerate(counts.get("folds", [counts])):
             for subset, sizes in subsets.items():
                 if sizes["patches"]:
-                    values = sizes["patches"], sizes["groups"], *sizes["per_class"].values()
+                    groups = [] if self.unit == "patch" else [sizes["groups"]]
+                    values = sizes["patches"], *groups, *sizes["per_class"].values()
                     rows.append([*([str(fold)] if self.n_folds else []), subset, *map(number, values)])
-        header = [*(["fold"] if self.n_folds else []), "subset", "patches", f"{self.unit}s"]
+        groups = [] if self.unit == "patch" else [f"{self.unit}s"]
+        header = [*(["fold"] if self.n_folds else []), "subset", "patches", *groups]
         return [*blocks, Table([*header, *sizes["per_class"]], rows)]
 
     def to_json(self) -> dict[str, object]:
