@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.core.claims import FOLDER
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import machine_id
+from biopsy.core.files import machine_id, read_json, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments.folds import study
@@ -325,3 +325,15 @@ def test_refusals(pack, tmp_path, monkeypatch):
     monkeypatch.setattr("biopsy.experiments.folds.save_split", refuse)
     with refuses(RunError, "'folds-4'", "tiny.pack", "Permission denied"):
         ask(pack, tmp_path / "study", folds=4)
+
+
+@pytest.mark.parametrize(("key", "value"), [("pack", None), ("status", "lost"), ("seeds", ["one"])])
+def test_a_study_json_without_what_is_needed_is_refused(finished, tmp_path, key, value):
+    document = read_json(finished[0].path / "study.json")
+    write_json(tmp_path / "study.json", {**document, key: value})
+    with pytest.raises(RunError, match=rf"study\.json {key}"):
+        Study.open(tmp_path)
+    write_json(tmp_path / "study.json", {name: entry for name, entry in document.items() if name != key})
+    if key != "seeds":
+        with pytest.raises(RunError, match=rf"study\.json {key}: Field required"):
+            Study.open(tmp_path)

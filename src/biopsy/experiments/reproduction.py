@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, ru
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch, optimiser_of
-from biopsy.training.study import Study
+from biopsy.training.study import Paper, Plan, Study
 from biopsy.training.train import open_data, train
 
 PROBE_STEPS = 10  # updates in each of the two timed epochs; the first is warm-up
@@ -177,10 +176,11 @@ def share_out(seconds: float, needs: Mapping[str, Need]) -> dict[str, Length]:
     return lengths
 
 
-def describe_plan(length: Length, full: Length, speed: Speed | None, minutes: float | None) -> dict[str, Any]:
+def describe_plan(length: Length, full: Length, speed: Speed | None, minutes: float | None) -> Plan:
     """Return the entry of a recipe's length in ``study.json``."""
     return {
-        **asdict(length),
+        "epochs": length.epochs,
+        "steps_per_epoch": length.steps_per_epoch,
         "updates": length.updates,
         "full_updates": full.updates,
         "budget_minutes": minutes,
@@ -284,11 +284,15 @@ def reproduce(
     )
     plans = _plan(study, recipes, pack, compared, (len(seeds), leaks), budget, device)
     entries = {
-        recipe.name: {
-            **_describe_paper(recipe, recipes[recipe.name]),
-            "missing": compared[recipe.name].missing | ({"leak": no_leak} if no_leak else {}),
-            "plan": plans[recipe.name],
-        }
+        recipe.name: Paper(
+            title=recipe.title,
+            claim=recipe.origin.claim,
+            corrected=recipe.origin.corrected,
+            published_updates=recipe.origin.updates,
+            method_only=recipe.model.pretrained and not recipes[recipe.name].model.pretrained,
+            missing=compared[recipe.name].missing | ({"leak": no_leak} if no_leak else {}),
+            plan=plans[recipe.name],
+        )
         for recipe in shipped
     }
     study.update(
@@ -354,16 +358,6 @@ def _is_of(recipe: Recipe, dataset: str) -> bool:
     return ours == dataset or any({ours, dataset} <= equal for equal in SAME_PATCHES)
 
 
-def _describe_paper(shipped: Recipe, recipe: Recipe) -> dict[str, Any]:
-    return {
-        "title": shipped.title,
-        "claim": shipped.origin.claim,
-        "corrected": shipped.origin.corrected,
-        "published_updates": shipped.origin.updates,
-        "method_only": shipped.model.pretrained and not recipe.model.pretrained,
-    }
-
-
 def _plan(
     study: Study,
     recipes: Mapping[str, Recipe],
@@ -372,12 +366,12 @@ def _plan(
     requested: tuple[int, Mapping[int, Sequence[Arm]]],
     budget: float | None,
     device: str,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Plan]:
     """Return the length of the runs of each recipe; earlier plans are kept.
 
     Args:
         study: The study, with earlier plans.
-        asked: Number of seeds, and the arms of the leakage experiment by seed.
+        requested: Number of seeds, and the arms of the leakage experiment by seed.
         budget: Minutes for all runs; None for full length.
     """
     plans = {name: entry["plan"] for name, entry in study.info.get("papers", {}).items()}
@@ -418,7 +412,7 @@ def _full_length(recipe: Recipe, pack: Pack, comparison: Comparison) -> Length:
     return full_length(recipe, pack.target[subsets == "train"])
 
 
-def _read_length(plan: Mapping[str, Any]) -> Length:
+def _read_length(plan: Plan) -> Length:
     return Length(plan["epochs"], plan["steps_per_epoch"])
 
 

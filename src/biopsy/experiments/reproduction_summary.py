@@ -287,7 +287,7 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
     )
 
 
-def list_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def list_rows(summary: Mapping[str, Any]) -> list[dict[str, object]]:
     """Return the rows of ``table.csv``: one per recipe and metric."""
     rows = []
     for recipe, entry in summary["papers"].items():

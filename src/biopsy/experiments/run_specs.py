@@ -25,7 +25,7 @@ from biopsy.recipes import Recipe, recipe_toml
 from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import EpochRecord, Run
-from biopsy.training.study import DOCUMENT, FORMAT, Study, StudyInfo
+from biopsy.training.study import DOCUMENT, FORMAT, Study, StudyInfo, StudySplit
 from biopsy.training.train import train
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class RunSpec:
     split: Split
     fold: int | None
     seed: int
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the entries that identify the run within its study."""
         return {"recipe": self.recipe.name, "fold": self.fold, "seed": self.seed, **self.about}
 
@@ -275,7 +275,7 @@ def open_study(
         pack: The pack.
         recipes: The recipes, before changes by the study; recipes may be added later.
         seeds: Training seeds; seeds may be added later.
-        same: Other settings that must not change when the study is continued: name to JSON value.
+        fixed: Other settings that must not change when the study is continued: name to JSON value.
         split: The split of all runs, if there is one.
 
     Raises:
@@ -327,7 +327,7 @@ def _require_same(
             raise RunError(f"{path} is a study with another {setting}: choose another --name")
 
 
-def describe_split(split: Split) -> dict[str, Any]:
+def describe_split(split: Split) -> StudySplit:
     """Return the entry of a split in ``study.json``."""
     return {
         "name": split.name,
@@ -335,7 +335,7 @@ def describe_split(split: Split) -> dict[str, Any]:
         "n_folds": split.n_folds,
         "seed": split.seed,
         "sha256": hash_split(split),
-        "parameters": split.parameters,
+        "parameters": dict(split.parameters),
         "patients_overlap": split.overlap,
     }
 

@@ -163,7 +163,7 @@ class Combination:
         recipe: The recipe with these values.
     """
 
-    values: dict[str, Any]
+    values: dict[str, object]
     recipe: Recipe
 
     @property

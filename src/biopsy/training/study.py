@@ -46,6 +46,32 @@ class Search(TypedDict):
     seeds: list[int]
 
 
+class Plan(TypedDict):
+    """Length of the runs of a recipe in a reproduction."""
+
+    epochs: int
+    steps_per_epoch: int
+    updates: int
+    full_updates: int
+    budget_minutes: float | None
+    measured: dict[str, float] | None
+    """Seconds of an update, a patch and the rest of a run; None if they were not needed."""
+
+
+class Paper(TypedDict):
+    """A recipe of a reproduction: its publication, and the length of its runs."""
+
+    title: str
+    claim: dict[str, float]
+    corrected: dict[str, float]
+    published_updates: int
+    method_only: bool
+    """Whether its initial weights are random where the publication used pretrained ones."""
+    missing: dict[str, str]
+    """Why an arm is missing."""
+    plan: Plan
+
+
 class StudyInfo(TypedDict, total=False):
     """Content of ``study.json``."""
 
@@ -59,7 +85,7 @@ class StudyInfo(TypedDict, total=False):
     recipes: Required[dict[str, str]]
     """TOML of each recipe, before changes by the study."""
     seeds: list[int]
-    runs: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, object]]
     """Recipe, fold, seed and further entries that distinguish each run."""
     failed: dict[str, str]
     """Why runs have no result."""
@@ -68,8 +94,7 @@ class StudyInfo(TypedDict, total=False):
     """Settings of a sweep."""
     fold: int | None
     search: Search | None
-    papers: dict[str, dict[str, Any]]
-    """Publication and planned length of each recipe of a reproduction."""
+    papers: dict[str, Paper]
     test_patients: list[str]
     leak_seeds: list[int]
 
