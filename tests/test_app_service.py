@@ -18,11 +18,13 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from filelock import FileLock
 
 import biopsy
 from biopsy.app.batching import Batcher, Busy
 from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import LOCK
 from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.statistics.abstention import predict_sets
@@ -243,10 +245,11 @@ def test_clients_that_have_gone_cost_the_others_nothing(trained_run):
 def test_a_token_is_needed_where_there_is_one(trained_run, images, tmp_path):
     app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", token="secret")
     with TestClient(app) as client:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secre"}):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
             refused = client.get("/models", headers=headers)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
-        assert client.get("/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.get("/models", headers={"authorization": f"{scheme} secret"}).status_code == 200
         assert client.get("/health").status_code == 200
         assert send(client, images[:1]).status_code == 401
 
@@ -258,6 +261,9 @@ def test_another_machine_needs_a_token_and_a_taken_port_is_named(trained_run, tm
         biopsy.serve(trained_run, host="0.0.0.0")
     from biopsy.app.web import bind
 
+    for port in (-1, 65536):
+        with pytest.raises(DataError, match=str(port)):
+            bind("127.0.0.1", port, default=8900)
     with bind("127.0.0.1", None, default=8900) as taken:
         with pytest.raises(DataError, match=str(taken.getsockname()[1])):
             bind("127.0.0.1", taken.getsockname()[1], default=8900)
@@ -265,6 +271,18 @@ def test_another_machine_needs_a_token_and_a_taken_port_is_named(trained_run, tm
             assert free.getsockname()[1] != taken.getsockname()[1]
     with pytest.raises(RunError):
         make_service(tmp_path, out=tmp_path / "jobs")
+
+
+def test_a_server_that_cannot_start_ends_with_one_reason(tmp_path, monkeypatch):
+    monkeypatch.delenv("BIOPSY_TOKEN", raising=False)
+    save_classifier(tmp_path / "classifier")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "jobs").mkdir()
+    with FileLock(tmp_path / "jobs" / LOCK):
+        for out in ("jobs", "file"):
+            with pytest.raises(DataError, match="--out"):
+                biopsy.serve(tmp_path / "classifier", port=0, out=tmp_path / out, device="cpu")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.fixture
@@ -400,6 +418,18 @@ def test_paths_out_of_the_root_are_refused(slides):
         assert not client.get("/slides").json()
 
 
+def test_other_names_and_other_sites_pages_are_refused(trained_run, tmp_path):
+    hosts = frozenset({"127.0.0.1", "testserver"})
+    with TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu", hosts=hosts)) as client:
+        assert client.get("/models", headers={"host": "evil.example"}).status_code == 421
+        for origin in ("http://evil.example", "null", "http://testserver.evil.example"):
+            assert client.post("/slides", json={}, headers={"origin": origin}).status_code == 403
+        preflight = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+        refused = client.options("/predict", headers=preflight)
+        assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+        assert client.get("/models", headers={"origin": "http://testserver"}).status_code == 200
+
+
 def test_without_a_root_no_path_is_read(client):
     assert client.post("/slides", json={"path": "case.tiff"}).status_code == 403
 
@@ -468,6 +498,35 @@ def test_a_killed_server_finishes_its_slides_when_it_is_back(make_slide, tmp_pat
         assert wait_for(client, identity)["status"] == "done"
         process.send_signal(signal.SIGINT)
         process.wait(30)
+
+
+def test_headers_that_do_not_come_end_the_connection():
+    """Over a real socket: half a request line; and half of a second request on an open connection."""
+    code = """if True:
+        import biopsy.app.web as web
+        from fastapi import FastAPI
+        web.HEADERS_S = 0.5
+        app = FastAPI()
+        app.get("/")(lambda: "here")
+        listener = web.bind("127.0.0.1", None, default=8950)
+        web.run_server(app, listener, on_start=lambda: print(listener.getsockname()[1], flush=True))"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            place = "127.0.0.1", int(process.stdout.readline())
+            whole, half = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET / HTTP/1.1\r\nHos"
+            for first in (b"", whole):
+                with socket.create_connection(place, timeout=8) as connection:
+                    if first:
+                        connection.sendall(first)
+                        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                    start = time.monotonic()
+                    connection.sendall(half)
+                    while connection.recv(1000):
+                        pass
+                    assert time.monotonic() - start < 5
+            assert httpx.get(f"http://127.0.0.1:{place[1]}/").json() == "here"
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

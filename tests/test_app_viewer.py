@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -316,6 +317,21 @@ def test_two_reviewers_disagree(make_pack):
     post(one, place=sheet["key"], patch=0, verdict="wrong")
     [said] = other.get("/api/annotations").json()["annotations"]
     assert not said["disagree"] and said["label"] == pack.class_names[1 - pack.target[0]]
+
+
+def test_two_pages_that_annotate_at_once_lose_nothing(make_pack):
+    pack = make_pack()
+    pages = [open_page(pack.path), open_page(pack.path)]
+    [sheet] = pages[0].get("/api/state").json()["sheets"]
+
+    def annotate(n):
+        post(pages[n % 2], place=sheet["key"], patch=n // 2, verdict="right", who=["ada", "bob"][n % 2])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(annotate, range(40)))
+    for page in pages:
+        result = page.get("/api/annotations").json()["annotations"]
+        assert len(result) == 20 and all(set(item["who"]) == {"ada", "bob"} for item in result)
 
 
 def test_a_line_cut_off_by_a_crash_costs_only_itself(make_pack, tmp_path):

@@ -63,12 +63,16 @@ class Jobs:
         self._progress: dict[str, tuple[int, int]] = {}
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        folder.mkdir(parents=True, exist_ok=True)
         self._hold = FileLock(folder / LOCK)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._hold.acquire(timeout=0)
         except Timeout:
             raise DataError(f"{folder} is in use by another server: name another --out") from None
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot hold the slide jobs ({error.strerror}): name another --out"
+            ) from None
         self._resume()
         self._thread = threading.Thread(target=self._work, daemon=True, name="slides")
         self._thread.start()

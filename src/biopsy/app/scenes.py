@@ -8,8 +8,8 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +394,8 @@ def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | No
     }
     name = file.parent.name if summary else file.stem
     predicted = f"predicted {positive['class_name']}" if positive else ""
-    _add(exhibit, Entry(_key(file, name), name, lambda: _open_map(file, source, note), facts, predicted))
+    key, opener = _key(file, name), partial(_open_map, file, source, note)
+    exhibit.entries[key] = Entry(key, name, opener, facts, predicted)
 
 
 def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
@@ -414,7 +415,9 @@ def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
                     f"slide of {grid.width} x {grid.height}: it is a map of another slide"
                 )
     target = patches.target if patches.target is not None and len(patches.target) == len(slide_map) else None
-    shown = Patches(slide_map.probs, slide_map.abstained, slide_map.ood, target, patches.ids, patches.rows)
+    shown = replace(
+        patches, probs=slide_map.probs, abstained=slide_map.abstained, ood=slide_map.ood, target=target
+    )
     labels = Labels(slide_map.class_names, slide_map.positive_index, slide_map.threshold)
     return Scene(picture, grid.slide_mpp, grid, shown, labels, slide_map, notes, grid.corner)
 
@@ -439,7 +442,8 @@ def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
         facts["positive_mm2"] = _area_mm2(sheet.pack.target[source.index], sheet, source)
     key = _key(source.path, source.name)
     sheet_key = sheet.key if sheet else None
-    _add(exhibit, Entry(key, source.name, lambda: _open_source(source), facts, annotated, sheet_key))
+    opener = partial(_open_source, source)
+    exhibit.entries[key] = Entry(key, source.name, opener, facts, annotated, sheet_key)
 
 
 def _area_mm2(classes: np.ndarray, sheet: Sheet, source: Source) -> float | None:
@@ -484,7 +488,8 @@ def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
         }
         key = _key(run.path, source.name)
         predicted = f"predicted {run.classifier.info.positive_class}"
-        _add(exhibit, Entry(key, source.name, _opener(source, sheet), facts, predicted, sheet.key))
+        opener = partial(_open_predicted, source, sheet)
+        exhibit.entries[key] = Entry(key, source.name, opener, facts, predicted, sheet.key)
 
 
 def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -504,31 +509,22 @@ def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarra
     return probs, abstained
 
 
-def _opener(source: Source, sheet: Sheet) -> Callable[[], Scene]:
-    def open_scene() -> Scene:
-        scene = _open_source(source)
-        index = source.index
-        probs, abstained = sheet.patches.probs, sheet.patches.abstained
-        assert probs is not None and abstained is not None and scene.grid is not None
-        slide_map = SlideMap(
-            source.name,
-            scene.grid,
-            probs[index].astype(np.float32),
-            abstained[index],
-            sheet.labels.names,
-            None if sheet.labels.positive is None else sheet.labels.names[sheet.labels.positive],
-            sheet.labels.threshold if sheet.labels.positive is not None else None,
-        )
-        displayed = Patches(
-            slide_map.probs, slide_map.abstained, None, scene.patches.target, scene.patches.ids, index
-        )
-        return Scene(scene.picture, scene.mpp, scene.grid, displayed, sheet.labels, slide_map)
-
-    return open_scene
-
-
-def _add(exhibit: Exhibit, entry: Entry) -> None:
-    exhibit.entries[entry.key] = entry
+def _open_predicted(source: Source, sheet: Sheet) -> Scene:
+    """Open a stitched slide with a run's predictions as its map."""
+    scene, index, labels = _open_source(source), source.index, sheet.labels
+    probs, abstained = sheet.patches.probs, sheet.patches.abstained
+    assert probs is not None and abstained is not None and scene.grid is not None
+    slide_map = SlideMap(
+        source.name,
+        scene.grid,
+        probs[index].astype(np.float32),
+        abstained[index],
+        labels.names,
+        None if labels.positive is None else labels.names[labels.positive],
+        None if labels.positive is None else labels.threshold,
+    )
+    patches = replace(scene.patches, probs=slide_map.probs, abstained=slide_map.abstained)
+    return replace(scene, patches=patches, labels=labels, slide_map=slide_map)
 
 
 def _key(path: Path, name: str) -> str:

@@ -253,6 +253,13 @@ class _Service:
 
     def start(self) -> None:
         """Start the threads."""
+        self.jobs = Jobs(
+            self._out,
+            self.classifiers,
+            root=self._root,
+            device=self._device,
+            max_waiting=self.limits.waiting_jobs,
+        )
         engine = Engine(self._device)
         for name, classifier in self.classifiers.items():
             self.batchers[name] = Batcher(
@@ -262,13 +269,6 @@ class _Service:
                 max_wait_s=self.limits.request_s / 2,
                 on_batch=partial(self._count_batch, name),
             )
-        self.jobs = Jobs(
-            self._out,
-            self.classifiers,
-            root=self._root,
-            device=self._device,
-            max_waiting=self.limits.waiting_jobs,
-        )
 
     def close(self) -> None:
         """End the threads."""

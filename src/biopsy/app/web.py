@@ -5,15 +5,16 @@ import hmac
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from biopsy.core.errors import BiopsyError, DataError, RunError
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 2**20  # bytes of a request, where nothing else is said
 BODY_S = 60.0  # seconds in which a small request must have arrived
+HEADERS_S = 15.0  # seconds in which the headers of a request must have arrived
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -95,14 +97,13 @@ class Guard:
         host = headers.get("host", "")
         if self.hosts is not None and _host_name(host) not in self.hosts:
             return answer(421, f"this server is not called {host!r}")
-        origin = headers.get("origin")
-        if origin not in (None, "null") and urlsplit(origin).netloc != host:
+        origin = headers.get("origin")  # "null" of a page without one
+        if origin is not None and urlsplit(origin).netloc != host:
             return answer(403, "requests of other sites' pages are refused")
-        if origin == "null":
-            return answer(403, "requests of pages without an origin are refused")
         if self.token is not None and path not in self.open_paths:
-            sent_token = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(sent_token.encode(), self.token.encode()):
+            scheme, _, sent_token = headers.get("authorization", "").strip().partition(" ")
+            is_right = hmac.compare_digest(sent_token.strip().encode(), self.token.encode())
+            if scheme.lower() != "bearer" or not is_right:
                 refusal = answer(401, "a token is needed: send the header Authorization: Bearer TOKEN")
                 refusal.headers["www-authenticate"] = "Bearer"
                 return refusal
@@ -184,8 +185,10 @@ def bind(host: str, port: int | None, *, default: int) -> socket.socket:
     """Return a listening socket on a port; without one, on the first free one from ``default``.
 
     Raises:
-        DataError: If the port is taken, or the address is not this machine's.
+        DataError: If the port is taken or none, or the address is not this machine's.
     """
+    if port is not None and not 0 <= port < 2**16:
+        raise DataError(f"port={port}: expected 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [port] if port is not None else [*range(default, default + 20), 0]:
         listener = socket.socket(family)
@@ -205,27 +208,61 @@ def bind(host: str, port: int | None, *, default: int) -> socket.socket:
     raise DataError(f"cannot listen on {host}: {reason}")
 
 
-def run_server(app: Any, listener: socket.socket, *, on_start: Callable[[], Awaitable[None] | None]) -> None:
+class _Protocol(H11Protocol):
+    """Closes connections on which the headers of a request do not arrive in `HEADERS_S` seconds."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def run_server(app: FastAPI, listener: socket.socket, *, on_start: Callable[[], None]) -> None:
     """Serve until Ctrl-C.
 
     Args:
         listener: As `bind` returns it.
         on_start: Called once requests are answered.
     """
-    import uvicorn
-
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=10, lifespan="on", server_header=False
+        app,
+        lifespan="off",  # below: here its errors would be printed with a traceback
+        http=_Protocol,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=10,
+        server_header=False,
     )
     server = uvicorn.Server(config)
 
     async def serve() -> None:
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started and not task.done():
-            await asyncio.sleep(0.02)
-        if server.started:
-            on_start()
-        await task
+        async with app.router.lifespan_context(app):
+            task = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started and not task.done():
+                await asyncio.sleep(0.02)
+            if server.started:
+                on_start()
+            await task
 
     try:
         asyncio.run(serve())
