@@ -18,6 +18,7 @@ from biopsy.statistics.calibration import (
     fit_recalibration,
 )
 from biopsy.statistics.metrics import METRICS, measure
+from biopsy.statistics.multiclass import MULTICLASS_METRICS
 from biopsy.statistics.weighted_counts import sort_scores
 from refusals import refuses
 from report_facts import reliability_bins
@@ -272,3 +273,11 @@ def test_patches_without_a_patient_are_refused():
 def test_an_unknown_metric_names_the_nearest():
     with refuses(MetricError, "'auroc'"):
         measure(sort_scores([0, 1], [0.2, 0.3]).count(), ["auroc1"])
+
+
+@pytest.mark.parametrize("metrics", [METRICS, MULTICLASS_METRICS], ids=["two classes", "more"])
+def test_every_metric_says_what_it_means(metrics):
+    for metric in metrics.values():
+        assert 10 < len(metric.meaning) < 120
+        assert "Return" not in metric.meaning and "\n" not in metric.meaning
+        assert not metric.meaning.endswith(".")
