@@ -185,7 +185,7 @@ def judged(trained_run, tmp_path_factory):
 
 def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
     found = measure_hypotheses(judged, device="cpu")
-    assert found["format"] == "biopsy-hypotheses/1" and found["subset"] == "test"
+    assert found["format"] == "biopsy-hypotheses/2" and found["subset"] == "test"
     assert (found["n_measured"], found["n_predicted"], found["n_groups"]) == (40, 40, 5)
     assert [entry["name"] for entry in found["hypotheses"]] == [
         "less stained",

@@ -183,7 +183,7 @@ def test_what_a_classifier_cannot_be_explained_on_is_refused(judged, tmp_path, a
 def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     written = biopsy.explain(judged, errors=2, out=tmp_path / "maps", device="cpu")
     assert written == read_json(tmp_path / "maps" / "explain.json")
-    assert written["format"] == "biopsy-explain/1"
+    assert written["format"] == "biopsy-explain/2"
     assert written["classifier_sha256"] == judged.classifier.sha256
     names = ["saliency.png", "grad_cam.png", "activations.png"]
     assert [sheet["picture"] for sheet in written["sheets"]] == names

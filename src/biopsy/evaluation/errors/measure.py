@@ -25,7 +25,7 @@ from biopsy.models.engine import Engine
 from biopsy.statistics.contrasts import contrast_groups
 from biopsy.training.runs import Run
 
-FORMAT = "biopsy-errors/1"
+FORMAT = "biopsy-errors/2"
 FOLDER = "errors"
 DOCUMENT, TABLE = "errors.json", "errors.parquet"
 N_SHOWN = 12

@@ -140,7 +140,7 @@ def hide_explained(explained: Explained, pseudonymizer: Pseudonymizer) -> Explai
     return replace(explained, examples=explained.examples.assign(patch_id=names))
 
 
-FORMAT = "biopsy-explain/1"
+FORMAT = "biopsy-explain/2"
 FOLDER = "explain"
 DOCUMENT = "explain.json"
 PICTURE_PX = 288  # height to which the image of a patch is enlarged, about

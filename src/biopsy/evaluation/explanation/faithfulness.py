@@ -262,7 +262,7 @@ def _format_gain(gain: Interval) -> str:
     return f"({gain.value:.2f}, {gain.low:.2f} to {gain.high:.2f})"
 
 
-FORMAT = "biopsy-faithfulness/1"
+FORMAT = "biopsy-faithfulness/2"
 FOLDER, DOCUMENT = "explain", "faithfulness.json"
 MAX_PATCHES, MIN_PATCHES = 40, 16
 MAX_MULTIPLICATIONS = 5e12  # in total: about a minute on two cores

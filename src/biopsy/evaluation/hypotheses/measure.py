@@ -90,7 +90,7 @@ def share_saliency(patches: np.ndarray, maps: np.ndarray, sizes: np.ndarray | No
     return pd.DataFrame(shares)
 
 
-FORMAT = "biopsy-hypotheses/1"
+FORMAT = "biopsy-hypotheses/2"
 PATH = Path("explain", "hypotheses.json")
 MIN_AREA = 1e-3  # a colour with a smaller share of the area is treated as absent
 
