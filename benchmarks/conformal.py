@@ -104,13 +104,13 @@ def train_on_phantom(folder: Path, options: argparse.Namespace) -> Run:
     pack, size = folder / "phantom.pack", {"n_patients": 60, "patches_per_patient": 100}
     if not is_pack(pack):
         prepare(write_archive(folder / "phantom.zip", **size, seed=options.seed), pack)
-    thirds = (1 / 3, 1 / 3, 1 / 3)
-    split = make_split(pack, protocol="patients", name="thirds", fractions=thirds, seed=options.seed)
+    split = make_split(pack, protocol="folds", name="thirds", n_folds=3, seed=options.seed)
     settings = [f"train.epochs={options.epochs}", "model.context=0"]
     return train(
         "idc-small",
         pack,
         split=split,
+        fold=0,
         seed=options.seed,
         overrides=settings,
         out=folder / "run",
