@@ -206,7 +206,7 @@ class Sheet:
 
     def pixels(self, row: int) -> np.ndarray:
         """Return a patch as it was cut, uint8 ``(h, w, 3)``."""
-        return self.pack.pixels(row)
+        return self.pack.pixels(row).copy()
 
     @cached_property
     def frame(self) -> pd.DataFrame:
