@@ -373,6 +373,16 @@ def test_tiled_pixels_with_certain_rgb_are_read(tmp_path, name):
         np.testing.assert_array_equal(slide.read(0, 0, 600, 400), wanted)
 
 
+def test_a_size_beyond_the_tiles_listed_is_refused_where_they_end(make_slide):
+    path = make_slide(width=300, height=200)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags["ImageLength"].overwrite(5000)
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.read(0, 0, 60, 60).shape == (60, 60, 3)
+        with refuses(SlideError, "slide.tiff", "level 0"):
+            slide.read(0, 4000, 60, 60)
+
+
 def test_a_tile_too_large_to_decode_is_refused(tmp_path, monkeypatch, make_slide):
     monkeypatch.setattr(backends, "MAX_TILE_PX", 100 * 100)
     with refuses(SlideError, "128 x 128"):

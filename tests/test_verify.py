@@ -147,6 +147,9 @@ def test_a_bundle_passes_and_code_is_not_run_unasked(trained_run, tmp_path):
     other = export(trained_run, tmp_path / "other").path
     (bundle / "model.onnx").write_bytes((other / "model.onnx").read_bytes()[:-40])
     assert failed(verify(bundle)) == {"files"}
+    document = read_json(bundle / "bundle.json")
+    write_json(bundle / "bundle.json", document | {"files": []})
+    assert "bundle.json" in failed(verify(bundle))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.checks.results import Checklist, CheckReport, Status, describe_differences
-from biopsy.core.errors import BiopsyError, DataError, RunError
+from biopsy.core.errors import BiopsyError, DataError, FileFormatError, RunError
 from biopsy.core.files import find_changed, plain, read_json, sha256_file
 from biopsy.core.loaders import load_json
 from biopsy.core.seeds import make_rng
@@ -296,12 +296,17 @@ def _verify_classifier(checks: Checklist, folder: Path) -> Classifier | None:
     return checks.run("classifier", lambda: _describe_classifier(Classifier.load(folder)), remedy)
 
 
+def _read_bundle_document(path: Path) -> dict[str, Any]:
+    document = read_json(path, format=bundles.FORMAT)
+    if not isinstance(document.get("files"), dict) or "classifier_sha256" not in document:
+        raise FileFormatError(path, "value", "has no hashes of its files and classifier")
+    return document
+
+
 def _verify_bundle(checks: Checklist, folder: Path, trust_model: str | None) -> None:
     remedy = "export it again with `biopsy export`"
     document = checks.run(
-        bundles.DOCUMENT,
-        lambda: ("as written", read_json(folder / bundles.DOCUMENT, format=bundles.FORMAT)),
-        remedy,
+        bundles.DOCUMENT, lambda: ("as written", _read_bundle_document(folder / bundles.DOCUMENT)), remedy
     )
     if document is None:
         return

@@ -310,13 +310,15 @@ class TiffBackend(OpenSlideBackend):
         assert page is not None
         across = -(-page.imagewidth // page.tilewidth)
         index = row * across + column
-        n_bytes = page.databytecounts[index]
+        n_bytes = page.databytecounts[index] if index < len(page.databytecounts) else -1
         left, top = column * page.tilewidth, row * page.tilelength
         if n_bytes == 0:  # empty tile of Aperio; OpenSlide uses another level
             size = self.levels[level]
             width, height = min(page.tilewidth, size.width - left), min(page.tilelength, size.height - top)
             return super().read(level, left, top, width, height)
         try:
+            if n_bytes < 0:
+                raise ValueError("it lists fewer tiles than its size needs")
             with self._reading:
                 self._file.seek(page.dataoffsets[index])
                 data = self._file.read(n_bytes)
