@@ -56,6 +56,16 @@ def test_training_goes_on_with_the_same_bits(name, tmp_path):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+def test_weights_of_a_superseded_epoch_are_removed_when_training_goes_on(tmp_path):
+    """A process that was killed after it had written the last checkpoint leaves them."""
+    save(tmp_path, epoch=1, best_epoch=1)
+    superseded = (tmp_path / "best-0001.safetensors").read_bytes()
+    network, optimiser, progress = save(tmp_path, epoch=2, best_epoch=2)
+    (tmp_path / "best-0001.safetensors").write_bytes(superseded)
+    assert load_checkpoint(tmp_path, network, optimiser, CPU) == progress
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-0002.safetensors"]
+
+
 def test_equal_checkpoints_are_equal_files(tmp_path):
     """The header of safetensors is a hash map, whose order changes from file to file in one process."""
     for index in range(8):

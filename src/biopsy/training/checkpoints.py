@@ -89,9 +89,7 @@ def save_checkpoint(
         for group in document["param_groups"]
     ]
     _write(folder / LAST, tensors, {"progress": vars(progress), "optimiser": scalars, "groups": groups})
-    for path in folder.glob("best-*.safetensors"):
-        if progress.best_epoch is None or path.name != _best_name(progress.best_epoch):
-            path.unlink()
+    _remove_superseded(folder, progress.best_epoch)
 
 
 def load_checkpoint(
@@ -101,7 +99,10 @@ def load_checkpoint(
     device: torch.device,
     average: WeightAverage | None = None,
 ) -> Progress:
-    """Restore network, optimiser and average from the last checkpoint, if there is one."""
+    """Restore network, optimiser and average from the last checkpoint, if there is one.
+
+    Weights of other epochs than its best one, left by an interruption while it was written, are removed.
+    """
     if not (folder / LAST).exists():
         return Progress()
     tensors, header = _read(folder / LAST)
@@ -120,7 +121,16 @@ def load_checkpoint(
         raise RunError(
             f"{folder / LAST} does not fit the recipe of the run ({reason}): start a new run"
         ) from None
-    return Progress(**{name: header["progress"][name] for name in vars(Progress())})
+    progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
+    _remove_superseded(folder, progress.best_epoch)
+    return progress
+
+
+def _remove_superseded(folder: Path, best_epoch: int | None) -> None:
+    """Remove the weights of epochs that are no longer the best."""
+    for path in folder.glob("best-*.safetensors"):
+        if best_epoch is None or path.name != _best_name(best_epoch):
+            path.unlink()
 
 
 def _fill_optimiser(
