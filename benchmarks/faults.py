@@ -145,6 +145,8 @@ def start(
         code = command()
         sys.stdout.flush()
         os.write(1, f"\noperations={count[0]}".encode())
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()

@@ -158,6 +158,8 @@ def try_to_convert(classifier: Classifier) -> Any:
         model = convert(classifier)
         largest = _largest_difference(classifier, model)
     except Exception as error:  # converters raise various exceptions
+        if "KeyboardInterrupt" in str(error):  # of Python code that OpenVINO's converter had called
+            raise KeyboardInterrupt from None
         logger.warning("OpenVINO cannot run this network, PyTorch is used: %s", first_line(error))
         return None
     if not largest <= _TOLERANCE:
