@@ -228,3 +228,15 @@ def test_nothing_is_told_to_the_makers(monkeypatch):
     monkeypatch.setattr(openvino_telemetry.Telemetry, "__init__", tell)
     monkeypatch.setattr(openvino_telemetry.Telemetry, "send_event", tell)
     assert ask(classifier_of("cancernet"), PATCHES)[0] == "openvino"
+
+
+def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure(monkeypatch):
+    """OpenVINO turns a KeyboardInterrupt in the Python code that it calls into a RuntimeError."""
+    decoder = pytest.importorskip("openvino.frontend.pytorch.ts_decoder").TorchScriptPythonDecoder
+
+    def interrupt(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder, "num_of_outputs", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compiling.try_to_convert(classifier_of("baruah-2020"))
