@@ -239,4 +239,4 @@ def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure
 
     monkeypatch.setattr(decoder, "num_of_outputs", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        compiling.try_to_convert(classifier_of("baruah-2020"))
+        compiling.try_to_convert(classifier_of("cancernet"))
