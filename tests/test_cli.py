@@ -164,6 +164,15 @@ def test_interrupting_another_verb_says_to_run_it_again(replace, verb, arguments
     assert result.stderr.startswith("error: interrupted") and "run the same command again" in result.stderr
 
 
+def test_an_interruption_outside_of_a_command_is_one_line(monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("biopsy.cli.app._run_command", interrupt)
+    result = call("doctor")
+    assert result.exit_code == 130 and result.stderr == "error: interrupted\n"
+
+
 # --- what goes where
 
 

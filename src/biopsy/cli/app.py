@@ -57,6 +57,7 @@ def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
+    app.meta.suppress_keyboard_interrupt = False  # else it would exit by itself, while options are read
     functions = list_functions()
     groups = {name: Group(name, sort_key=index) for index, name in enumerate(GROUPS)}
     for name in names:
