@@ -254,6 +254,26 @@ def test_a_plain_tiff_may_say_its_mpp(tmp_path):
         open_slide(path)
 
 
+@pytest.mark.parametrize("tile", [None, (128, 128)])
+@pytest.mark.parametrize(("size", "unit"), [(0.5, "\u00b5m"), (500, "nm"), (0.0005, "mm"), (0.5, None)])
+def test_an_ome_tiff_says_its_mpp_in_its_metadata(tmp_path, tile, size, unit):
+    """As Bio-Formats and tifffile write it, with or without tags of resolution of their own."""
+    sizes = {f"PhysicalSize{axis}": size for axis in "XY"}
+    units = {f"PhysicalSize{axis}Unit": unit for axis in "XY"} if unit else {}
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, draw_slide(), ome=True, photometric="rgb", tile=tile, metadata={**sizes, **units})
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (pytest.approx(0.5), "slide")
+        assert np.array_equal(slide.read(100, 50, 60, 40), draw_slide()[50:90, 100:160])
+
+
+@pytest.mark.parametrize("metadata", [{}, {"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}])
+def test_an_ome_tiff_without_a_size_needs_a_stated_mpp(tmp_path, metadata):
+    tifffile.imwrite(tmp_path / "a.ome.tif", draw_slide(), ome=True, photometric="rgb", metadata=metadata)
+    with refuses(SlideError, "--mpp"):
+        open_slide(tmp_path / "a.ome.tif")
+
+
 def test_transparency_is_white(tmp_path):
     image = np.dstack([draw_slide(), np.full((400, 600), 255, np.uint8)])
     image[:, :300, 3] = 0

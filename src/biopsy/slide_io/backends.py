@@ -1,5 +1,6 @@
 """Backends of the slide reader: OpenSlide, images in memory, and tiled TIFFs."""
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,9 @@ PLAIN_TIFF = ("aperio", "generic-tiff")
 _RGB, _YCBCR = 2, 6  # TIFF 6.0's PhotometricInterpretation, and how many samples a pixel has
 _SAMPLES = {0: (1, 2), 1: (1, 2), 3: (1, 2), _RGB: (3, 4), _YCBCR: (3,)}
 _UNSIGNED = 1
+
+_OME_UM = {"pm": 1e-6, "nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
+"""Micrometres of OME's units of length; the micro sign is also written as a Greek letter."""
 
 _IMAGES = {
     b"\x89PNG": "png",
@@ -95,9 +99,10 @@ class OpenSlideBackend:
             Level(*size, _whole_downsample(self._slide.dimensions, size, downsample))
             for size, downsample in zip(self._slide.level_dimensions, self._downsamples, strict=True)
         )
+        ome_x, ome_y = _ome_mpp(properties.get("tiff.ImageDescription", ""))
         self.recorded = Recorded(
-            mpp_x=_number(properties, openslide.PROPERTY_NAME_MPP_X),
-            mpp_y=_number(properties, openslide.PROPERTY_NAME_MPP_Y),
+            mpp_x=ome_x or _number(properties, openslide.PROPERTY_NAME_MPP_X),
+            mpp_y=ome_y or _number(properties, openslide.PROPERTY_NAME_MPP_Y),
             objective=_number(properties, openslide.PROPERTY_NAME_OBJECTIVE_POWER),
         )
         self.corner = _find_corner(properties)
@@ -234,20 +239,37 @@ def _number(properties: Any, name: str) -> float | None:
 
 
 def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
-    """Return um/px horizontally and vertically from the resolution tags of a TIFF, None without a unit."""
+    """Return um/px horizontally and vertically from a TIFF's OME metadata or tags, None without a unit."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
-            tags = file.pages.first.tags
+            page = file.pages.first
+            tags, recorded = page.tags, _ome_mpp(page.description)
     except tifffile.TiffFileError:
         return None, None
+    if all(recorded):
+        return recorded
     um = {2: 25400.0, 3: 10000.0}.get(tags.valueof("ResolutionUnit", 2))
     resolutions = tags.valueof("XResolution"), tags.valueof("YResolution")
     if um is None:
         return None, None
     x, y = (um * value[1] / value[0] if value and value[0] and value[1] else None for value in resolutions)
     return x, y
+
+
+def _ome_mpp(description: str) -> tuple[float | None, float | None]:
+    """Return um/px horizontally and vertically from the metadata of OME-TIFF, None where they have none."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\s[^>]*>", description) if "<OME" in description else None
+    if pixels is None:
+        return None, None
+    values = dict(re.findall(r'(\w+)\s*=\s*"([^"]*)"', pixels[0]))
+    x, y = (
+        (_number(values, f"PhysicalSize{axis}") or 0)
+        * _OME_UM.get(values.get(f"PhysicalSize{axis}Unit", "um"), 0)
+        for axis in "XY"
+    )
+    return x or None, y or None
 
 
 def list_slide_files(folder: Path) -> list[Path]:
