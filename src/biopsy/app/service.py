@@ -32,7 +32,6 @@ from biopsy.core.text import printable
 from biopsy.evaluation.predict import decode_patch
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
-from biopsy.statistics.abstention import predict_sets
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
@@ -403,22 +402,19 @@ class _Service:
     ) -> Predictions:
         from biopsy import __version__
 
-        info = classifier.single_patch().info
+        single = classifier.single_patch()
+        info = single.info
         probs = frame[[f"prob_{label}" for label in info.class_names]].to_numpy(float)
-        quantiles = info.conformal.get("quantiles")
-        sets = None if quantiles is None else predict_sets(probs, quantiles)
+        sets = single.prediction_sets(probs)
         predictions = []
         for index, row in enumerate(frame.to_dict("records")):
-            inside = None if sets is None else sets[index]
             predictions.append(
                 PatchPrediction(
                     name=row["patch_id"],
                     pred=info.class_names[int(row["pred"])],
                     prob=_number(row.get("prob")),
                     probs=dict(zip(info.class_names, map(float, probs[index]), strict=True)),
-                    prediction_set=None
-                    if inside is None
-                    else [label for label, is_in in zip(info.class_names, inside, strict=True) if is_in],
+                    prediction_set=None if sets is None else sets[index],
                     abstained=None if pd.isna(row.get("abstained")) else bool(row["abstained"]),
                     ood=_describe_ood(row),
                 )

@@ -501,20 +501,10 @@ def _describe_patch(
         probs = patches.probs[index]
         document["probs"] = dict(zip(labels.names, map(float, probs), strict=True))
         document["pred"] = labels.names[int(labels.decide(probs[None])[0])]
-        document["set"] = _prediction_set(classifier, labels, probs)
+        if classifier is not None and classifier.info.class_names == labels.names:
+            sets = classifier.prediction_sets(probs[None].astype(float))
+            document["set"] = sets and sets[0]
     return document
-
-
-def _prediction_set(classifier: Classifier | None, labels: Labels, probs: np.ndarray) -> list[str] | None:
-    from biopsy.statistics.abstention import predict_sets
-
-    if classifier is None or classifier.info.class_names != labels.names:
-        return None
-    quantiles = classifier.info.conformal.get("quantiles")
-    if quantiles is None:
-        return None
-    inside = predict_sets(probs[None].astype(float), quantiles)[0]
-    return [name for name, is_in in zip(labels.names, inside, strict=True) if is_in]
 
 
 def _shown(labels: Labels, patches: Patches, index: int) -> str | None:

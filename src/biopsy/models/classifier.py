@@ -487,6 +487,14 @@ class Classifier(Output):
             return None
         return abstain(predict_sets(probs, quantiles), decide(probs, self.positive_index, self.threshold))
 
+    def prediction_sets(self, probs: np.ndarray) -> list[list[str]] | None:
+        """Return the classes of each patch's conformal set; None without conformal quantiles."""
+        quantiles = self.info.conformal.get("quantiles")
+        if quantiles is None:
+            return None
+        names = np.array(self.info.class_names)
+        return [names[inside].tolist() for inside in predict_sets(probs, quantiles)]
+
     @property
     def frozen(self) -> FrozenThreshold | None:
         """The decision threshold with its rule and subset; None if there is none."""
