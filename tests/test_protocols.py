@@ -278,7 +278,7 @@ def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) 
 
 def test_help_names_every_protocol() -> None:
     named = re.search(r"protocol: (.*?)\.\n", inspect.getdoc(split_pack) or "", re.DOTALL)
-    assert named is not None and set(re.findall(r"``(.+?)``", named[1])) == set(PROTOCOLS)
+    assert named is not None and set(re.findall(r'"(.+?)"', named[1])) == set(PROTOCOLS)
 
 
 def test_kaggle_rows_go_by_row_whatever_the_order(make_pack: MakePack) -> None:
