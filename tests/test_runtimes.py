@@ -240,3 +240,9 @@ def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure
     monkeypatch.setattr(decoder, "num_of_outputs", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compiling.try_to_convert(classifier_of("cancernet"))
+
+
+def test_slides_of_a_converted_network_start_without_pytorch():
+    """Importing it takes seconds, which every command on slides would wait for."""
+    code = "import sys; sys.modules['torch'] = None; import biopsy.slides.cohorts, biopsy.training.open_model"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -105,6 +105,19 @@ class SinglePatch(TypedDict, total=False):
     conformal: ConformalRecord
 
 
+class StartWeights(TypedDict, total=False):
+    """Record of the initial weights of a run; None for fields that do not apply."""
+
+    pretrained: Required[bool]
+    weights: str | None
+    file: str | None
+    sha256: Required[str | None]
+    licence: str | None
+    page: str | None
+    trainable: str
+    note: str | None
+
+
 Tta = Literal["none", "d4"]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Required
+from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import TypedDict
@@ -20,7 +20,7 @@ from biopsy.core.errors import DataError, DownloadError, RecipeError, suggest
 from biopsy.core.files import sha256_file
 from biopsy.data.datasets.base import RemoteFile, Source
 from biopsy.data.download import FetchResult, OnProgress, fetch_source, find_source
-from biopsy.models.classifier import WEIGHTS, Classifier
+from biopsy.models.classifier import WEIGHTS, Classifier, StartWeights
 from biopsy.models.hub import hub_errors
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
@@ -267,19 +267,6 @@ def locate(weights: Weights) -> Path | None:
 def weights_folder() -> Path:
     """Return the user's folder of weights."""
     return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/biopsy/weights").expanduser()
-
-
-class StartWeights(TypedDict, total=False):
-    """Record of the initial weights of a run; None for fields that do not apply."""
-
-    pretrained: Required[bool]
-    weights: str | None
-    file: str | None
-    sha256: Required[str | None]
-    licence: str | None
-    page: str | None
-    trainable: str
-    note: str | None
 
 
 def make_network(

@@ -11,27 +11,18 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import TypedDict
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.models.engine import Engine
 from biopsy.models.inference import BATCH_SIZE
 from biopsy.recipes.preprocessing import Preprocessing
+from biopsy.training.runs import NormalisationRecord
 
 N_CHECKED = 1024
 """Training patches on which running and batch statistics are compared."""
 MOST_DISAGREEMENT = 0.3
 """Mean square between scores by running and by batch statistics, in variances of the latter."""
-
-
-class NormalisationRecord(TypedDict):
-    """Whether running statistics had converged (see `MOST_DISAGREEMENT`), and whether they were replaced."""
-
-    settled: bool
-    disagreement: float
-    reestimated: bool
-    n_patches: int
 
 
 def reestimate_batch_norm(

@@ -14,12 +14,12 @@ from biopsy.models.inference import open_predictor
 from biopsy.models.out_of_distribution import REFERENCE_PATCHES, fit_reference
 from biopsy.recipes import Recipe
 from biopsy.recipes.preprocessing import Preprocessing
-from biopsy.training.batch_norm import NormalisationRecord, reestimate_batch_norm
+from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
 from biopsy.training.postprocessing import fit_run_postprocessing, warn_of_spread, write_validation
 from biopsy.training.probe import PROBE
-from biopsy.training.runs import Run
+from biopsy.training.runs import NormalisationRecord, Run
 
 logger = logging.getLogger(__name__)
 

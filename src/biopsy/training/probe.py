@@ -18,8 +18,8 @@ from biopsy.core.errors import FileFormatError, RecipeError
 from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
 from biopsy.core.loaders import map_array
 from biopsy.data.packs import Pack
+from biopsy.models.classifier import StartWeights
 from biopsy.models.engine import Engine
-from biopsy.models.weights import StartWeights
 from biopsy.recipes import Recipe
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation

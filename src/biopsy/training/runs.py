@@ -22,12 +22,10 @@ from biopsy.core.results import Written
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.data.packs import Pack, Unit, is_pack
 from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, StartWeights
 from biopsy.models.hardware import Precision
-from biopsy.models.weights import StartWeights
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.recipes.schema import Decision
-from biopsy.training.batch_norm import NormalisationRecord
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
@@ -110,6 +108,15 @@ class RunPack(TypedDict, total=False):
     n_patches: Required[NonNegativeInt]
     n_patients: int | None
     unit: Required[Unit]
+
+
+class NormalisationRecord(TypedDict):
+    """Whether running statistics of batch normalisation had converged, and whether they were replaced."""
+
+    settled: bool
+    disagreement: float
+    reestimated: bool
+    n_patches: int
 
 
 class RunInfo(TypedDict, total=False):
