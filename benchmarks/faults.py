@@ -143,6 +143,7 @@ def start(
         os.dup2(descriptor, 2)
         count = count_operations(folder, disturb)
         code = command()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes too late
         sys.stdout.flush()
         os.write(1, f"\noperations={count[0]}".encode())
     except SystemExit as end:
