@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -16,9 +16,6 @@ from biopsy.core.errors import DataError, FileFormatError, SlideError
 from biopsy.core.loaders import read_bytes
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
 from biopsy.slide_io.resolution import Recorded
-
-if TYPE_CHECKING:
-    from tifffile import TiffPage
 
 SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, *".svs .ndpi .mrxs .dcm .scn .bif .vms .vmu .svslide .czi".split())
 """Suffixes of slides and large images, in lower case: those of `decode` and of OpenSlide."""
@@ -178,10 +175,8 @@ def _find_corner(properties: Mapping[str, str]) -> tuple[int, int]:
     return left, top
 
 
-def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[TiffPage]":
+def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> list[tifffile.TiffPage]:
     """Return the pages of a TIFF that have the size of a level; none for other files."""
-    import tifffile
-
     with open(path, "rb") as file:
         if file.read(2) not in (b"II", b"MM"):
             return []
@@ -196,7 +191,7 @@ def _read_level_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> "list[Tif
     return pages
 
 
-def _check_pages(path: Path, pages: "list[TiffPage]", *, is_plain: bool) -> None:
+def _check_pages(path: Path, pages: list[tifffile.TiffPage], *, is_plain: bool) -> None:
     """Refuse pixels without a defined conversion to RGB, as `decode` does."""
     for page in pages:
         kind = getattr(page.photometric, "name", page.photometric)
@@ -240,8 +235,6 @@ def _number(properties: Any, name: str) -> float | None:
 
 def _tiff_mpp(path: Path) -> tuple[float | None, float | None]:
     """Return um/px horizontally and vertically from a TIFF's OME metadata or tags, None without a unit."""
-    import tifffile
-
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first

@@ -13,6 +13,7 @@ from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
 from biopsy.core.text import capitalize, file_name
+from biopsy.evaluation.stored_results import read_result
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.patches import Overlay, draw_overlays, is_constant, lay_out_sheet, superimpose
 from biopsy.plotting.style import png, shorten
@@ -158,7 +159,8 @@ def write_explained(
     names = [f"{index:02d}-{file_name(item)}.png" for index, item in enumerate(examples["patch_id"], start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
     with update_directory(folder, DOCUMENT, *outputs, last=DOCUMENT) as partial:
-        document = _read_existing(folder / DOCUMENT, classifier.sha256)
+        identity = {"format": FORMAT, "classifier_sha256": classifier.sha256}
+        document = read_result(folder / DOCUMENT, identity) or {**identity, "sheets": [], "patches": []}
         for stem, part in stems.items():
             sheet = draw_sheet(explained, range(len(examples)), [part])
             (partial / f"{stem}.png").write_bytes(png(sheet))
@@ -189,14 +191,3 @@ def _lay_out(patch: np.ndarray, maps: np.ndarray, *, signed: bool) -> np.ndarray
     images = [patch, *(superimpose(patch, values, signed=signed) for values in maps)]
     large = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
     return lay_out_sheet(large, columns=len(large), gap_px=8)
-
-
-def _read_existing(path: Path, classifier_sha256: str) -> dict[str, Any]:
-    """Return the existing document of the same classifier, or an empty one."""
-    try:
-        document = read_json(path, format=FORMAT)
-        if document["classifier_sha256"] == classifier_sha256:
-            return document
-    except DataError:
-        pass
-    return {"format": FORMAT, "classifier_sha256": classifier_sha256, "sheets": [], "patches": []}
