@@ -376,3 +376,59 @@ def test_a_warning_where_a_few_patients_hold_most_patches():
     assert f" {sizes.sum() ** 2 / (sizes**2).sum():.1f}: " in warning
     even = np.repeat([f"p{k}" for k in range(10)], 25)
     assert biopsy.evaluate_predictions(target, prob, even)["warnings"] == []
+
+
+def write_table(tmp_path, **columns):
+    target, probs = draw()
+    table = pd.DataFrame({"patient_id": GROUPS} | {n: make(target, probs) for n, make in columns.items()})
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    return tmp_path / "theirs.csv"
+
+
+def name_labels(target, probs):
+    return np.array(["normal", "tumour"])[target]
+
+
+@pytest.mark.parametrize("order", [("normal", "tumour"), ("tumour", "normal")])
+def test_the_positive_class_of_two_columns_is_found_by_its_name(tmp_path, order):
+    columns = {f"prob_{name}": lambda t, p, name=name: p[:, int(name == "tumour")] for name in order}
+    found = biopsy.evaluate(write_table(tmp_path, label=name_labels, **columns))
+    target, probs = draw()
+    assert found["positive_class"] == "tumour"
+    assert found["patch"]["sensitivity"]["value"] == pytest.approx(
+        sk.recall_score(target, probs[:, 1] >= 0.5), abs=1e-12
+    )
+
+
+def test_columns_whose_classes_are_not_certain_are_refused(tmp_path):
+    """A number as label counts the columns: where tumour is the first, 1 would be normal."""
+    columns = {"prob_tumour": lambda t, p: p[:, 1], "prob_normal": lambda t, p: p[:, 0]}
+    with refuses(DataError, "label", "tumour"):
+        biopsy.evaluate(write_table(tmp_path, label=lambda t, p: t, **columns))
+    columns = {"prob_a": lambda t, p: p[:, 0], "prob_b": lambda t, p: p[:, 1]}
+    with refuses(DataError, "positive"):
+        biopsy.evaluate(write_table(tmp_path, label=lambda t, p: np.array(["a", "b"])[t], **columns))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"target": lambda t, p: t, "label": lambda t, p: 1 - t, "prob": lambda t, p: p[:, 1]}, False),
+        ({"target": lambda t, p: t, "label": lambda t, p: (t + p[:, 0] > 1.2), "prob": lambda t, p: p[:, 1]}, True),
+        ({"target": lambda t, p: t, "prob": lambda t, p: p[:, 1], "score": lambda t, p: p[:, 0]}, True),
+        ({"target": lambda t, p: t, "prob": lambda t, p: p.max(axis=1)}, True),
+        (
+            {
+                "target": lambda t, p: t,
+                "prob_0": lambda t, p: p[:, 0],
+                "prob_1": lambda t, p: p[:, 1],
+                "prob": lambda t, p: p[:, 1] ** 2,
+            },
+            True,
+        ),
+    ],
+    ids=["labels coded otherwise", "labels that differ", "two scores", "confidences", "neither class"],
+)  # fmt: skip
+def test_columns_of_doubtful_meaning_are_named(tmp_path, caplog, columns, named):
+    biopsy.evaluate(write_table(tmp_path, **columns))
+    assert bool([record for record in caplog.records if record.levelname == "WARNING"]) == named

@@ -56,6 +56,7 @@ _ROLES = {
     **dict.fromkeys(GROUP_COLUMNS, "patients"),
     **dict.fromkeys(ID_COLUMNS, "patches"),
 }
+_N_TO_JUDGE = 20  # probabilities, below which all may be 0.5 or more by chance
 _SIMILAR = 0.85  # patientid and patient_id, labels and label; not patient_age
 
 
@@ -110,6 +111,12 @@ def evaluate_predictions(
     probs = _read_probs(y_prob, len(labels))
     names, positive = _name_classes(labels, probs, class_names, positive_class)
     if probs.ndim == 1:
+        if len(probs) >= _N_TO_JUDGE and probs.min() >= 0.5:
+            logger.warning(
+                "all probabilities are 0.5 or more: if they are those of the predicted class, these results are "
+                "wrong; give those of the class %s",
+                positive,
+            )
         columns = (1 - probs, probs) if names.index(str(positive)) == 1 else (probs, 1 - probs)
         probs = np.stack(columns, axis=1)
     target = _index_classes(labels, names)
@@ -387,9 +394,12 @@ def evaluate_table(
         )
     group = find([name for name in GROUP_COLUMNS if name in lower and table[lower[name]].notna().any()])
     class_names = [name[len(prefix or "") :] for name in prob_columns] if len(prob_columns) > 1 else None
-    if positive is None and class_names is not None and len(class_names) == 2 and prob is not None:
-        matches = [k for k, name in enumerate(prob_columns) if np.array_equal(table[name], table[prob])]
-        positive = class_names[matches[0]] if len(matches) == 1 else None
+    if class_names is not None and len(class_names) == 2:
+        positive = positive or _find_positive_column(path, table, class_names, prob_columns, prob)
+        _refuse_numbers(path, table[truth], class_names, positive)
+    _warn_of_others(path, table, truth, TRUTH_COLUMNS)
+    if class_names is None:
+        _warn_of_others(path, table, prob, PROB_COLUMNS)
     stored = read_metadata(path).get("threshold")
     if is_changed(Path(path)):
         logger.warning("%s was changed since it was written; its threshold is still that of its run", path)
@@ -412,6 +422,45 @@ def evaluate_table(
         f"{GROUP_COLUMNS[group.lower()]}s from {group}" if group else "no column of patients",
     )
     return evaluation
+
+
+def _find_positive_column(
+    path: Path | str, table: pd.DataFrame, class_names: list[str], prob_columns: list[str], prob: str | None
+) -> str:
+    """Return the positive one of two classes: that of the column ``prob``, else by their names."""
+    if prob is not None:
+        is_same = [np.array_equal(table[name], table[prob]) for name in prob_columns]
+        if sum(is_same) == 1:
+            return class_names[is_same.index(True)]
+        if not any(is_same):
+            logger.warning("%s: column %s is neither %s: ignored", path, prob, " nor ".join(prob_columns))
+    positive = find_positive(class_names)
+    if positive is None:
+        raise DataError(f"{path}: positive class of {' and '.join(class_names)} unknown: set --positive")
+    return positive
+
+
+def _refuse_numbers(
+    path: Path | str, labels: pd.Series, class_names: Sequence[str], positive: str
+) -> None:
+    """Refuse numbers as labels where the columns are named and the positive one is the first, 0."""
+    is_number = pd.api.types.is_numeric_dtype(labels) or pd.api.types.is_bool_dtype(labels)
+    if is_number and positive == class_names[0] and not any(name.isdecimal() for name in class_names):
+        raise DataError(
+            f"{path}: column {labels.name} has numbers, which count the columns in order: 0 would be "
+            f"{class_names[0]!r}, 1 {class_names[1]!r}; write the names of the classes, or swap the columns"
+        )
+
+
+def _warn_of_others(path: Path | str, table: pd.DataFrame, used: str | None, names: Sequence[str]) -> None:
+    """Warn of columns of the same role as the one used, with other values (labels: other groups of patches)."""
+    lower = {str(name).lower(): str(name) for name in table.columns}
+    for name in (lower[name] for name in names if name in lower and lower[name] != used):
+        pairs = table[[used, name]].drop_duplicates()
+        if len(pairs) > max(pairs[used].nunique(), pairs[name].nunique()) or (
+            names is PROB_COLUMNS and not np.array_equal(table[name], table[used])
+        ):
+            logger.warning("%s: columns %s and %s differ; %s is used", path, used, name, used)
 
 
 def _role_of(column: str) -> str | None:

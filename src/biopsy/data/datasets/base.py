@@ -272,6 +272,6 @@ def find_positive(class_names: Sequence[str]) -> str | None:
     """Return the positive one of two class names if it is in `POSITIVE_BY_NEGATIVE`."""
     spelled = {name.lower().replace("tumor", "tumour").replace("-", "_"): name for name in class_names}
     for negative, positive in POSITIVE_BY_NEGATIVE.items():
-        if spelled.keys() == {negative, positive}:
+        if len(class_names) == 2 and spelled.keys() == {negative, positive}:
             return spelled[positive]
     return None
