@@ -21,6 +21,7 @@ import shapely
 import tifffile
 
 import biopsy
+from annotation_files import asap
 from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split
@@ -781,6 +782,31 @@ def test_an_area_named_as_a_class_without_having_it_is_refused(tmp_path, about):
     (tmp_path / "s" / "case01.geojson").write_text(json.dumps(document))
     with pytest.raises(DataError, match="feature 2"):
         prepare(tmp_path / "s", mpp=4.0, patch_px=20, classes=["tumour=Tumor"], rest="normal")
+
+
+@pytest.mark.parametrize(
+    ("unclassified", "counts"),
+    [
+        ("tumour=Unclassified", {"normal": 208 - 64, "tumour": 64}),
+        ("=Unclassified", {"normal": 208 - 64, "tumour": 0}),
+        ("normal=Unclassified", {"normal": 208, "tumour": 0}),
+    ],
+)
+@pytest.mark.parametrize("program", ["qupath", "asap"])
+def test_an_area_without_a_class_is_labelled_as_the_user_says(tmp_path, program, unclassified, counts):
+    write_slide(tmp_path / "s" / "case01.tif")
+    if program == "qupath":
+        notes = tmp_path / "case01.geojson"
+        notes.write_text(json.dumps([feature(REGION, "Region*"), feature(TUMOUR, None)]))
+    else:
+        notes = tmp_path / "case01.xml"
+        corners = [list(area.exterior.coords) for area in (REGION, TUMOUR)]
+        notes.write_text(asap(("Region*", corners[0]), ("None", corners[1])))
+    options = {"mpp": 4.0, "patch_px": 20, "rest": "normal", "annotations": notes}
+    with pytest.raises(DataError, match="feature 2"):
+        prepare(tmp_path / "s", classes=["tumour=Tumor"], **options)
+    pack = prepare(tmp_path / "s", classes=["tumour=Tumor", unclassified], **options)
+    assert pack.info.counts["per_class"] == counts
 
 
 @pytest.mark.parametrize("twin", ["a/case.tif", "case.tiff"])

@@ -113,8 +113,8 @@ def evaluate_predictions(
     if probs.ndim == 1:
         if len(probs) >= _N_TO_JUDGE and probs.min() >= 0.5:
             logger.warning(
-                "all probabilities are 0.5 or more: if they are those of the predicted class, these results are "
-                "wrong; give those of the class %s",
+                "all probabilities are 0.5 or more: if they are those of the predicted class, these results "
+                "are wrong; give those of the class %s",
                 positive,
             )
         columns = (1 - probs, probs) if names.index(str(positive)) == 1 else (probs, 1 - probs)
@@ -440,9 +440,7 @@ def _find_positive_column(
     return positive
 
 
-def _refuse_numbers(
-    path: Path | str, labels: pd.Series, class_names: Sequence[str], positive: str
-) -> None:
+def _refuse_numbers(path: Path | str, labels: pd.Series, class_names: Sequence[str], positive: str) -> None:
     """Refuse numbers as labels where the columns are named and the positive one is the first, 0."""
     is_number = pd.api.types.is_numeric_dtype(labels) or pd.api.types.is_bool_dtype(labels)
     if is_number and positive == class_names[0] and not any(name.isdecimal() for name in class_names):
@@ -453,7 +451,7 @@ def _refuse_numbers(
 
 
 def _warn_of_others(path: Path | str, table: pd.DataFrame, used: str | None, names: Sequence[str]) -> None:
-    """Warn of columns of the same role as the one used, with other values (labels: other groups of patches)."""
+    """Warn of columns of the same role as the one used, with other values (labels: other classes)."""
     lower = {str(name).lower(): str(name) for name in table.columns}
     for name in (lower[name] for name in names if name in lower and lower[name] != used):
         pairs = table[[used, name]].drop_duplicates()

@@ -28,7 +28,15 @@ import shapely
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import read_bytes
 from biopsy.core.text import normalize_name
-from biopsy.slide_io.outlines import MAX_NAME, Annotation, Annotations, Area, OutlineReader, read_ring
+from biopsy.slide_io.outlines import (
+    MAX_NAME,
+    WITHOUT_CLASS,
+    Annotation,
+    Annotations,
+    Area,
+    OutlineReader,
+    read_ring,
+)
 
 MAX_BYTES = 2**26
 """Largest file size: 64 MB, about a million vertices."""
@@ -132,9 +140,8 @@ def _list_layers(root: Element, path: Path, is_imagescope: bool) -> Iterator[Reg
             if kind == "Polygon" and _is_true(region.get("HasEndcaps")):
                 kind = "Line"
             if is_imagescope and kind in ("Rectangle", "Ellipse") and len(corners) > 2:
-                box = np.stack([corners.min(axis=0), corners.max(axis=0)])
-                is_ellipse = kind == "Ellipse" and len(corners) <= 4
-                kind, corners = ("Ellipse", box) if is_ellipse else ("Polygon", corners)
+                is_ellipse = kind == "Ellipse" and len(corners) == 4
+                kind, corners = "Polygon", _inscribe_ellipse(corners) if is_ellipse else corners
             name = _name_layer(layer, region) if is_imagescope else layer.get("Name", "").strip()
             is_hole = _is_true(region.get("NegativeROA") or region.get("Negative"))
             text = normalize_name(region.get("Text", ""))
@@ -175,16 +182,16 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Annota
     areas: dict[int, Area] = {}
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
-    unclassified: dict[int, str] = {}
     valid = []
     for region in regions:
         if region.kind not in ("Polygon", "Rectangle", "Ellipse"):
             article = "an" if region.kind[0] in "AEIOU" else "a"
             ignored[f"is {article} {region.kind.lower()}"] += 1
-        elif region.class_name is None and not region.is_hole:
-            ignored["without a class"] += 1
-            unclassified[region.number] = region.name
+        elif len(np.unique(region.corners, axis=0)) < (3 if region.kind == "Polygon" else 2):
+            ignored["has too few corners"] += 1
         else:
+            if region.class_name is None and not region.is_hole:
+                ignored[WITHOUT_CLASS] += 1
             where = f"{path}, region {region.number}"
             ring = read_ring(_outline(region, where), where, close=True)
             areas[region.number], fault = outlines.read_area([[ring]], where)
@@ -196,11 +203,12 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Annota
         cut = _subtract_hole(hole, solid, areas)
         if not cut:
             ignored["is a hole outside all regions"] += 1
-    items = [
-        Annotation(str(region.class_name)[:MAX_NAME], areas[region.number], region.number)
-        for region in solid
-        if areas[region.number].area > 0
-    ]
+    items, unclassified = [], []
+    for region in (region for region in solid if areas[region.number].area > 0):
+        name, area = region.class_name or region.name, areas[region.number]
+        (items if region.class_name else unclassified).append(
+            Annotation(name[:MAX_NAME], area, region.number)
+        )
     ignored_counts = dict(ignored)
     return Annotations(path, items, repaired, ignored_counts, False, mpp, unclassified)
 
@@ -226,7 +234,14 @@ def _outline(region: Region, where: str) -> np.ndarray:
     if len(region.corners) != 2:
         raise DataError(f"{where} is a {region.kind} of {len(region.corners)} corners; expected 2")
     low, high = region.corners.min(axis=0), region.corners.max(axis=0)
-    if region.kind == "Rectangle":
-        return np.array([low, (high[0], low[1]), high, (low[0], high[1])])
-    turns = np.arange(_N_ELLIPSE) * 2 * np.pi / _N_ELLIPSE
-    return (low + high) / 2 + np.stack([np.cos(turns), np.sin(turns)], axis=1) * (high - low) / 2
+    box = np.array([low, (high[0], low[1]), high, (low[0], high[1])])
+    return box if region.kind == "Rectangle" else _inscribe_ellipse(box)
+
+
+def _inscribe_ellipse(corners: np.ndarray) -> np.ndarray:
+    """Return the ellipse in a rectangle of any rotation, or through the four ends of upright axes."""
+    across, along = corners[2] - corners[0], corners[3] - corners[1]  # diagonals, or axes
+    is_upright = min(abs(across)) == 0 and min(abs(along)) == 0
+    first, second = (across, along) if is_upright else (corners[1] - corners[0], corners[2] - corners[1])
+    turns = np.arange(_N_ELLIPSE)[:, None] * 2 * np.pi / _N_ELLIPSE
+    return corners.mean(axis=0) + (np.cos(turns) * first + np.sin(turns) * second) / 2

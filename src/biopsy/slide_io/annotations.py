@@ -17,7 +17,14 @@ from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json, read_bytes
 from biopsy.core.text import normalize_name
 from biopsy.slide_io.annotation_xml import read_xml
-from biopsy.slide_io.outlines import MAX_NAME, Annotation, Annotations, OutlineReader, read_ring
+from biopsy.slide_io.outlines import (
+    MAX_NAME,
+    WITHOUT_CLASS,
+    Annotation,
+    Annotations,
+    OutlineReader,
+    read_ring,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +37,6 @@ XML_SUFFIXES = (".xml", ".annotations")
 SUFFIXES = (".geojson", ".json", *XML_SUFFIXES)
 """Suffixes of annotation files, in lower case."""
 
-_UNCLASSIFIED = "without a class"
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", *_FLAT)
 _OTHER_OBJECTS = {  # names in QuPath; in version 0.2 in the id of the feature
@@ -60,7 +66,7 @@ def _read_geojson(path: Path) -> Annotations:
     items: list[Annotation] = []
     repaired: dict[int, str] = {}
     ignored: Counter[str] = Counter()
-    unclassified: dict[int, str] = {}
+    unclassified: list[Annotation] = []
     n_elsewhere = 0
     for number, feature in enumerate(_walk(_read_features(path), str(path)), start=1):
         where = f"{path}, feature {number}"
@@ -69,15 +75,17 @@ def _read_geojson(path: Path) -> Annotations:
         class_name = _class_of(properties, where)
         if reason := _reason_to_ignore(feature, polygons, class_name):
             ignored[reason] += 1
-            if reason == _UNCLASSIFIED:
-                unclassified[number] = _name_of(properties)
-            continue
+            if reason != WITHOUT_CLASS:
+                continue
         n_elsewhere += _is_on_other_plane(feature["geometry"])
         rings = [[read_ring(ring, where) for ring in polygon] for polygon in polygons]
         area, fault = outlines.read_area(rings, where)
         if fault:
             repaired[number] = fault
-        items.append(Annotation(str(class_name), area, number))
+        if class_name is None:
+            unclassified.append(Annotation(_name_of(properties), area, number))
+        else:
+            items.append(Annotation(class_name, area, number))
     if n_elsewhere:
         logger.warning(
             "%s: %d outlines of other focal planes or time points are taken as of this one", path, n_elsewhere
@@ -166,18 +174,19 @@ def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: 
         return f"is a {other}"
     if not polygons:
         return "without an area"
-    return None if class_name else _UNCLASSIFIED
+    return None if class_name else WITHOUT_CLASS
 
 
 def _class_of(properties: dict[str, Any], where: str) -> str | None:
-    """Return the class: ``name`` of the ``classification``, or ``names`` of a derived class."""
+    """Return the class: the ``classification`` or its ``name``; of a derived class the names, joined."""
     classification = properties.get("classification")
     if not classification:
         return None
     name = classification
     if isinstance(classification, dict):
-        names = classification.get("names")
-        name = classification.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
+        name = classification.get("name") or classification.get("names")
+    if isinstance(name, list):
+        name = ": ".join(map(str, name))
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where} has a classification without a name: {str(classification)[:80]}")
     if len(name) > MAX_NAME:

@@ -30,6 +30,12 @@ MAX_CROSSINGS = 10_000
 MAX_NAME = 200
 """Largest length of a class name."""
 
+WITHOUT_CLASS = "without a class"
+"""Reason why an area was ignored."""
+
+UNCLASSIFIED = "Unclassified"
+"""Name in options of the class of areas without a class."""
+
 _PAIRS_AT_ONCE = 2**22
 
 
@@ -61,7 +67,7 @@ class Annotations:
         from_bounds: Whether the origin of coordinates is that of the scanned bounds (see `Slide.corner`), as
             in QuPath, instead of the corner of the slide.
         mpp: Pixel size of the annotated slide in µm, if recorded.
-        unclassified: Names of the areas without a class, by feature.
+        unclassified: Areas without a class, each with its own name (may be empty) in place of a class.
     """
 
     path: Path
@@ -70,16 +76,19 @@ class Annotations:
     ignored: dict[str, int] = field(default_factory=dict)
     from_bounds: bool = True
     mpp: float | None = None
-    unclassified: dict[int, str] = field(default_factory=dict)
+    unclassified: list[Annotation] = field(default_factory=list)
 
     def shift(self, x: float, y: float) -> "Annotations":
         """Return the annotations shifted by an offset."""
         offset = np.array([x, y])
-        shifted = [
-            replace(item, polygon=shapely.transform(item.polygon, lambda points: points + offset))
-            for item in self.items
-        ]
-        return replace(self, items=shifted)
+
+        def shift_all(items: list[Annotation]) -> list[Annotation]:
+            return [
+                replace(item, polygon=shapely.transform(item.polygon, lambda points: points + offset))
+                for item in items
+            ]
+
+        return replace(self, items=shift_all(self.items), unclassified=shift_all(self.unclassified))
 
     def class_names(self) -> list[str]:
         """Return the class names, sorted."""

@@ -9,6 +9,8 @@ The rules, recorded in ``pack.json`` with their parameters:
   inside the slide, as for maps.
 * If the slide has areas of the class ``Region*``, a patch is wholly inside them. It is wholly outside ignored
   areas: classes that end in ``*``, such as QuPath's ``Ignore*``, or follow an empty name in ``classes``.
+* Areas without a class count only if ``classes`` names them, ``Unclassified``; with ``rest`` it must, unless
+  they hold areas with a class.
 * At least half of a patch is tissue, as for maps.
 * The class of a patch is the only one that covers at least ``label_frac`` of it; patches with no such class,
   or several, are excluded. ``rest`` is the class of unannotated tissue in the valid area (default: excluded).
@@ -19,7 +21,7 @@ Excluded patches are counted by reason.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations, groupby
 from pathlib import Path
 
@@ -43,9 +45,10 @@ from biopsy.data.datasets.base import (
     register_dataset,
 )
 from biopsy.data.tables import normalize_cells
-from biopsy.slide_io.annotations import SUFFIXES, Annotations, read_annotations
+from biopsy.slide_io.annotations import SUFFIXES, read_annotations
 from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slide_io.coverage import share_of_mask, share_of_polygon
+from biopsy.slide_io.outlines import UNCLASSIFIED, WITHOUT_CLASS, Annotation, Annotations
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.resolution import AGREEING_MPP, check_mpp
 from biopsy.slide_io.tissue import MIN_TISSUE_FRAC, find_tissue_of
@@ -134,10 +137,11 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
     else:
         result = list(dict.fromkeys(name for name in names.values() if name))
         for notes in all_notes:
-            for number, name in notes.unclassified.items():
-                if name and name in {*names, cutting.region}:
+            for area in notes.unclassified if UNCLASSIFIED not in names else []:
+                if area.class_name and area.class_name in {*names, cutting.region}:
                     raise DataError(
-                        f"{notes.path}, feature {number} is called {name!r} and has no class: set its class"
+                        f"{notes.path}, feature {area.feature} is called {area.class_name!r} and has no "
+                        "class: set its class"
                     )
             for item in notes.items:
                 name = item.class_name
@@ -146,6 +150,14 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
                         f"{notes.path}, feature {item.feature} is of class {name!r}, which is not in "
                         f"--classes ({suggest(name, names)}): add it, or ={name} to ignore its area"
                     )
+    for notes in all_notes:
+        areas = [area for area in notes.unclassified if not _is_container(area, notes)]
+        if areas and cutting.rest is not None and UNCLASSIFIED not in (names or {}):
+            raise DataError(
+                f"{notes.path}: {len(areas)} areas have no class, feature {areas[0].feature} first, and would "
+                f"be labelled {cutting.rest}: set their class, or --classes NAME={UNCLASSIFIED} (={UNCLASSIFIED} to exclude them, "
+                f"{cutting.rest}={UNCLASSIFIED} to ignore their outlines)"
+            )
     rest_names = [] if cutting.rest is None else [cutting.rest]
     class_names = [*rest_names, *(name for name in result if name != cutting.rest)]
     if len(class_names) < 2:
@@ -224,7 +236,7 @@ def _collect_areas(
     """Return the area of each class and the valid area, within the slide."""
     bounds = shapely.box(0, 0, slide.width, slide.height)
     result: dict[str, list[BaseGeometry]] = {}
-    for item in notes.items:
+    for item in [*notes.items, *_name_unclassified(notes, cutting)]:
         if item.polygon.intersection(bounds).area < 0.5 * item.polygon.area:
             left, upper, right, lower = item.polygon.bounds
             raise DataError(
@@ -251,6 +263,19 @@ def _collect_areas(
         else:
             valid = valid.difference(area)
     return areas, valid
+
+
+def _name_unclassified(notes: Annotations, cutting: Cutting) -> list[Annotation]:
+    """Return the areas without a class that ``classes`` gives one, other than that of unannotated tissue."""
+    name = (cutting.names or {}).get(UNCLASSIFIED)
+    if name is None or name == cutting.rest:
+        return []
+    return [replace(area, class_name=UNCLASSIFIED) for area in notes.unclassified]
+
+
+def _is_container(area: Annotation, notes: Annotations) -> bool:
+    """Return whether an area holds one with a class, as parents of QuPath's objects do."""
+    return any(area.polygon.contains(item.polygon) for item in notes.items)
 
 
 def _measure_areas(areas: dict[str, BaseGeometry], mm2: float) -> dict[str, dict[str, float]]:
@@ -375,8 +400,13 @@ def _cut(
             "%s: %d self-intersecting outlines were repaired, feature %d first: %s",
             *(notes.path, len(notes.repaired), number, fault),
         )
-    if notes.ignored:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in notes.ignored.items())
+    ignored = {
+        reason: count
+        for reason, count in notes.ignored.items()
+        if reason != WITHOUT_CLASS or not _name_unclassified(notes, cutting)
+    }
+    if ignored:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in ignored.items())
         logger.warning("%s: excluded: %s", notes.path, counts)
     with open_slide(case.path, mpp=case.mpp) as slide:
         cut = cut_slide(slide, notes, class_names, cutting)
@@ -395,7 +425,7 @@ def _cut(
         source=case.name,
         label_share=cut.share,
     )
-    record |= {"features": len(notes.items), "repaired": sorted(notes.repaired), "ignored": notes.ignored}
+    record |= {"features": len(notes.items), "repaired": sorted(notes.repaired), "ignored": ignored}
     return table, cut, record
 
 
