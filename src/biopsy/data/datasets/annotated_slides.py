@@ -154,8 +154,8 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
         areas = [area for area in notes.unclassified if not _is_container(area, notes)]
         if areas and cutting.rest is not None and UNCLASSIFIED not in (names or {}):
             raise DataError(
-                f"{notes.path}: {len(areas)} areas have no class, feature {areas[0].feature} first, and would "
-                f"be labelled {cutting.rest}: set their class, or --classes NAME={UNCLASSIFIED} "
+                f"{notes.path}: {len(areas)} areas have no class, feature {areas[0].feature} first, and "
+                f"would be labelled {cutting.rest}: set their class, or --classes NAME={UNCLASSIFIED} "
                 f"(={UNCLASSIFIED} to exclude them, {cutting.rest}={UNCLASSIFIED} to ignore their outlines)"
             )
     rest_names = [] if cutting.rest is None else [cutting.rest]
