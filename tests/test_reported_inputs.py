@@ -907,3 +907,72 @@ def test_a_run_does_not_resume_with_another_pack(tmp_path, make_pack):
         with pytest.raises(RunError):
             biopsy.train(resume=run, data=data, device="cpu")
     assert biopsy.Run.open(run).info["status"] != "finished"
+
+
+# --- inputs of the kinds above, tried later
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda p, n: "P-01" if n else "P01",
+        lambda p, n: "P_01" if n else "P-01",
+        lambda p, n: "P 1" if n else "P01",
+        lambda p, n: "14 4659A" if n else "14-4659-A",
+    ],
+)
+def test_patient_ids_that_differ_by_a_separator_are_named(tmp_path, caplog, spell):
+    rows = write_folders(tmp_path / "d", ["P01"])
+    spelt = [(patch, spell(patient, patch.endswith("_1"))) for patch, patient in rows]
+    pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert all(repr(name) in caplog.text for name in pack.table["patient_id"].unique())
+
+
+@pytest.mark.parametrize("name", ["1.00E+05", "#REF!", "########", "unknown", "-1", "NA"])
+def test_ids_that_may_stand_for_no_patient_or_for_several_are_named(tmp_path, caplog, name):
+    rows = write_folders(tmp_path / "d")
+    spelt = [(patch, name if patient < "P03" else patient) for patch, patient in rows]
+    pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
+    assert pack.info.counts["patients"] == 3 and repr(name) in caplog.text
+
+
+def test_patients_that_are_the_classes_are_refused(tmp_path):
+    write_folders(tmp_path / "d")
+    with pytest.raises(DataError):
+        prepare(tmp_path / "d", patients="([^/]+)/")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        pytest.param(
+            [f"{top}{s}/{c}/{n}.png" for top in ("", "data/") for s in ("train", "test") for c in "AB"
+             for n in range(2)],
+            id="a copy of the tree inside it",
+        ),
+        pytest.param(
+            [f"site{s}/{p}/{c}/{n}.png" for s in "AB" for p in "xy" for c in ("benign", "malignant")
+             for n in range(2)],
+            id="classes two levels lower",
+        ),
+        pytest.param([f"{p}/{n}.png" for p in ("A123", "B234", "C001") for n in range(2)], id="A123"),
+        pytest.param([f"2019-01-0{p}/{n}.png" for p in (3, 4) for n in range(2)], id="dates"),
+        pytest.param([f"SOB_B_A_14-{p}AB/{n}.png" for p in (3, 4) for n in range(2)], id="BreakHis"),
+    ],
+)  # fmt: skip
+def test_trees_whose_top_folders_are_no_classes_are_refused(tmp_path, paths):
+    for n, name in enumerate(paths):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(encode_png(draw(n)))
+    with pytest.raises(DataError, match="folders"):
+        prepare(tmp_path / "d")
+
+
+def test_class_folders_that_differ_by_letter_case_are_one_class(tmp_path, caplog):
+    for n, name in enumerate(["train/benign", "train/malignant", "test/Benign", "test/MALIGNANT"]):
+        for k in range(2 + (n < 2)):
+            (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "d" / name / f"{n}{k}.png").write_bytes(encode_png(draw(10 * n + k)))
+    pack = prepare(tmp_path / "d")
+    assert pack.info.counts["per_class"] == {"benign": 5, "malignant": 5}
+    assert pack.info.positive_class == "malignant" and "MALIGNANT and malignant" in caplog.text

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 _INTEGER = re.compile(r"(\d+)\.0+")
 _QUOTED = re.compile(r'=?"(.*)"')  # ="0012", as some programs write text for spreadsheets
+_BEFORE_DIGITS = re.compile(r"(?<=[^\W\d])-(?=\d)|(?<=\d)-(?=[^\W\d])")  # P-01, or 01-A
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?e\+?\d{1,2}")
 
 
@@ -136,11 +137,13 @@ def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
 def fold_id(name: str) -> str:
     """Return a key that is equal for ids that may be one.
 
-    They differ by letter case, leading zeros, the kind of dash, full-width letters, a leading apostrophe, or
-    by what a spreadsheet makes of a number (``1E+05``, ``1,0``).
+    They differ by letter case, leading zeros, the kind of dash, space and underscore, one of them between
+    letters and digits, full-width letters, a leading apostrophe, or by what a spreadsheet makes of a number
+    (``1E+05``, ``1,0``).
     """
     name = unicodedata.normalize("NFKC", name).casefold().lstrip("'")
     name = "".join("-" if unicodedata.category(char) == "Pd" or char == "\u2212" else char for char in name)
+    name = _BEFORE_DIGITS.sub("", re.sub(r"(?<=\w)[\s_-]+(?=\w)", "-", name))
     if _SCIENTIFIC.fullmatch(name):
         name = f"{float(name):.0f}"
     return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^(\d+)[.,]0+$", r"\1", name))

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import plural
 from biopsy.data.packs import Pack, PackCounts
 from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_overlap
@@ -234,7 +235,7 @@ def find_blocking_issues(audit: Audit) -> list[str]:
     if across["count"]:
         reasons.append(
             f"{across['count']:,} pictures in two subsets of split {split['name']!r}, such as "
-            f"{' and '.join(across['items'][0][:2])}; keep their {audit['unit']}s in one subset"
+            f"{' and '.join(across['items'][0][:2])}; keep their {plural(audit['unit'])} in one subset"
         )
     return reasons
 

@@ -15,7 +15,7 @@ from biopsy.core.errors import DataError, SplitError, suggest
 from biopsy.core.loaders import read_bytes
 from biopsy.core.seeds import make_rng
 from biopsy.core.tables import read_csv_table
-from biopsy.core.text import list_unmatched, normalize_id
+from biopsy.core.text import list_unmatched, normalize_id, plural
 from biopsy.data.packs import Pack, Unit
 
 SUBSETS = ("train", "validation", "test")
@@ -176,7 +176,7 @@ def divide_groups(
     fractions = np.asarray(shares, dtype=float) / np.sum(shares)
     if len(names) < len(fractions):
         raise SplitError(
-            f"{len(names)} {unit}s are too few for {len(fractions)} subsets or folds: one would be empty"
+            f"{len(names)} {plural(unit)} are too few for {len(fractions)} subsets or folds: one would be empty"
         )
     counts = np.zeros((len(names), int(target.max()) + 1))
     np.add.at(counts, (codes, target), 1)
@@ -516,7 +516,7 @@ def check_known(names: Sequence[str], group_ids: np.ndarray, unit: str) -> None:
                 suggest(name, options) if len(options) < 50 else suggest(name, options).partition("known:")[0]
             )
             raise SplitError(
-                f"no {unit} is called {name!r}; {hint or f'the pack has {len(options)} {unit}s'}"
+                f"no {unit} is called {name!r}; {hint or f'the pack has {len(options)} {plural(unit)}'}"
             )
 
 

@@ -22,7 +22,7 @@ from biopsy.core.files import read_json, sha256_file, update_directory, write_js
 from biopsy.core.loaders import validate
 from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
-from biopsy.core.text import normalize_id
+from biopsy.core.text import normalize_id, plural
 from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SUBSETS, Cases, Request
 from biopsy.recipes import load_recipe
@@ -133,7 +133,7 @@ class Split(Output):
                     groups = [] if self.unit == "patch" else [sizes["groups"]]
                     values = sizes["patches"], *groups, *sizes["per_class"].values()
                     rows.append([*([str(fold)] if self.n_folds else []), subset, *map(number, values)])
-        groups = [] if self.unit == "patch" else [f"{self.unit}s"]
+        groups = [] if self.unit == "patch" else [f"{plural(self.unit)}"]
         header = [*(["fold"] if self.n_folds else []), "subset", "patches", *groups]
         return [*blocks, Table([*header, *sizes["per_class"]], rows)]
 
@@ -570,7 +570,9 @@ def check_no_leakage(group_ids: np.ndarray, subsets: np.ndarray, *, unit: str = 
     overlap = find_overlap(group_ids, subsets)
     if overlap:
         patient, group_subsets = next(iter(overlap.items()))
-        more = f" (and {len(overlap) - 1:,} more {unit}s are in two subsets)" if len(overlap) > 1 else ""
+        more = (
+            f" (and {len(overlap) - 1:,} more {plural(unit)} are in two subsets)" if len(overlap) > 1 else ""
+        )
         raise SplitError(
             f"{unit} {patient} is in {' and '.join(group_subsets)}{more}; split by {unit}, not by patch"
         )

@@ -42,6 +42,12 @@ _PERSON_COLUMNS = {
     "site_id": "site_id",
     "site": "site_id",
 }
+# What stands for no patient in some tables, and what spreadsheets write for errors and rounded numbers.
+_NO_ID = re.compile(
+    r"<?n/?a>?|nan|none|null|nil|unknown|missing|undefined|not available|[?.-]+|-1|"
+    r"#(n/a|ref!|name\?|value!|div/0!|num!|null!)|#{2,}|\d([.,]\d+)?e\+?\d+",
+    re.IGNORECASE,
+)
 _SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 
 
@@ -139,13 +145,24 @@ def check_ids(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
         patches filled in (``by_slide``) and still without a patient (``without``), if some have one.
 
     Raises:
-        DataError: If one slide has several patients.
+        DataError: If one slide has several patients, or the patients are the classes.
     """
+    if (table["patient_id"] == table["class_name"]).all():
+        raise DataError(
+            "the patient of every patch is its class: correct --patients, which may match the class folder"
+        )
+    doubtful = [name for name in table["patient_id"].dropna().unique() if _NO_ID.fullmatch(name)]
+    if doubtful:
+        logger.warning(
+            "patient_id %s: taken for a patient each; leave the cells empty if the patient is unknown, and "
+            "restore ids that a spreadsheet rounded or could not compute",
+            ", ".join(map(repr, doubtful[:3])) + (" ..." if len(doubtful) > 3 else ""),
+        )
     for column in (*ID_COLUMNS, "class_name"):
         for lookalikes in find_lookalikes(table[column].dropna().unique())[:3]:
             logger.warning(
-                "%s %s differ only by letter case, zeros, dashes or the form of a number: correct "
-                "the spelling if they are the same",
+                "%s %s differ only by letter case, zeros, dashes, spaces or the form of a number: "
+                "correct the spelling if they are the same",
                 *(column, " and ".join(map(repr, lookalikes))),
             )
     complete = table["slide_id"].notna() & table["patient_id"].notna()

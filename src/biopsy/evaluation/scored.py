@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import plural
 from biopsy.data.packs import Pack, group_by_unit
 from biopsy.data.predictions import decide
 from biopsy.statistics.intervals import measure_size_trend
@@ -132,15 +133,15 @@ class ScoredPatches:
         trend = measure_size_trend(self.target, error, self.group_ids)
         if trend is not None and trend.p < TREND_P:
             return (
-                f"{self.unit}s with more patches are harder (rank correlation {trend.correlation:.2f} over "
-                f"{groups.n} {self.unit}s, p {trend.p:.2g}): pooled metrics may be too optimistic and their "
-                f"intervals too narrow; prefer the means over {self.unit}s"
+                f"{plural(self.unit)} with more patches are harder (rank correlation {trend.correlation:.2f} over "
+                f"{groups.n} {plural(self.unit)}, p {trend.p:.2g}): pooled metrics may be too optimistic and their "
+                f"intervals too narrow; prefer the means over {plural(self.unit)}"
             )
         if groups.n < FEW and groups.effective < UNEQUAL * groups.n:
             return (
-                f"{groups.n} {self.unit}s of very different size have an effective number of "
-                f"{groups.effective:.1f}: if {self.unit}s with more patches are harder, pooled metrics are "
-                f"too optimistic and their intervals too narrow; prefer the means over {self.unit}s"
+                f"{groups.n} {plural(self.unit)} of very different size have an effective number of "
+                f"{groups.effective:.1f}: if {plural(self.unit)} with more patches are harder, pooled metrics are "
+                f"too optimistic and their intervals too narrow; prefer the means over {plural(self.unit)}"
             )
         return None
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.core.text import count
+from biopsy.core.text import count, plural
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
@@ -314,7 +314,13 @@ def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: in
     ]
     metrics = list(results[0][2]["patch"])[:3]
     return make_table(
-        ["column", "subgroup", "patches", f"{unit}s", *(metric_label(name, n_classes) for name in metrics)],
+        [
+            "column",
+            "subgroup",
+            "patches",
+            f"{plural(unit)}",
+            *(metric_label(name, n_classes) for name in metrics),
+        ],
         [
             [column, str(value), result.get("n_patches"), result.get("n_patients")]
             + [result["patch"].get(name, {}) for name in metrics]

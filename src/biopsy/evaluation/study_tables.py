@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import write_json
+from biopsy.core.text import plural
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
 from biopsy.evaluation.measure import Confusion
@@ -124,7 +125,9 @@ def describe_run(run: Run) -> dict[str, Any]:
         "recipe": run.info["recipe"],
         "fold": run.info["split"]["fold"],
         "seed": run.info["seed"],
-        "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {metrics['unit']}s",
+        "tested": " ".join(sorted(groups))
+        if len(groups) <= 3
+        else f"{len(groups)} {plural(metrics['unit'])}",
         "n_patches": metrics["n_patches"],
         "n_positive": metrics["confusion"] and metrics["confusion"]["tp"] + metrics["confusion"]["fn"],
         **{name: _or_nan(metrics["patch"][name]["value"]) for name in metric_names},

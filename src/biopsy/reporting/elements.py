@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.text import capitalize, count
+from biopsy.core.text import capitalize, count, plural
 from biopsy.plotting.style import jpeg, png
 from biopsy.reporting.document import (
     Picture,
@@ -111,8 +111,8 @@ def table_of_metrics(
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
     if per_patient:
-        columns += [f"mean of {unit}s", *([] if brief else ["95 % interval", "median"]), "worst"]
-        columns += [] if brief else [f"{unit}s"]
+        columns += [f"mean of {plural(unit)}", *([] if brief else ["95 % interval", "median"]), "worst"]
+        columns += [] if brief else [f"{plural(unit)}"]
     note = f"Intervals: {metrics.get('interval', {}).get('method', 'not stated')}, unit {unit}."
     if metrics.get("ece_floor") is not None:
         note += f" ECE expected of a perfectly calibrated model: {number(metrics['ece_floor'])}."

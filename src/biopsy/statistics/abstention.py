@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
+from biopsy.core.text import plural
 from biopsy.statistics.resampling import (
     SHARE,
     Floats,
@@ -324,7 +325,7 @@ def fit_conformal(
             )
             reason = (
                 f"an error rate of {alpha:g} needs at least {needed} calibration "
-                f"{unit}s{'' if n == n_patients else suffix}; there {'is' if n == 1 else 'are'} {n}"
+                f"{plural(unit)}{'' if n == n_patients else suffix}; there {'is' if n == 1 else 'are'} {n}"
             )
             return Conformal(alpha, guarantee, None, n_patients, len(scores), unit, reason)
         quantiles.append(hierarchical_quantile(scores[members], groups[members], alpha))

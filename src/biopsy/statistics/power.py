@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from biopsy.core.errors import MetricError, suggest
-from biopsy.core.text import count
+from biopsy.core.text import count, plural
 from biopsy.statistics.intervals import GroupedSample
 from biopsy.statistics.metrics import registry
 from biopsy.statistics.resampling import MIN_GROUPS, Floats, Resampler, check_level, fewest_informative
@@ -76,7 +76,7 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
         lambda weight: float(np.mean([metric.compute(sample.count(weight)) for sample in samples]))
     )
     if np.isnan(without).any():
-        raise MetricError(f"{name} is undefined when {unit}s are left out: no plan can be made")
+        raise MetricError(f"{name} is undefined when {plural(unit)} are left out: no plan can be made")
     return Influences((n_groups - 1) * (without.mean() - without[:, 0]), informative.effective)
 
 

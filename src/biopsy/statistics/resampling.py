@@ -17,7 +17,7 @@ from scipy.special import expit, logit, stdtrit
 
 from biopsy.core.errors import MetricError
 from biopsy.core.seeds import make_rng
-from biopsy.core.text import count
+from biopsy.core.text import count, plural
 
 Floats = NDArray[np.float64]
 Method = Literal["jackknife", "bootstrap"]
@@ -194,17 +194,17 @@ class Resampler:
             return Interval(
                 value,
                 reason=f"one {self.unit} has most of the {informative.description}: an interval needs the "
-                f"equivalent of {MIN_EFFECTIVE_GROUPS:g} {self.unit}s of equal size, these have an "
+                f"equivalent of {MIN_EFFECTIVE_GROUPS:g} {plural(self.unit)} of equal size, these have an "
                 f"effective number of {informative.effective:.1f}",
             )
         if share and value in SHARE:
             return bound_interval(value, informative.effective, self.level)
         missing = np.isnan(replicates)
         if missing.mean() > (MAX_UNDEFINED if self.method == "bootstrap" else 0):
-            return Interval(value, reason=f"undefined when {self.unit}s are left out: no interval")
+            return Interval(value, reason=f"undefined when {plural(self.unit)} are left out: no interval")
         replicates = replicates[~missing]
         if not np.ptp(replicates) > 1e-12:
-            return Interval(value, reason=f"the estimate does not vary between {self.unit}s")
+            return Interval(value, reason=f"the estimate does not vary between {plural(self.unit)}")
         if value in bounds:
             return Interval(value, reason=f"the estimate is exactly {value:g}, its bound")
         return self._student_interval(value, replicates, bounds, informative.freedom)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from biopsy.core.text import count
+from biopsy.core.text import count, plural
 from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
 from biopsy.models.classifier import CalibratorRecord, Classifier, ConformalRecord, Threshold, score_classes
 from biopsy.recipes import Recipe
@@ -46,7 +46,7 @@ def fit_abstention(
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (
-            f"{unit}s are in several subsets of this split, so errors on {chosen_on} give no guarantee "
+            f"{plural(unit)} are in several subsets of this split, so errors on {chosen_on} give no guarantee "
             f"for a new {unit}"
         )
     plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()

@@ -37,11 +37,12 @@ _PAIRS = [
     ("negative", "positive"),
     ("healthy", "cancer"),
 ]
-# Names of patients, slides, folds and magnifications: P01, case 3, fold_1, 14-4659, TCGA-A2-A0T2, 8863, 40X.
+# Names of patients, slides, folds, dates and magnifications: P01, case 3, fold_1, 14-4659, TCGA-A2-A0T2,
+# 8863, A123, 2019-01-03, 40X.
 _GROUP = re.compile(
     r"(?:p|pt|pat|patient|case|subj|subject|sub|slide|wsi|sample|specimen|donor|person|fold|split|part|"
     r"batch|site|cent(?:er|re)|hospital|lab|scanner|train|test|val)[ _.-]*\d+[a-z]?|"
-    r"tcga-\w\w-\w+.*|\d+-\d+|\d{3,}|\d+x|x\d+",
+    r"tcga-\w\w-\w+.*|sob_[bm]_.*|\d+-\d+|\d{4}-\d\d-\d\d|\d{3,}|[a-z]{1,4}[ _.-]?\d{3,}|\d+x|x\d+",
     re.IGNORECASE,
 )
 _MASKS = {
@@ -66,10 +67,10 @@ def recognise(archive: Archive) -> bool:
     """
     paths = _strip_common([entry.name.split("/") for entry in archive.entries if is_image(entry)])
     below = _list_below(paths)
-    second = set().union(*below.values())
-    if _are_classes(second) and not _are_classes(set(below)):
+    lower = next(filter(_are_classes, _list_levels(paths)), set())
+    if lower and not _are_classes(set(below)):
         raise DataError(
-            f"{archive.path}: {_name_some(below)} contain {' and '.join(sorted(second))}, likely the "
+            f"{archive.path}: {_name_some(below)} contain {' and '.join(sorted(lower))}, likely the "
             "classes: sort images into <class>/<patient>/ and set --patients, or set --dataset folders if "
             "the upper folders are the classes"
         )
@@ -81,8 +82,9 @@ def recognise(archive: Archive) -> bool:
         )
     if unknown := _find_unknown_subsets(paths):
         raise DataError(
-            f"{archive.path}: {_name_some(unknown)} has class folders like train, val and test: rename it "
-            "to one of these, or set --dataset folders if it is a class"
+            f"{archive.path}: {_name_some(unknown)} has class folders like train, val and test, or holds "
+            "folders of these names: rename it to one of these, remove it if it is a copy, or set --dataset "
+            "folders if it is a class"
         )
     return bool(paths) and 2 * sum(_split_path(path)[1] is not None for path in paths) >= len(paths)
 
@@ -99,7 +101,7 @@ def list_patches(archive: Archive) -> Listing:
 
     unique, skipped, counts = list_images(archive, identify)
     stems = pd.Series([key.rpartition(".")[0] for key, _ in unique], dtype=str)
-    parts = [_split_path(paths[entry]) for _, entry in unique]
+    parts = _join_cases([_split_path(paths[entry]) for _, entry in unique])
     table = make_table(
         patch_id=stems.where(~stems.duplicated(keep=False), [key for key, _ in unique]),
         class_name=[class_name for _, class_name in parts],
@@ -140,6 +142,19 @@ def _split_path(path: list[str]) -> tuple[str | None, str | None]:
     return subset, folders[0] if folders else None
 
 
+def _join_cases(parts: list[tuple[str | None, str | None]]) -> list[tuple[str | None, str]]:
+    """Return subsets and classes, of classes that differ only by letter case the most frequent."""
+    spellings = Counter(str(name) for _, name in parts)
+    common = {name.casefold(): name for name, _ in reversed(spellings.most_common())}
+    joined = [name for name in spellings if common[name.casefold()] != name]
+    if joined:
+        logger.warning(
+            "class folders that differ only by letter case are one class: %s",
+            ", ".join(f"{name} and {common[name.casefold()]}" for name in joined),
+        )
+    return [(subset, common[str(name).casefold()]) for subset, name in parts]
+
+
 def _list_below(paths: list[list[str]]) -> dict[str, set[str]]:
     """Return the subfolders of each class folder."""
     below: dict[str, set[str]] = {}
@@ -150,14 +165,29 @@ def _list_below(paths: list[list[str]]) -> dict[str, set[str]]:
     return below
 
 
+def _list_levels(paths: list[list[str]]) -> list[set[str]]:
+    """Return the names of the folders at each level below the class folders."""
+    levels: list[set[str]] = []
+    for path in paths:
+        folders = path[1 + (_split_path(path)[0] is not None) : -1]
+        levels += [set() for _ in folders[len(levels) :]]
+        for names, name in zip(levels, folders, strict=False):
+            names.add(name)
+    return levels
+
+
 def _find_unknown_subsets(paths: list[list[str]]) -> set[str]:
-    """Return top folders that are not subsets and contain only the classes of the subsets."""
+    """Return top folders that are not subsets and contain only the classes of the subsets, or subsets."""
     classes = {path[1] for path in paths if len(path) > 2 and find_subset(path[0])}
     below: dict[str, set[str]] = {}
     for path in paths:
         if len(path) > 1 and not find_subset(path[0]):
             below.setdefault(path[0], set()).add(path[1] if len(path) > 2 else "")
-    return {top for top, names in below.items() if names <= classes and top not in classes}
+    return {
+        top
+        for top, names in below.items()
+        if (names <= classes and top not in classes) or (classes and all(map(find_subset, names)))
+    }
 
 
 def _warn_of_levels(paths: list[list[str]]) -> None:

@@ -83,7 +83,7 @@ def describe_verdict(entry: Mapping[str, Any], unit: str) -> str:
     reached += f"; target {number(target)}"
     gap = number(max(0.0, *(target - estimate["value"] for estimate in coverages.values())))
     return {
-        "met": f"The coverage guarantee was met on these {unit}s. Coverage: {reached}.",
+        "met": f"The coverage guarantee was met on these {plural(unit)}. Coverage: {reached}.",
         "violated": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
         f"{reached}. Either these {plural(unit)} differ from those used for calibration, or the model was "
         "overfitted to the latter.",
@@ -123,7 +123,7 @@ def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
-        note=f"Mean over {unit}s with equal weights. 95 % intervals in brackets."
+        note=f"Mean over {plural(unit)} with equal weights. 95 % intervals in brackets."
         + (_describe_sets(entry) if ours else ""),
         text_columns=2,
     )

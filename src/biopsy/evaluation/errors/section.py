@@ -111,7 +111,7 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
     columns = ["errors", "property", "mean, errors", "mean, correct", chance, "difference"]
     note_start = (
         "P(wrong > right): probability that a misclassified patch has a higher value than a correct patch "
-        f"of the same class and {unit}, averaged over {unit}s"
+        f"of the same class and {unit}, averaged over {plural(unit)}"
         if within
         else "P(wrong > right): probability that a misclassified patch has a higher value than a correct "
         "patch of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
