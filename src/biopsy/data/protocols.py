@@ -176,7 +176,8 @@ def divide_groups(
     fractions = np.asarray(shares, dtype=float) / np.sum(shares)
     if len(names) < len(fractions):
         raise SplitError(
-            f"{len(names)} {plural(unit)} are too few for {len(fractions)} subsets or folds: one would be empty"
+            f"{len(names)} {plural(unit)} are too few for {len(fractions)} subsets or folds: "
+            "one would be empty"
         )
     counts = np.zeros((len(names), int(target.max()) + 1))
     np.add.at(counts, (codes, target), 1)

@@ -131,17 +131,18 @@ class ScoredPatches:
             return None
         error = 1 - np.take_along_axis(self.probs, self.target[:, None], axis=1)[:, 0]
         trend = measure_size_trend(self.target, error, self.group_ids)
+        units = plural(self.unit)
         if trend is not None and trend.p < TREND_P:
             return (
-                f"{plural(self.unit)} with more patches are harder (rank correlation {trend.correlation:.2f} over "
-                f"{groups.n} {plural(self.unit)}, p {trend.p:.2g}): pooled metrics may be too optimistic and their "
-                f"intervals too narrow; prefer the means over {plural(self.unit)}"
+                f"{units} with more patches are harder (rank correlation {trend.correlation:.2f} over "
+                f"{groups.n} {units}, p {trend.p:.2g}): pooled metrics may be too optimistic and their "
+                f"intervals too narrow; prefer the means over {units}"
             )
         if groups.n < FEW and groups.effective < UNEQUAL * groups.n:
             return (
-                f"{groups.n} {plural(self.unit)} of very different size have an effective number of "
-                f"{groups.effective:.1f}: if {plural(self.unit)} with more patches are harder, pooled metrics are "
-                f"too optimistic and their intervals too narrow; prefer the means over {plural(self.unit)}"
+                f"{groups.n} {units} of very different size have an effective number of "
+                f"{groups.effective:.1f}: if {units} with more patches are harder, pooled metrics are "
+                f"too optimistic and their intervals too narrow; prefer the means over {units}"
             )
         return None
 

@@ -318,7 +318,7 @@ def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: in
             "column",
             "subgroup",
             "patches",
-            f"{plural(unit)}",
+            plural(unit),
             *(metric_label(name, n_classes) for name in metrics),
         ],
         [

@@ -112,7 +112,7 @@ def table_of_metrics(
     columns = ["metric", "all patches", "95 % interval"]
     if per_patient:
         columns += [f"mean of {plural(unit)}", *([] if brief else ["95 % interval", "median"]), "worst"]
-        columns += [] if brief else [f"{plural(unit)}"]
+        columns += [] if brief else [plural(unit)]
     note = f"Intervals: {metrics.get('interval', {}).get('method', 'not stated')}, unit {unit}."
     if metrics.get("ece_floor") is not None:
         note += f" ECE expected of a perfectly calibrated model: {number(metrics['ece_floor'])}."

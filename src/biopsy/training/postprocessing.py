@@ -46,8 +46,8 @@ def fit_abstention(
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (
-            f"{plural(unit)} are in several subsets of this split, so errors on {chosen_on} give no guarantee "
-            f"for a new {unit}"
+            f"{plural(unit)} are in several subsets of this split, so errors on {chosen_on} give no "
+            f"guarantee for a new {unit}"
         )
     plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()
     record = fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
