@@ -25,6 +25,7 @@ from biopsy.models.hub import hub_errors
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.libraries import split_name
+from biopsy.models.networks.lora import add_lora
 from biopsy.models.networks.stages import freeze
 from biopsy.models.shipped import FOLDER, list_shipped
 from biopsy.models.shipped import FOLDER as SHIPPED
@@ -272,7 +273,7 @@ def weights_folder() -> Path:
 def make_network(
     recipe: Recipe, n_classes: int, seed: int, *, load: bool = True
 ) -> tuple[nn.Module, StartWeights]:
-    """Build the network of a recipe, with its initial weights and its frozen stages.
+    """Build the network of a recipe, with its initial weights, frozen stages and adapters.
 
     Args:
         load: Whether to load pretrained weights; False if a checkpoint is loaded afterwards.
@@ -294,6 +295,8 @@ def make_network(
     elif not model.pretrained:
         notes += _note_random_weights(recipe)
     freeze(network, model.trainable)
+    if model.lora_rank:
+        add_lora(network, model.lora_rank, seed)
     file, licence = (path.name, NOT_STATED) if path else (None, None)
     return network, StartWeights(
         pretrained=model.pretrained,

@@ -11,6 +11,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
 )
 
 from biopsy.recipes.preprocessing import Preprocessing
@@ -83,6 +85,9 @@ class Model(_Table):
     """Required hash of the file; empty accepts any file."""
     trainable: str = "all"
     """``all``, ``head``, or the first trainable stage; earlier stages are frozen."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of adapters (LoRA, Hu et al. 2021) of a frozen vision transformer, merged into the classifier's
+    weights; 0: none. Needs ``trainable="head"``."""
     tta: Literal["none", "d4"] = "none"
     """Test-time augmentation. ``d4``: mean logits over the eight symmetries of a patch."""
     context: NonNegativeFloat = 0.0
@@ -90,6 +95,13 @@ class Model(_Table):
 
     The value is the decay length in patch sides; 0: no averaging.
     """
+
+    @field_validator("lora_rank")
+    @classmethod
+    def _freezes_the_rest(cls, rank: int, info: ValidationInfo) -> int:
+        if rank and info.data.get("trainable") != "head":
+            raise ValueError("adapters need model.trainable=head, the weights below them being frozen")
+        return rank
 
 
 class Augmentation(_Table):

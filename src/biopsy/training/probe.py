@@ -54,6 +54,7 @@ def check_probe(recipe: Recipe) -> None:
     """
     faults = {
         "model.trainable=head": recipe.model.trainable != "head",
+        "model.lora_rank=0": recipe.model.lora_rank != 0,
         "model.tta=none": recipe.model.tta != "none",
         "no augmentation": recipe.augmentation != Augmentation(),
         "train.sampling=none": recipe.train.sampling != "none",

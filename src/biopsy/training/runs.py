@@ -38,6 +38,7 @@ DEFAULTS_BEFORE = {
     "preprocessing.feed": "recipe",
     "model.tta": "none",
     "model.context": 0.0,
+    "model.lora_rank": 0,
     "train.nesterov": False,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,

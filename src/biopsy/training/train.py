@@ -29,6 +29,7 @@ from biopsy.data.splits import Split, find_split, list_splits, make_split
 from biopsy.models.classifier import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.networks import count_parameters
+from biopsy.models.networks.lora import merge_lora
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
@@ -409,6 +410,7 @@ def _train(
             progress = fit(network, task, folder, note)
             processes.leave()
             load_weights(folder, network, progress.best_epoch if task.keep_best else None)
+            merge_lora(network)
         is_finished = True
     except KeyboardInterrupt:
         run.update(status="interrupted")

@@ -127,6 +127,15 @@ class PooledTokens(nn.Module):
         return torch.cat([tokens[:, 0], mean], dim=1)
 
 
+class EncoderNetwork(LibraryNetwork):
+    """An encoder with a linear head; its stages are those of the vision transformer."""
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The vision transformer."""
+        return self.body.vit  # type: ignore[return-value]
+
+
 ENCODERS: Registry[Encoder] = Registry("biopsy.encoders")
 
 
@@ -160,7 +169,7 @@ def find_encoder(name: str) -> Encoder:
 
 def build_encoder(
     name: str, *, n_classes: int, input_px: int | tuple[int, int], **arguments: Any
-) -> LibraryNetwork:
+) -> EncoderNetwork:
     """Build an encoder with a linear head."""
     encoder, (width, height) = find_encoder(name), size_of(input_px)
     if width != height or width % encoder.token_px:
@@ -169,7 +178,7 @@ def build_encoder(
             f"{encoder.input_px}; found {width}x{height}"
         )
     head = nn.Linear(encoder.n_features, n_classes)
-    return LibraryNetwork(encoder.build(width, **arguments), head, (width, height)).train()
+    return EncoderNetwork(encoder.build(width, **arguments), head, (width, height)).train()
 
 
 def fill_encoder(network: LibraryNetwork, name: str, tensors: dict[str, Tensor]) -> None:

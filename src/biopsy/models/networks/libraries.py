@@ -41,6 +41,11 @@ class LibraryNetwork(StagedNetwork):
         self.size = size
         self.is_cut = is_cut
 
+    @property
+    def trunk(self) -> nn.Module:
+        """The module whose children are the stages before the head."""
+        return self.body
+
     def features(self, patches: Tensor) -> Tensor:
         """Return the penultimate layer, ``(B, F)``; maps are averaged."""
         values = self.body(patches)
@@ -51,13 +56,13 @@ class LibraryNetwork(StagedNetwork):
         return self.head(self.body(patches))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Return the children of the body (without weights: joined to the previous one) and the head.
+        """Return the children of the trunk (without weights: joined to the previous one) and the head.
 
         A child called ``head`` is the stage ``before_head``.
         """
         groups: list[tuple[str, list[nn.Module]]] = []
         leading: list[nn.Module] = []
-        for name, module in walk(self.body):
+        for name, module in walk(self.trunk):
             if any(True for _ in module.parameters()):
                 groups.append(("before_head" if name == "head" else name, [*leading, module]))
                 leading = []
