@@ -146,17 +146,20 @@ def test_a_file_that_cannot_be_read_is_named_and_skipped(trained_run, folder, ar
     (folder / "1" / "empty.jpg").write_bytes(b"")
     large = make_patches(n_patients=1, patches_per_patient=1, patch_px=24)[0][0]
     (folder / "1" / "large.png").write_bytes(encode_png(large))
+    (folder / "1" / "slide.png").write_bytes(encode_png(np.tile(large, (4, 3, 1))))
     shutil.copy(archive, folder / "more.zip")
     progress = []
     found = ask(trained_run, folder, on_progress=lambda done, total: progress.append((done, total)))
     reasons = {item["source"]: item["reason"] for item in found.skipped}
     assert reasons.keys() == {
-        f"{folder}/{name}" for name in ("0/broken.png", "1/empty.jpg", "1/large.png", "more.zip")
+        f"{folder}/{name}"
+        for name in ("0/broken.png", "1/empty.jpg", "1/large.png", "1/slide.png", "more.zip")
     }
+    assert "biopsy slide" in reasons[f"{folder}/1/slide.png"]
     assert reasons[f"{folder}/1/large.png"] == "is 24x24 px where the classifier takes patches of 16x16"
     assert reasons[f"{folder}/1/empty.jpg"] == "is empty"
     assert reasons[f"{folder}/more.zip"] == "is a zip inside a folder: give it separately"
-    assert len(found.frame) == N and progress[-1] == (N + 4, N + 4)
+    assert len(found.frame) == N and progress[-1] == (N + 5, N + 5)
     assert json.loads((found.path.with_name("predictions.csv.json")).read_text())["skipped"] == found.skipped
     alone = ask(trained_run, folder / "0" / "broken.png", folder / "0" / "00.png")
     assert [item["source"] for item in alone.skipped] == [str(folder / "0" / "broken.png")]

@@ -170,6 +170,14 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     )
     with pytest.raises(FileFormatError):
         read_predictions(path)
+    known = frame.assign(out_of_distribution=False)
+    path = write_predictions(tmp_path / "ood.parquet", known, {"threshold": 0.5})
+    table = pq.read_table(path)
+    column = table.column_names.index("out_of_distribution")
+    pq.write_table(table.set_column(column, "out_of_distribution", pa.array([True] * len(table))), path)
+    with pytest.raises(FileFormatError) as caught:
+        read_predictions(path)
+    assert caught.value.reason == "altered"
     path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
     table = pq.read_table(path)
     metadata = {b"biopsy": table.schema.metadata[b"biopsy"].replace(b"0.5", b"0.1")}
@@ -177,3 +185,14 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     with pytest.raises(FileFormatError) as caught:
         read_predictions(path)
     assert caught.value.reason == "altered"
+
+
+def test_predictions_of_older_versions_whose_hash_lacks_a_column_are_read(
+    make_pack: MakePack, tmp_path: Path
+) -> None:
+    """Until 29 November 2026 ``out_of_distribution`` was in no hash."""
+    frame = predict(make_pack(n_patients=1), np.arange(12))
+    path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
+    old = pq.read_table(path).append_column("out_of_distribution", pa.array([True] * 12))
+    pq.write_table(old, path)
+    assert read_predictions(path)[0]["out_of_distribution"].all()

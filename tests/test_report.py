@@ -141,6 +141,22 @@ def test_the_verdict_says_no_more_than_the_intervals(auroc, gain, words):
     assert words in state_verdict(with_auroc(make_small_facts(), *auroc, gain))
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("non_idc", "idc")])
+def test_names_of_classes_can_be_read(names):
+    facts = make_small_facts()
+    old = list(facts.class_names)
+    renamed = {f"prob_{before}": f"prob_{name}" for before, name in zip(old, names, strict=True)}
+    facts = replace(
+        facts,
+        class_names=names,
+        metrics={**facts.metrics, "positive_class": names[1]},
+        predictions=facts.predictions.rename(columns=renamed),
+    )
+    shown = {"1": "class 1 from class 0", "idc": "IDC from non-IDC"}[names[1]]
+    assert shown in state_verdict(facts)
+    assert facts.positive_index == 1 and facts.is_positive.tolist() == facts.predictions["target"].tolist()
+
+
 def test_a_synthetic_cohort_is_named_beside_the_verdict():
     facts = make_small_facts()
     drawn = replace(facts, run={**facts.run, "pack": {**facts.run.get("pack", {}), "synthetic": True}})

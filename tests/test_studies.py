@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from biopsy.core.claims import FOLDER
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import machine_id, read_json, write_json
+from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
 from biopsy.data.splits import make_split, save_split
 from biopsy.experiments.folds import study
@@ -297,7 +298,7 @@ def test_three_classes_have_a_table_and_a_report(make_pack, tmp_path):
     assert pooled["patch"]["accuracy"]["value"] == row["accuracy"]
     text = Page(report(made)[0].read_text()).text
     assert f"{metrics['n_patches']} patches of 1 patient" in text
-    for name in (*pack.class_names, "macro average", "Cohen's kappa"):
+    for name in (*map(class_title, pack.class_names), "macro average", "Cohen's kappa"):
         assert name in text
 
 

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 
 _INTEGER = re.compile(r"(\d+)\.0+")
+_CLASS_TITLES = {"idc": "IDC", "non_idc": "non-IDC"}
 _QUOTED = re.compile(r'=?"(.*)"')  # ="0012", as some programs write text for spreadsheets
 _BEFORE_DIGITS = re.compile(r"(?<=[^\W\d])-(?=\d)|(?<=\d)-(?=[^\W\d])")  # P-01, or 01-A
 _SCIENTIFIC = re.compile(r"\d(\.\d+)?e\+?\d{1,2}")
@@ -65,6 +66,18 @@ def file_name(text: str) -> str:
         'body.conv_1_a'
     """
     return re.sub(r"[^\w.-]", "_", text)[:120]
+
+
+def class_title(name: str) -> str:
+    """Return a class name as texts, tables and figures show it; files keep the name itself.
+
+    Example:
+        >>> class_title("non_idc"), class_title("ductal_carcinoma"), class_title("1"), class_title("Tumor")
+        ('non-IDC', 'ductal carcinoma', 'class 1', 'Tumor')
+    """
+    if name in _CLASS_TITLES:
+        return _CLASS_TITLES[name]
+    return f"class {name}" if name.isdecimal() else name.replace("_", " ").strip() or name
 
 
 def plural(noun: str) -> str:

@@ -35,7 +35,8 @@ class FrozenThreshold(TypedDict):
 IDENTITY = ("patch_id", "patient_id", "slide_id", "x", "y")
 _TEXT = ("patch_id", "patient_id", "slide_id", "subset", "source")
 _INTEGER = ("x", "y", "fold", "target", "pred")
-_YES_NO = ("abstained", "out_of_distribution")
+_OOD = "out_of_distribution"
+_YES_NO = ("abstained", _OOD)
 _FLOAT = re.compile(r"^(prob|logit)_|_distance$")
 _KEY = b"biopsy"
 _REMEDY = "make it again with `biopsy evaluate` or `biopsy predict`"
@@ -219,7 +220,7 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     content_sha256 = info.pop(_CONTENT, None)
     if content_sha256 is None:
         warn_unsealed(path, _CONTENT)
-    elif content_sha256 != _hash_content(frame, info) or not _is_of_class(frame) or is_changed(path):
+    elif not _is_hash_of(content_sha256, frame, info) or not _is_of_class(frame) or is_changed(path):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
     return frame, cast(PredictionsInfo, info)
 
@@ -239,9 +240,15 @@ def _is_of_class(frame: pd.DataFrame) -> bool:
     return any((frame["prob"] == column).all() for column in columns)
 
 
+def _is_hash_of(content_sha256: object, frame: pd.DataFrame, info: Mapping[str, object]) -> bool:
+    """Return whether a hash is that of the content; of files before 29 November 2026, without `_OOD`."""
+    frames = (frame, frame.drop(columns=_OOD, errors="ignore"))
+    return any(content_sha256 == _hash_content(part, info) for part in frames)
+
+
 def _hash_content(frame: pd.DataFrame, info: Mapping[str, object]) -> str:
     """Hash the columns of reported numbers and the metadata; joined columns are not included."""
-    names = [name for name in frame if name in _NEEDED or _FLOAT.search(str(name))]
+    names = [name for name in frame if name in (*_NEEDED, _OOD) or _FLOAT.search(str(name))]
     hashed = {key: value for key, value in info.items() if key != _CONTENT}
     text = json.dumps([hash_columns(frame, names), hashed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped
 from biopsy.core.storage import stage
-from biopsy.core.text import count, normalize_name, printable
+from biopsy.core.text import class_title, count, normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
 from biopsy.data.predictions import (
@@ -44,6 +44,7 @@ from biopsy.training.runs import Run
 logger = logging.getLogger(__name__)
 
 SHOWN_PATCHES = 20  # maximum number of patches that are printed
+_SLIDE = 4  # sides of a patch, beyond which an image is rather a slide
 CHUNK = 2048  # patches held in memory at once
 
 Skipped = list[dict[str, str]]
@@ -79,7 +80,7 @@ class Prediction(Output):
 
     def blocks(self) -> list[str | Table]:
         n = len(self.frame)
-        counts = ", ".join(f"{n:,} {name}" for name, n in self._counts().items() if n)
+        counts = ", ".join(f"{n:,} {class_title(name)}" for name, n in self._counts().items() if n)
         lines = [str(self.path), f"{count(n, 'patch')}: {counts or 'none'}"]
         return [self._table(), *lines] if 0 < n <= SHOWN_PATCHES else [*lines]
 
@@ -93,9 +94,12 @@ class Prediction(Output):
             name = self.class_names[patch["pred"]]
             notes = {"abstains": patch["abstained"], "out of distribution": patch["out_of_distribution"]}
             noted = ", ".join(note for note, holds in notes.items() if holds is True)
-            rows.append([str(patch["patch_id"]), name, f"{patch[f'prob_{positive or name}']:.3f}", noted])
-        note = f"predicted {positive} from {threshold['value']:.3f} on" if threshold else ""
-        heading = f"probability of {positive}" if positive else "probability"
+            rows.append(
+                [str(patch["patch_id"]), class_title(name), f"{patch[f'prob_{positive or name}']:.3f}", noted]
+            )
+        title = class_title(positive or "")
+        note = f"predicted {title} from {threshold['value']:.3f} on" if threshold else ""
+        heading = f"probability of {title}" if positive else "probability"
         return Table(["patch", "class", heading, ""], rows, note=note)
 
     def to_json(self) -> dict[str, object]:
@@ -403,7 +407,9 @@ def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
     header = read_header(data)
     if max(header.width, header.height) > patch_px:
         size = f"{header.width}x{header.height}"
-        raise DataError(f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}")
+        is_slide = min(header.width, header.height) > _SLIDE * patch_px
+        slide = ": map slides by `biopsy slide`" if is_slide else ""
+        raise DataError(f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}{slide}")
     return decode(data)
 
 

@@ -104,7 +104,7 @@ def _table_of_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> Table:
             rows.append([subset, counts.get("patches"), groups, *shown])
         else:
             rows.append([subset, counts, None, *[None] * len(facts.class_names)])
-    columns = ["subset", "patches", plural(facts.unit), *facts.class_names]
+    columns = ["subset", "patches", plural(facts.unit), *facts.class_titles]
     if len(facts.class_names) > MAX_CLASS_COLUMNS:  # transposed, to fit the page
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     return make_table(columns, rows, caption="Subsets of the split")
@@ -124,7 +124,7 @@ def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
     counts = np.array(
         [[per_class.get(name, 0) for name in facts.class_names] for per_class in per_subset.values()]
     )
-    figure = draw_subsets([subset for subset in per_subset], counts, facts.class_names)
+    figure = draw_subsets([subset for subset in per_subset], counts, facts.class_titles)
     caption = "Patches of each subset of the split, by class."
     return [Picture(caption, svg(figure, "subsets"))]
 
@@ -137,7 +137,7 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
     names, codes = np.unique(groups[has_group].astype(str).to_numpy(), return_inverse=True)
     counts = np.zeros((len(names), len(facts.class_names)), dtype=int)
     np.add.at(counts, (codes, facts.predictions["target"].to_numpy(int)[has_group]), 1)
-    figure = draw_balance(names.tolist(), counts, facts.class_names)
+    figure = draw_balance(names.tolist(), counts, facts.class_titles)
     caption = f"Patches of each {facts.unit}{facts.on_subset}, by class."
     return [Picture(caption, svg(figure, "balance"))]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError
-from biopsy.core.text import count, plural
+from biopsy.core.text import class_title, count, plural
 from biopsy.evaluation.figures import (
     draw_confusion,
     draw_confusion_matrix,
@@ -53,7 +53,7 @@ def describe_numbers(facts: RunFacts) -> Section:
     else:
         blocks += [
             _table_of_one_against_rest(facts.metrics.get("one_vs_rest", {})),
-            picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names),
+            picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_titles),
         ]
     return Section("numbers", "Performance", blocks)
 
@@ -69,7 +69,10 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
 
 def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
     """Return the classification report: precision, recall and F1 of each class, and their averages."""
-    rows = [[row[key] for key in ("name", "precision", "recall", "f1", "n")] for row in report]
+    rows = [
+        [class_title(row["name"]), *(row[key] for key in ("precision", "recall", "f1", "n"))]
+        for row in report
+    ]
     columns = ["class", "precision", "recall", "F1", "patches"]
     return make_table(columns, rows, caption="Classification report", note=note)
 
@@ -88,7 +91,10 @@ def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Ta
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
     return make_table(
         ["class", *(metric_label(key) for key in names)],
-        [[name, *(metrics.get(key, {}) for key in names)] for name, metrics in per_class.items()],
+        [
+            [class_title(name), *(metrics.get(key, {}) for key in names)]
+            for name, metrics in per_class.items()
+        ],
         caption="Each class against the rest",
         note="The class is taken as positive, all others together as negative. 95 % intervals in brackets.",
     )
@@ -288,7 +294,7 @@ def _classes_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndar
     rows = []
     for name, part in facts.predictions[has_group].groupby(group_ids):
         counts = part["target"].value_counts()
-        classes = ", ".join(f"{facts.class_names[index]} ({n:,})" for index, n in counts.items())
+        classes = ", ".join(f"{facts.class_titles[index]} ({n:,})" for index, n in counts.items())
         correct = part["target"] == part["pred"]
         rows.append([str(name), classes, len(part), correct.sum(), correct.mean()])
     columns = [facts.unit, "true classes (patches)", "patches", "correct", "accuracy"]

@@ -243,8 +243,8 @@ def _measure_groups(facts: StudyFacts, part: pd.DataFrame, group_ids: pd.Series)
     """Return the AUROC (for more than two classes, the accuracy) within each group."""
     if not facts.is_binary:
         return (part["target"] == part["pred"]).groupby(group_ids).mean().astype(float).to_dict()
-    index = list(facts.class_names).index(facts.positive)
-    names, result = measure_groups((part["target"] == index).astype(int), part["prob"], group_ids.to_numpy())
+    is_positive = (part["target"] == facts.positive_index).astype(int)
+    names, result = measure_groups(is_positive, part["prob"], group_ids.to_numpy())
     return dict(zip(names.tolist(), result["auroc"].tolist(), strict=True))
 
 
@@ -260,7 +260,7 @@ def _describe_pooled(facts: StudyFacts) -> Section:
     if facts.metrics.get("classification_report"):
         blocks.append(table_of_classes(facts.metrics["classification_report"]))
     if facts.metrics.get("confusion_matrix") is not None:
-        blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_names))
+        blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_titles))
     counts: Mapping[str, Any] | None = facts.metrics.get("confusion")
     if counts:
         figure = draw_confusion(**counts, negative=facts.negative, positive=facts.positive)

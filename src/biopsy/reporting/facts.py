@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.text import class_title
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.training.figures import Row
 
@@ -41,12 +42,23 @@ class EvaluationFacts:
         return len(self.class_names) == 2
 
     @property
+    def positive_index(self) -> int:
+        return list(self.class_names).index(self.metrics.get("positive_class") or self.class_names[-1])
+
+    @property
+    def class_titles(self) -> list[str]:
+        """Names by class index, as texts show them."""
+        return [class_title(name) for name in self.class_names]
+
+    @property
     def positive(self) -> str:
-        return str(self.metrics.get("positive_class") or self.class_names[-1])
+        """The positive class, as texts show it."""
+        return self.class_titles[self.positive_index]
 
     @property
     def negative(self) -> str:
-        return next(name for name in self.class_names if name != self.positive)
+        """The negative one of two classes, as texts show it."""
+        return self.class_titles[1 - self.positive_index]
 
     @property
     def pooled(self) -> Mapping[str, Any]:
@@ -56,8 +68,7 @@ class EvaluationFacts:
     @property
     def is_positive(self) -> np.ndarray:
         """1 for patches of the positive class, else 0, shape ``(n,)``."""
-        index = list(self.class_names).index(self.positive)
-        return (self.predictions["target"].to_numpy() == index).astype(int)
+        return (self.predictions["target"].to_numpy() == self.positive_index).astype(int)
 
     @property
     def group_ids(self) -> pd.Series:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import count, plural
+from biopsy.core.text import class_title, count, plural
 from biopsy.plotting.style import BASELINE, DASHED, INK, MODEL, MUTED, legend_above, new_figure, styled, svg
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
 from biopsy.reporting.elements import make_table
@@ -74,7 +74,9 @@ def describe_verdict(entry: Mapping[str, Any], unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
     target = entry["target_coverage"]
     if entry["guarantee"] == "class-conditional":
-        coverages = {f"{name} ": estimate["coverage"] for name, estimate in entry["by_class"].items()}
+        coverages = {
+            f"{class_title(name)} ": estimate["coverage"] for name, estimate in entry["by_class"].items()
+        }
     else:
         coverages = {"": entry["patient"]["coverage"]}
     reached = "; ".join(
@@ -118,7 +120,9 @@ def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
         )
         for name, label in MEASURES.items():
             target_text = target.get(name, "-") if (scope != "all") == per_class else "-"
-            rows.append([scope, label, target_text, *([shares[name]] if ours else []), naive[name]])
+            rows.append(
+                [class_title(scope), label, target_text, *([shares[name]] if ours else []), naive[name]]
+            )
     return make_table(
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
