@@ -185,14 +185,3 @@ def test_predictions_changed_by_hand_are_refused(make_pack: MakePack, tmp_path: 
     with pytest.raises(FileFormatError) as caught:
         read_predictions(path)
     assert caught.value.reason == "altered"
-
-
-def test_predictions_of_older_versions_whose_hash_lacks_a_column_are_read(
-    make_pack: MakePack, tmp_path: Path
-) -> None:
-    """Until 29 November 2026 ``out_of_distribution`` was in no hash."""
-    frame = predict(make_pack(n_patients=1), np.arange(12))
-    path = write_predictions(tmp_path / "a.parquet", frame, {"threshold": 0.5})
-    old = pq.read_table(path).append_column("out_of_distribution", pa.array([True] * 12))
-    pq.write_table(old, path)
-    assert read_predictions(path)[0]["out_of_distribution"].all()

@@ -220,7 +220,7 @@ def read_predictions(path: Path | str) -> tuple[pd.DataFrame, PredictionsInfo]:
     content_sha256 = info.pop(_CONTENT, None)
     if content_sha256 is None:
         warn_unsealed(path, _CONTENT)
-    elif not _is_hash_of(content_sha256, frame, info) or not _is_of_class(frame) or is_changed(path):
+    elif content_sha256 != _hash_content(frame, info) or not _is_of_class(frame) or is_changed(path):
         raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
     return frame, cast(PredictionsInfo, info)
 
@@ -238,12 +238,6 @@ def _is_of_class(frame: pd.DataFrame) -> bool:
     if "prob" not in frame:
         return len(columns) > 2
     return any((frame["prob"] == column).all() for column in columns)
-
-
-def _is_hash_of(content_sha256: object, frame: pd.DataFrame, info: Mapping[str, object]) -> bool:
-    """Return whether a hash is that of the content; of files before 29 November 2026, without `_OOD`."""
-    frames = (frame, frame.drop(columns=_OOD, errors="ignore"))
-    return any(content_sha256 == _hash_content(part, info) for part in frames)
 
 
 def _hash_content(frame: pd.DataFrame, info: Mapping[str, object]) -> str:
