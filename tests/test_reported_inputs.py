@@ -976,3 +976,16 @@ def test_class_folders_that_differ_by_letter_case_are_one_class(tmp_path, caplog
     pack = prepare(tmp_path / "d")
     assert pack.info.counts["per_class"] == {"benign": 5, "malignant": 5}
     assert pack.info.positive_class == "malignant" and "MALIGNANT and malignant" in caplog.text
+
+
+def test_a_pack_inside_its_source_is_no_part_of_it(tmp_path):
+    write_folders(tmp_path / "d")
+    pack = biopsy.prepare(tmp_path / "d", tmp_path / "d" / "made.pack")
+    again = biopsy.prepare(tmp_path / "d", tmp_path / "d" / "made.pack")
+    assert len(pack) == 16 and again.info.content_sha256 == pack.info.content_sha256
+
+
+def test_closed_streams_end_no_command():
+    code = "from biopsy.cli import main; main()"
+    command = f'"{sys.executable}" -c "{code}" list recipes >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command]).returncode == 0

@@ -253,6 +253,7 @@ def _describe(error: BiopsyError | OSError) -> str:
 
 def main() -> None:
     """Run the command line that was called; what a stream's encoding cannot hold is escaped."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

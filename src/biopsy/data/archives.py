@@ -49,6 +49,7 @@ _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED = 0x1  # bit 0 of the general purpose flags
 _UTF8 = 0x800  # bit 11
 _RELEASE_BYTES = 2**26
+_PACK = "pack.json"  # of a pack that was written into the source's folder
 
 
 class Entry(NamedTuple):
@@ -298,7 +299,7 @@ def _inflate(packed: memoryview, entry: Entry) -> bytes:
 def _walk(
     folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and modification time of files below a folder; cyclic links are not followed."""
+    """Yield name, size and modification time of files below a folder; cyclic links and packs are left out."""
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
@@ -307,6 +308,8 @@ def _walk(
         items = list(os.scandir(folder))
     except OSError as error:
         raise ArchiveError(f"{folder} cannot be read: {error.strerror}") from None
+    if prefix and any(item.name == _PACK for item in items):
+        return
     for item in items:
         if is_junk(item.name):
             continue

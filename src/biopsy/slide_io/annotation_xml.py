@@ -203,12 +203,16 @@ def _build_areas(regions: list[Region], path: Path, mpp: float | None) -> Annota
         cut = _subtract_hole(hole, solid, areas)
         if not cut:
             ignored["is a hole outside all regions"] += 1
-    items, unclassified = [], []
-    for region in (region for region in solid if areas[region.number].area > 0):
-        name, area = region.class_name or region.name, areas[region.number]
-        (items if region.class_name else unclassified).append(
-            Annotation(name[:MAX_NAME], area, region.number)
+    kept = [
+        (
+            region,
+            Annotation((region.class_name or region.name)[:MAX_NAME], areas[region.number], region.number),
         )
+        for region in solid
+        if areas[region.number].area > 0
+    ]
+    items = [annotation for region, annotation in kept if region.class_name]
+    unclassified = [annotation for region, annotation in kept if not region.class_name]
     ignored_counts = dict(ignored)
     return Annotations(path, items, repaired, ignored_counts, False, mpp, unclassified)
 
