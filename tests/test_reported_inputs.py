@@ -978,6 +978,26 @@ def test_class_folders_that_differ_by_letter_case_are_one_class(tmp_path, caplog
     assert pack.info.positive_class == "malignant" and "MALIGNANT and malignant" in caplog.text
 
 
+def test_labels_written_as_numbers_with_a_point_are_indices(tmp_path):
+    """As pandas writes a column of numbers with gaps."""
+    rows = write_folders(tmp_path / "d", ["P01"])
+    labels = write_table(tmp_path / "l.csv", [(rows[0][0], "1.0")], head="patch_id,label")
+    pack = prepare(tmp_path / "d", labels=labels)
+    assert pack.class_names == ["benign", "malignant"] and pack.target.sum() == 3
+    write_table(tmp_path / "l.csv", [(rows[0][0], "7.0")], head="patch_id,label")
+    with pytest.raises(DataError, match="7"):
+        biopsy.prepare(tmp_path / "d", tmp_path / "other.pack", labels=labels)
+
+
+def test_joined_numbers_with_decimal_commas_are_named(tmp_path, caplog):
+    rows = write_folders(tmp_path / "d", ["P01", "P02"])
+    patients = write_table(tmp_path / "a.csv", rows)
+    ages = [("P01", "51,5"), ("P02", "48")]
+    joined = write_table(tmp_path / "j.csv", ages, head="patient_id;age", sep=";")
+    prepare(tmp_path / "d", patients=patients, join=joined)
+    assert "age" in caplog.text
+
+
 def test_a_pack_inside_its_source_is_no_part_of_it(tmp_path):
     write_folders(tmp_path / "d")
     pack = biopsy.prepare(tmp_path / "d", tmp_path / "d" / "made.pack")

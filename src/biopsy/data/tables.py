@@ -225,6 +225,9 @@ def join_columns(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, d
     }
     for name in joined.columns.difference(["site", "site_id"]):
         cells = infer_numbers(joined[name])
+        is_text = pd.api.types.is_string_dtype(cells) or cells.dtype == object
+        if is_text and cells.dropna().astype(str).str.fullmatch(r"[+-]?\d+,\d+").any():
+            logger.warning("%s: column %s has decimal commas and is read as text; write points", path, name)
         joined[name] = cells.astype(float) if cells.dtype == "Int64" else cells
     return table.assign(**joined.to_dict("series")), record
 
@@ -421,6 +424,8 @@ def _read_classes(
     """Return the class of each row, and the new classes."""
     by_name = {str(index): name for index, name in enumerate(class_names)}
     by_name |= {name: name for name in class_names}
+    labels = rows["label"].where(rows["label"].isin(by_name), rows["label"].map(normalize_id, "ignore"))
+    rows = rows.assign(label=labels)  # "1.0", as a column of numbers with gaps is written, is 1
     classes = rows["label"].map(by_name)
     other = rows[classes.isna()]
     new_names = sorted(set(other["label"].dropna()))
