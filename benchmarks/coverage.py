@@ -113,8 +113,9 @@ def estimate(scores: SortedScores, seed: int, draws: int) -> dict[str, dict[str,
                 bounds=metric.bounds,
                 share=metric.share,
             )
-    summary = summarise_groups(METRICS["sensitivity"], patient_sensitivities(scores), LEVEL, "patient")
-    methods["effective"][PATIENT_MEAN] = summary.mean
+    methods["effective"][PATIENT_MEAN] = summarise_groups(
+        METRICS["sensitivity"], patient_sensitivities(scores), LEVEL, "patient"
+    )
     return methods
 
 

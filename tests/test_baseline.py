@@ -39,6 +39,9 @@ def test_three_classes_are_scored_one_against_rest(make_pack: MakePack) -> None:
     found, probs = colour_baseline(pack, subsets)
     target = np.eye(3)[pack.target[subsets == "test"]]
     assert found.auroc == pytest.approx(roc_auc_score(target, probs, average="macro"))
+    subsets[(subsets == "test") & (pack.target == 2)] = ""
+    found, _ = colour_baseline(pack, subsets)  # as the model's own macro AUROC
+    assert found.auroc is None and found.reason == "the scored subset lacks a class"
 
 
 def test_no_score_without_two_classes(make_pack: MakePack) -> None:
@@ -47,7 +50,7 @@ def test_no_score_without_two_classes(make_pack: MakePack) -> None:
     assert colour_baseline(pack, subsets)[0].reason == "train has 1 classes and test 24 patches"
     subsets = np.where((pack.target == 0) & (pack.group_ids == "8863"), "test", "train")
     found, probs = colour_baseline(pack, subsets)
-    assert found.auroc is None and found.reason == "the scored subset has one class only"
+    assert found.auroc is None and found.reason == "the scored subset lacks a class"
     assert len(probs) == 6
 
 

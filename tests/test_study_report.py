@@ -47,6 +47,18 @@ def test_study_hides_ids_in_folds_too():
     assert "patient-1" in text and "+0." in text
 
 
+def test_folds_without_an_auroc_show_their_accuracy():
+    """Of eight classes no fold may test all: the page then has no macro AUROC within folds to show."""
+    facts = make_study()
+    accuracy = [0.5, 0.6, 0.7] * 3
+    runs = facts.table.assign(auroc=np.nan, baseline_auroc=np.nan, accuracy=accuracy)
+    text = render_report(report_of_study(replace(facts, table=runs)))
+    page = Page(text).text
+    assert "a mean accuracy of 0.600 (3 folds and 3 seeds)." in page
+    assert "Accuracy by fold" in page and "AUROC by fold" not in page
+    assert "nan" not in page and "of -" not in page and "dotted line" not in page
+
+
 def test_folds_are_named_by_whom_they_test():
     table = pd.DataFrame({"fold": [0, 1], "tested": ["8863", " ".join(["8865"] * 9)]})
     assert name_folds(table) == ["8863", "1"] and name_folds(table[["fold"]]) == ["0", "1"]

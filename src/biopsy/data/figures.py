@@ -68,7 +68,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
             f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes"
         )
     order = np.argsort(-counts.sum(axis=1), kind="stable")
-    figure, axes = open_rows(len(order))
+    figure, axes = open_rows(len(order), legend_rows=-(-len(class_names) // 2))
     left = np.zeros(len(order))
     for index, name in enumerate(class_names):
         values = counts[order, index]
@@ -87,10 +87,10 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
     return figure
 
 
-def open_rows(n_rows: int, row_in: float = 0.2) -> tuple[Figure, Axes]:
+def open_rows(n_rows: int, row_in: float = 0.2, legend_rows: int = 1) -> tuple[Figure, Axes]:
     """Return a figure with one row per patient, high enough for their names."""
-    has_names = n_rows <= NAMED_ROWS
-    return new_figure(WIDTH_IN, 1.0 + max(n_rows, 3) * row_in if has_names else 6.0)
+    rows_in = max(n_rows, 3) * row_in if n_rows <= NAMED_ROWS else 5.0
+    return new_figure(WIDTH_IN, 0.8 + 0.2 * legend_rows + rows_in)
 
 
 def name_rows(axes: Axes, names: Sequence[object]) -> None:

@@ -25,8 +25,8 @@ class ColourBaseline:
     """The colour-only baseline: the ``baseline`` entry of ``metrics.json``.
 
     Attributes:
-        auroc: AUROC of the positive class; for more than two classes, the macro average of one-vs-rest; None
-            with a ``reason``.
+        auroc: AUROC of the positive class; for more than two classes, the macro average of one-vs-rest,
+            which needs every class; None with a ``reason``.
         interval: The AUROC with its interval, for two classes.
         gain: AUROC of the evaluated model minus that of the baseline, paired, for two classes.
     """
@@ -65,16 +65,17 @@ def colour_baseline(
     model.fit(colour_features(pack.patches, pack.sizes, index=train), pack.target[train])
     probs[:, classes] = model.predict_proba(colour_features(pack.patches, pack.sizes, index=index))
     auroc = _auroc(pack.target[index], probs, pack.positive_index)
-    undefined = "the scored subset has one class only" if auroc is None else None
+    undefined = "the scored subset lacks a class" if auroc is None else None
     return ColourBaseline(n_train=len(train), auroc=auroc, reason=undefined), probs
 
 
 def _auroc(target: np.ndarray, probs: np.ndarray, positive_index: int | None) -> float | None:
-    """Return the AUROC of the positive class, or the mean over the classes that occur."""
+    """Return the AUROC of the positive class, or the mean over classes; None where a class is absent."""
     indices = range(probs.shape[1]) if positive_index is None else [positive_index]
+    is_class = [target == index for index in indices]
+    if not all(0 < belongs.sum() < len(target) for belongs in is_class):
+        return None
     scores = [
-        float(roc_auc_score(target == index, probs[:, index]))
-        for index in indices
-        if 0 < (target == index).sum() < len(target)
+        roc_auc_score(belongs, probs[:, index]) for index, belongs in zip(indices, is_class, strict=True)
     ]
-    return float(np.mean(scores)) if scores else None
+    return float(np.mean(scores))

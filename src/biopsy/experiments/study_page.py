@@ -118,11 +118,14 @@ def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFram
 def _summarise(facts: StudyFacts) -> Summary:
     pooled, n_classes = facts.pooled, len(facts.class_names)
     names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
-    seeds = facts.table.groupby("seed")["auroc"].mean()
+    metric = _fold_metric(facts)
+    seeds = facts.table.groupby("seed")[metric].mean()
     spread = f"mean of folds: {number(seeds.mean())}"
     if len(seeds) > 1:
         spread += f" ({number(seeds.min())} to {number(seeds.max())} over {len(seeds)} seeds)"
     colour = _mean_baseline(facts)
+    if metric != "auroc":
+        spread = "not defined within folds, of which none tests every class"
     note = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
     return Summary(
         verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(facts.study.get("pack", {})),
@@ -152,13 +155,17 @@ def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) ->
     n_classes = len(facts.class_names)
     task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
     runs = f"{count(facts.table['fold'].nunique(), 'fold')} and {count(len(seeds), 'seed')}"
-    text = (
-        f"{population}, the model recognises {task} with a mean {_ranking(facts)} of {number(seeds.mean())}"
-    )
+    metric = _ranking(facts) if _fold_metric(facts) == "auroc" else "accuracy"
+    text = f"{population}, the model recognises {task} with a mean {metric} of {number(seeds.mean())}"
     text += f" ({runs})"
     if colour is None:
         return f"{text}."
     return f"{text}; a colour-only baseline reaches {number(colour)}."
+
+
+def _fold_metric(facts: StudyFacts) -> str:
+    """Return the metric of folds: AUROC, or accuracy where no fold tests every class."""
+    return "auroc" if facts.table["auroc"].notna().any() else "accuracy"
 
 
 def _ranking(facts: StudyFacts) -> str:
@@ -187,21 +194,23 @@ def _mean_baseline(facts: StudyFacts) -> float | None:
 
 
 def _describe_folds(facts: StudyFacts) -> Section:
-    table = facts.table
+    table, metric = facts.table, _fold_metric(facts)
+    name = metric_label(metric)
     baseline = None
-    if "baseline_auroc" in table:
+    if metric == "auroc" and "baseline_auroc" in table:
         baseline = table.groupby("fold", sort=False)["baseline_auroc"].first().astype(float).to_dict()
-    figure = draw_folds(table["fold"].tolist(), table["auroc"].to_numpy(float), baseline=baseline)
+    figure = draw_folds(table["fold"].tolist(), table[metric].to_numpy(float), metric=name, baseline=baseline)
     rows = []
-    for fold, result in spread_over_seeds(table).iterrows():
+    for fold, result in spread_over_seeds(table, metric).iterrows():
         colour = None if baseline is None else baseline[fold]
         gain = None if colour is None else float(result["mean"] - colour)
         values = [float(result[key]) for key in ("mean", "low", "high")]
         rows.append([str(fold), *values, int(result["n_seeds"]), colour, signed(gain)])
     columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds", "colour-only baseline", "difference"]
     note = "The difference is paired by test patch."
-    caption = "AUROC of every run, by fold. A dot is a run with one seed; dotted line: chance."
-    by_fold = make_table(columns, rows, caption="AUROC by fold", note=note)
+    chance = "; dotted line: chance" if metric == "auroc" else ""
+    caption = f"{capitalize(name)} of every run, by fold. A dot is a run with one seed{chance}."
+    by_fold = make_table(columns, rows, caption=f"{capitalize(name)} by fold", note=note)
     return Section("folds", "Folds and seeds", [picture(svg(figure, "folds"), caption), by_fold])
 
 
@@ -362,7 +371,8 @@ def draw_folds(
             markeredgewidth=1.4,
             label="colour-only baseline",
         )
-    axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
+    if metric == "AUROC":
+        axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_xlim(min([0.48, *seen]) - 0.02, 1.01)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_yticks(range(len(names)), [shorten(name) for name in names])
