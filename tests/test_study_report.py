@@ -51,7 +51,7 @@ def test_folds_without_an_auroc_show_their_accuracy():
     """Of eight classes no fold may test all: the page then has no macro AUROC within folds to show."""
     facts = make_study()
     accuracy = [0.5, 0.6, 0.7] * 3
-    runs = facts.table.assign(auroc=np.nan, baseline_auroc=np.nan, accuracy=accuracy)
+    runs = facts.table.assign(auroc=np.nan, accuracy=accuracy)
     text = render_report(report_of_study(replace(facts, table=runs)))
     page = Page(text).text
     assert "a mean accuracy of 0.600 (3 folds and 3 seeds)." in page

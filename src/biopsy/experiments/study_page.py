@@ -123,7 +123,7 @@ def _summarise(facts: StudyFacts) -> Summary:
     spread = f"mean of folds: {number(seeds.mean())}"
     if len(seeds) > 1:
         spread += f" ({number(seeds.min())} to {number(seeds.max())} over {len(seeds)} seeds)"
-    colour = _mean_baseline(facts)
+    colour = _mean_baseline(facts) if metric == "auroc" else None
     if metric != "auroc":
         spread = "not defined within folds, of which none tests every class"
     note = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
@@ -205,9 +205,11 @@ def _describe_folds(facts: StudyFacts) -> Section:
         colour = None if baseline is None else baseline[fold]
         gain = None if colour is None else float(result["mean"] - colour)
         values = [float(result[key]) for key in ("mean", "low", "high")]
-        rows.append([str(fold), *values, int(result["n_seeds"]), colour, signed(gain)])
-    columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds", "colour-only baseline", "difference"]
-    note = "The difference is paired by test patch."
+        beside = [] if baseline is None else [colour, signed(gain)]
+        rows.append([str(fold), *values, int(result["n_seeds"]), *beside])
+    columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds"]
+    columns += [] if baseline is None else ["colour-only baseline", "difference"]
+    note = None if baseline is None else "The difference is paired by test patch."
     chance = "; dotted line: chance" if metric == "auroc" else ""
     caption = f"{capitalize(name)} of every run, by fold. A dot is a run with one seed{chance}."
     by_fold = make_table(columns, rows, caption=f"{capitalize(name)} by fold", note=note)
