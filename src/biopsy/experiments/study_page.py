@@ -209,7 +209,7 @@ def _describe_folds(facts: StudyFacts) -> Section:
         rows.append([str(fold), *values, int(result["n_seeds"]), *beside])
     columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds"]
     columns += [] if baseline is None else ["colour-only baseline", "difference"]
-    note = None if baseline is None else "The difference is paired by test patch."
+    note = "" if baseline is None else "The difference is paired by test patch."
     chance = "; dotted line: chance" if metric == "auroc" else ""
     caption = f"{capitalize(name)} of every run, by fold. A dot is a run with one seed{chance}."
     by_fold = make_table(columns, rows, caption=f"{capitalize(name)} by fold", note=note)
