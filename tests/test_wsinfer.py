@@ -118,6 +118,10 @@ def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
         ({"class_names": ["a", "b", "c"]}, "has the classes .* num_classes 2"),
         ({"spacing_um_px": 0}, "spacing_um_px: .*0"),
         ({"num_classes": "two"}, "num_classes"),
+        ({"spacing_um_px": float("inf")}, "Infinity"),
+        ({"patch_size_pixels": 10**6}, "patch_size_pixels"),
+        ({"patch_size_pixels": 10**12}, "patch_size_pixels"),
+        ({"transform": [{"name": "Resize", "arguments": {"size": 0}}]}, "a step Resize with"),
         ({"transform": [{"name": "CenterCrop"}]}, "name: Input should be 'Resize'"),
         ({"transform": [{"name": "Resize", "arguments": {"size": [9, 8]}}]}, "a step Resize with"),
         ({"transform": [{"name": "Normalize", "arguments": {"mean": [0.5]}}]}, "a step Normalize with"),
@@ -143,10 +147,27 @@ def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
         open_classifier(folder)
 
 
-def test_more_outputs_than_classes_are_refused(make_model):
-    folder, digest = make_model(2, network=Sums(3))
-    with pytest.raises(RunError, match=r"3\) for"):
-        our_probs(open_wsinfer(folder, trust_model=digest), draw(2, 16))
+class Scalar(torch.nn.Module):
+    """One number for all patches."""
+
+    def forward(self, patches):
+        return patches.mean()
+
+
+class OneForAll(torch.nn.Module):
+    """One row of scores for all patches."""
+
+    def forward(self, patches):
+        return patches.mean(dim=(0, 2, 3))[None, :2]
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"), [(Sums(3), r"3\) for"), (Scalar(), "for"), (OneForAll(), "for")]
+)
+def test_outputs_of_another_shape_are_refused(make_model, network, shape):
+    folder, digest = make_model(2, network=network)
+    with pytest.raises(RunError, match=shape):
+        our_probs(open_wsinfer(folder, trust_model=digest), draw(4, 16))
 
 
 def test_a_wsinfer_model_is_neither_saved_nor_exported(make_model, tmp_path):

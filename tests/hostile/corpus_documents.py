@@ -72,6 +72,7 @@ INPUTS += [
         ("pack", "class_names", ["idc", "idc"]),
         ("pack", "positive_class", "nobody"),
         ("pack", "patch_px", 10**9),
+        ("pack", "mpp", float("nan")),
         ("run", "seed", 77),
         ("run", "status", "running"),
         ("run", "threshold", {"value": 0.0001, "rule": "youden", "chosen_on": "validation"}),
@@ -81,6 +82,22 @@ INPUTS += [
         ("classifier", "out_of_distribution", {"limits": {}}),
         ("metrics", "patch", {"auroc": {"value": 9.9}}),
     )
+]
+INPUTS += [  # a classifier apart from its run, whose hash of it would tell
+    Input(
+        f"classifier_apart_{trick}",
+        partial(set_keys, DOCUMENTS["classifier"][0], changes),
+        ("predict", "in.run/classifier", "in.pack", "--out", "p.csv"),
+    )
+    for trick, changes in {
+        "positive": {"positive_class": "nobody"},
+        "thresholds": {"thresholds": [{"rule": "youden"}]},
+        "calibrator_in_part": {"calibrator": {"method": "platt", "slope": 1.0}},
+        "conformal_texts": {"conformal": {"alpha": "x", "quantiles": ["a", "b"]}},
+        "conformal_in_part": {"conformal": {"alpha": 0.1}},
+        "limits_in_part": {"out_of_distribution": {"limits": {"feature": 1.0}}},
+        "limits_of_none": {"out_of_distribution": {}},
+    }.items()
 ]
 INPUTS += [
     Input("run_split_altered", move_patch, EVALUATE),

@@ -41,6 +41,9 @@ TABLES = {
     "columns_twice_by_alias": rows("patch_id,patient_id,Patient")
     .replace("\n", ",1\n")
     .replace("nt,1\n", "nt\n", 1),
+    "columns_twice_but_for_a_space": rows("patch_id,patient_id, patient_id")
+    .replace("\n", ",1\n")
+    .replace("id,1\n", "id\n", 1),
     "rows_of_nothing": "patch_id,patient_id\nnobody,P01\n",
     "keys_twice": rows() + f"{KEYS[0]},P09\n",
     "keys_twice_but_for_a_space": rows() + f"{KEYS[0]} ,P09\n",
@@ -74,7 +77,14 @@ TABLES = {
 }
 for _name, _content in TABLES.items():
     add(f"patients_{_name}", "--patients", _content)
-for _name in ("columns_twice", "rows_of_nothing", "nul", "quote_never_closed", "columns_a_million"):
+for _name in (
+    "columns_twice",
+    "columns_twice_but_for_a_space",
+    "rows_of_nothing",
+    "nul",
+    "quote_never_closed",
+    "columns_a_million",
+):
     _table = str(TABLES[_name])
     add(f"labels_{_name}", "--labels", _table.replace("patient_id", "label"))
     add(f"join_{_name}", "--join", _table.replace("patient_id", "age"))

@@ -18,7 +18,7 @@ from PIL import Image
 INPUTS: dict[str, Callable[[Path], Path]] = {}
 ACCEPTED = {
     "backslashes", "decomposed_letters", "duplicate_names", "folders_2000_deep", "junk_beside",
-    "latin_1_folder",
+    "latin_1_folder", "below_a_latin_1_folder",
     "nul_free_long_name", "control_characters", "empty_folders_5000", "link_in_a_circle", "zip_in_zip",
 }  # fmt: skip
 
@@ -280,6 +280,13 @@ def class_of_5000_digits(folder):
             archive.writestr(f"{name}/b.txt", b"")
         archive.writestr("7/bad.png", b"no")
     return path
+
+
+@source
+def below_a_latin_1_folder(folder):
+    place = Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller"))
+    place.mkdir()
+    return write(place)
 
 
 @source
