@@ -37,6 +37,10 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_FOLDS = 5
 BATCH_SIZE = 64
 MAX_ITERATIONS = 500
+COLUMNS = 64
+"""Features that are standardised at once."""
+DISTANCES_MB = 128
+"""Memory for distances to neighbours, which scikit-learn takes three times."""
 
 
 class CachedFile(NamedTuple):
@@ -219,9 +223,7 @@ def fit_logistic(
         Coefficients ``(n_classes, n_features)`` and intercepts ``(n_classes,)`` for the features as they are,
         float32, and the ``C`` that was chosen.
     """
-    mean, spread = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    spread[spread == 0] = 1.0
-    scaled = ((features - mean) / spread).astype(np.float32)
+    scaled, mean, spread = _standardize(features)
     weights = np.ones(len(target)) if class_weight is None else class_weight[target]
     penalty = _choose_penalty(scaled, target, groups, weights, n_classes, seed)
     model = _fit(scaled, target, weights, penalty)
@@ -235,6 +237,19 @@ def fit_logistic(
         (intercepts - coefficients @ mean).astype(np.float32),
         penalty,
     )
+
+
+def _standardize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return features of mean 0 and standard deviation 1, float32, and both; never all of them in float64."""
+    scaled = np.empty(features.shape, np.float32)
+    mean, spread = np.empty((2, features.shape[1]))
+    for start in range(0, features.shape[1], COLUMNS):
+        block = slice(start, start + COLUMNS)
+        columns = features[:, block].astype(np.float64)
+        mean[block], spread[block] = columns.mean(axis=0), columns.std(axis=0)
+        spread[block][spread[block] == 0] = 1.0
+        scaled[:, block] = (columns - mean[block]) / spread[block]
+    return scaled, mean, spread
 
 
 def _choose_penalty(
@@ -301,9 +316,11 @@ def neighbour_votes(
 
     Nearest by the cosine of the features, as in the k-NN evaluation of DINO (Caron et al. 2021), unweighted.
     """
+    from sklearn import config_context
     from sklearn.neighbors import KNeighborsClassifier
 
     model = KNeighborsClassifier(min(n_neighbours, len(train)), metric="cosine").fit(train, target)
     votes = np.zeros((len(features), n_classes))
-    votes[:, model.classes_] = model.predict_proba(features)
+    with config_context(working_memory=DISTANCES_MB):
+        votes[:, model.classes_] = model.predict_proba(features)
     return votes
