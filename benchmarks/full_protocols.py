@@ -7,11 +7,12 @@ Cancer Detection" (``train_labels.csv``, ``train/``, ``test/``, a csv of slides)
 
 For the size of the originals it predicts, per recipe:
 
-* floating-point operations of training and of the evaluated subsets with their test-time augmentation, which
-  PyTorch counts in one update and one forward pass;
-* memory of a GPU in training: weights, gradients, optimiser, averaged weights, and the tensors that autograd
-  keeps of a batch in the recipe's precision, counted;
-* time on this machine: patches over the patches per second that the run on phantom data reached;
+* floating-point operations of training, validation and test with their test-time augmentation, which PyTorch
+  counts in one update and one forward pass; an update counts as three forward passes at most, since PyTorch
+  takes the backward pass of depthwise convolutions for one of full ones;
+* memory of a GPU in training: weights, gradients, optimiser, averaged weights, the tensors that autograd keeps
+  of a batch in the recipe's precision, and the input and output of the largest layer, counted;
+* time on this machine: these operations at the rate that the training on phantom data reached;
 * time on a GPU, under an assumption: ``ASSUMED_FLOPS`` operations a second, or as long as one core takes to
   gather the batches, whichever is longer.
 
@@ -187,6 +188,15 @@ def count_costs(recipe: Recipe) -> Costs:
     batch, target = torch.rand(n, 3, size, size), torch.arange(n) % 2
     kept: dict[int, int] = {}
 
+    largest = [0]
+
+    def watch(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        largest.append(output.nbytes)
+
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_hook(watch)
+
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
@@ -206,7 +216,9 @@ def count_costs(recipe: Recipe) -> Costs:
     grads = [weight.grad for weight in network.parameters() if weight.grad is not None]
     averaged = tensors if recipe.train.ema_decay else []
     held = sum(tensor.nbytes for tensor in [*tensors, *averaged, *grads, *states, batch])
-    return Costs(counter.get_total_flops() / n, forward.get_total_flops() / n, held + sum(kept.values()))
+    forward_flops = forward.get_total_flops() / n
+    train_flops = min(counter.get_total_flops() / n, 3 * forward_flops)
+    return Costs(train_flops, forward_flops, held + sum(kept.values()) + 2 * max(largest))
 
 
 def measure_gathering(recipe: Recipe, pack: Pack, seconds: float = 2.0) -> float:
@@ -240,9 +252,9 @@ def predict_costs(
         "gpu_memory_gb": round(costs.gpu_bytes / 1e9, 2),
         "pack_gb": round(sum(ORIGINAL[protocol]) * recipe.preprocessing.input_px**2 * 3 / 1e9, 1),
         "images_per_s_here": round(images_per_s),
-        "train_h_here": round(visits / images_per_s / 3600, 1),
+        "hours_here": round(flops / (images_per_s * costs.train_flops) / 3600, 1),
         "gathered_per_s_here": round(gathered_per_s),
-        "gpu_h_assumed": round(max(flops / ASSUMED_FLOPS, seen / gathered_per_s) / 3600, 2),
+        "gpu_hours_assumed": round(max(flops / ASSUMED_FLOPS, seen / gathered_per_s) / 3600, 2),
     }
 
 
@@ -263,6 +275,7 @@ def main() -> None:
     rows = []
     for protocol, name in RECIPES.items():
         settings = ["train.epochs=2", *(["model.pretrained=false"] if protocol != "idc" else [])]
+        settings += ["train.steps_per_epoch=5"] if protocol == "hcd" else []  # of 100
         run = run_protocol(protocol, options.out / protocol, options.slides, options.per_slide, settings)
         speed = max(record["images_per_s"] for record in run.log())
         recipe = load_recipe(name, {"model.pretrained": False})
