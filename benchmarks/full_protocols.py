@@ -10,8 +10,8 @@ For the size of the originals it predicts, per recipe:
 * floating-point operations of training, validation and test with their test-time augmentation, which PyTorch
   counts in one update and one forward pass; an update counts as three forward passes at most, since PyTorch
   takes the backward pass of depthwise convolutions for one of full ones;
-* memory of a GPU in training: weights, gradients, optimiser, averaged weights, the tensors that autograd keeps
-  of a batch in the recipe's precision, and the input and output of the largest layer, counted;
+* memory of a GPU in training: weights, gradients, optimiser, averaged weights, the tensors that autograd
+  keeps of a batch in the recipe's precision, and the input and output of the largest layer, counted;
 * time on this machine: these operations at the rate that the training on phantom data reached;
 * time on a GPU, under an assumption: ``ASSUMED_FLOPS`` operations a second, or as long as one core takes to
   gather the batches, whichever is longer.
