@@ -267,6 +267,10 @@ def test_another_machine_needs_a_token_and_a_taken_port_is_named(trained_run, tm
     with bind("127.0.0.1", None, default=8900) as taken:
         with pytest.raises(DataError, match=str(taken.getsockname()[1])):
             bind("127.0.0.1", taken.getsockname()[1], default=8900)
+        with pytest.raises(DataError, match="cannot listen"):
+            biopsy.serve(tmp_path / "no_model", port=taken.getsockname()[1])
+        with pytest.raises(DataError, match="cannot listen"):
+            biopsy.view(tmp_path / "no_slide", port=taken.getsockname()[1])
         with bind("127.0.0.1", None, default=taken.getsockname()[1]) as free:
             assert free.getsockname()[1] != taken.getsockname()[1]
     with pytest.raises(RunError):
@@ -428,6 +432,14 @@ def test_other_names_and_other_sites_pages_are_refused(trained_run, tmp_path):
         refused = client.options("/predict", headers=preflight)
         assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
         assert client.get("/models", headers={"origin": "http://testserver"}).status_code == 200
+
+
+def test_head_is_get_without_the_body(client):
+    for place in ("/health", "/models", "/openapi.json", "/slides"):
+        got, head = client.get(place), client.head(place)
+        assert head.status_code == got.status_code == 200 and not head.content
+        assert head.headers["content-length"] == got.headers["content-length"]
+    assert client.head("/predict").status_code == 405
 
 
 def test_without_a_root_no_path_is_read(client):

@@ -49,16 +49,16 @@ def view(
     from biopsy.app.viewer import make_viewer
     from biopsy.app.web import bind, run_server
 
-    app = make_viewer(paths, model=model, mpp=mpp, annotations=annotations, who=who, queue=queue)
-    listener = bind("127.0.0.1", port, default=VIEW_PORT)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    with bind("127.0.0.1", port, default=VIEW_PORT) as listener:
+        app = make_viewer(paths, model=model, mpp=mpp, annotations=annotations, who=who, queue=queue)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
-    def announce() -> None:
-        print(address, flush=True)
-        if not no_browser and not webbrowser.open(address):
-            print("no browser could be started: open the address in one", flush=True)
+        def announce() -> None:
+            print(address, flush=True)
+            if not no_browser and not webbrowser.open(address):
+                print("no browser could be started: open the address in one", flush=True)
 
-    run_server(app, listener, on_start=announce)
+        run_server(app, listener, on_start=announce)
 
 
 def serve(
@@ -104,10 +104,10 @@ def serve(
     if not local and token is None:
         raise DataError(f"{host} is reached from other machines: give a --token that requests must bear")
     hosts = frozenset({"127.0.0.1", "localhost", "[::1]"}) if local else None
-    app = make_service(models, out=out, root=root, token=token, device=device, tta=tta, hosts=hosts)
-    listener = bind(host, port, default=SERVE_PORT)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    run_server(app, listener, on_start=lambda: print(address, flush=True))
+    with bind(host, port, default=SERVE_PORT) as listener:
+        app = make_service(models, out=out, root=root, token=token, device=device, tta=tta, hosts=hosts)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        run_server(app, listener, on_start=lambda: print(address, flush=True))
 
 
 def _require_extra(purpose: str) -> None:

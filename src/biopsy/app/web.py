@@ -40,7 +40,7 @@ class TooLarge(HTTPException):
 
 
 class Guard:
-    """Refuses requests by another site's page, without the token, too large or too slow.
+    """Refuses requests by another site's page, without the token, too large or too slow; answers HEAD as GET.
 
     Args:
         app: What is guarded.
@@ -71,7 +71,9 @@ class Guard:
         refusal = self._refuse(scope["path"], headers, most)
         if refusal is not None:
             return await refusal(scope, receive, send)
-        started = False
+        started, is_head = False, scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}
 
         async def send_on(message: Message) -> None:
             nonlocal started
@@ -82,6 +84,8 @@ class Guard:
                     *message["headers"],
                     *((k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in names),
                 ]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -241,7 +245,7 @@ def run_server(app: FastAPI, listener: socket.socket, *, on_start: Callable[[], 
     """Serve until Ctrl-C.
 
     Args:
-        listener: As `bind` returns it.
+        listener: As `bind` returns it; the caller closes it.
         on_start: Called once requests are answered.
     """
     config = uvicorn.Config(
@@ -268,5 +272,3 @@ def run_server(app: FastAPI, listener: socket.socket, *, on_start: Callable[[], 
         asyncio.run(serve())
     except KeyboardInterrupt:
         pass
-    finally:
-        listener.close()
