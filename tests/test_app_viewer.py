@@ -12,8 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 import biopsy
+from biopsy.app.explaining import explain_patch
 from biopsy.app.viewer import make_viewer
-from biopsy.core.errors import DataError, UserFileError
+from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.cohorts import slide
@@ -195,7 +196,9 @@ def test_a_run_shows_stitched_slides_with_truth_and_a_sheet(run):
 def test_a_patch_is_explained(run):
     client = open_page(run.path)
     [sheet] = client.get("/api/state").json()["sheets"]
-    found = client.get(f"/api/sheets/{sheet['key']}/explain/0").json()
+    response = client.get(f"/api/sheets/{sheet['key']}/explain/0")
+    assert response.status_code == 200, response.text
+    found = response.json()
     assert found["saliency"].startswith("data:image/jpeg;base64,")
     nearest = client.get(found["nearest"]).json()
     trained = run.open_pack(verify=False).table["patch_id"][
@@ -203,6 +206,35 @@ def test_a_patch_is_explained(run):
     ]
     assert len(nearest) == 3 and {item["patch_id"] for item in nearest} <= set(trained)
     assert found["ood"]["feature_distance"] > 0
+
+
+def test_a_patch_is_explained_where_a_distance_has_no_limit(trained_run):
+    """A network whose features do not vary has the limit 0, and JSON no infinity."""
+    classifier = trained_run.classifier
+    classifier.info.out_of_distribution["limits"]["feature"] = 0.0
+    with np.errstate(divide="ignore"):
+        ood = explain_patch(classifier, trained_run.open_pack(verify=False).pixels(0).copy())["ood"]
+    assert ood["feature_distance"] is None and ood["colour_distance"] > 0
+
+
+def test_a_slide_that_vanishes_is_named_and_seen_again_when_it_is_back(make_slide, monkeypatch):
+    path = make_slide(width=1400, height=900)
+    client = open_page(path)
+    tile = f"/api/slides/{first_slide(client)}/tiles/0/1_0.jpg"
+    assert client.get(tile).status_code == 200
+
+    def fail(*args, **options):
+        raise SlideError("damaged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("biopsy.slide_io.reader.Slide.read_at", fail)
+        assert client.get(tile).json() == {"error": "damaged"}
+        moved = path.rename(path.with_suffix(".moved"))
+        for _ in range(2):  # read from the open slide, then opened anew
+            answer = client.get(tile)
+            assert answer.status_code == 422 and str(path) in answer.json()["error"]
+    moved.rename(path)
+    assert client.get(tile).status_code == 200
 
 
 def test_a_pack_without_coordinates_shows_its_patches(make_pack, tmp_path):

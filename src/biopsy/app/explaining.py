@@ -1,6 +1,8 @@
 """One patch in depth: saliency, distance from training, the nearest training patches."""
 
 import base64
+import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -40,8 +42,13 @@ def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, objec
         "image": _picture(pixels),
         "saliency": _picture(superimpose(pixels, saliency)),
         "class": classifier.info.class_names[int(explanation.class_index[0])],
-        "ood": None if ood_score.empty else {name: value.item() for name, value in ood_score.iloc[0].items()},
+        "ood": None if ood_score.empty else _describe_ood(ood_score.iloc[0].to_dict()),
     }
+
+
+def _describe_ood(row: dict[Any, Any]) -> dict[str, object]:
+    """Return the distances of a patch, None where one has no limit to be compared with."""
+    return {str(name): value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def find_nearest(classifier: Classifier, sheet: Sheet, row: int) -> list[dict[str, object]]:

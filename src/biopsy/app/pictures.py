@@ -1,7 +1,9 @@
 """Tiles of a slide: squares of `TILE_PX` pixels at level 0's resolution divided by powers of two."""
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -57,7 +59,7 @@ class SlidePicture:
     @property
     def overview(self) -> np.ndarray:
         """The whole slide, its longer side at most `THUMBNAIL_PX` pixels."""
-        with self._lock:
+        with self._lock, self._name_vanished():
             return self._thumbnail
 
     def read(self, x: int, y: int, width: int, height: int, downsample: int) -> np.ndarray | None:
@@ -66,7 +68,19 @@ class SlidePicture:
         scale = self._slide.level_for(mpp)[1]
         if width * height * scale**2 > _MAX_READ_PX:
             return None
-        return self._slide.read_at(x, y, width, height, mpp=mpp)
+        with self._name_vanished():
+            return self._slide.read_at(x, y, width, height, mpp=mpp)
+
+    @contextlib.contextmanager
+    def _name_vanished(self) -> Iterator[None]:
+        try:
+            yield
+        except (SlideError, OSError):
+            if self._slide.path.exists():
+                raise
+            raise SlideError(
+                f"slide {self._slide.path} was moved or removed while it was viewed: put it back and reload"
+            ) from None
 
 
 def open_picture(path: Path, mpp: float | None) -> SlidePicture:

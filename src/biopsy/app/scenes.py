@@ -269,6 +269,11 @@ class Exhibit:
                 self._scenes.popitem(last=False)
             return self._scenes[key]
 
+    def close(self, key: str) -> None:
+        """Have a slide opened anew when it is next looked at."""
+        with self._lock:
+            self._scenes.pop(key, None)
+
     def sheet(self, key: str) -> Sheet:
         """Return a sheet.
 

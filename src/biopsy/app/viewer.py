@@ -26,7 +26,7 @@ from biopsy.app.annotations import (
 from biopsy.app.pictures import TILE_PX, count_levels, encode_jpeg, read_tile
 from biopsy.app.scenes import Exhibit, Labels, Patches, Scene, Sheet, open_sources
 from biopsy.app.web import Guard, name_errors
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, SlideError
 from biopsy.core.tables import write_csv
 from biopsy.core.text import file_name
 from biopsy.models.classifier import Classifier
@@ -190,7 +190,11 @@ class _Viewer:
         return document
 
     def tile(self, key: str, level: int, column: int, row: int) -> Response:
-        return _jpeg(read_tile(self.exhibit.scene(key).picture, level, column, row))
+        try:
+            return _jpeg(read_tile(self.exhibit.scene(key).picture, level, column, row))
+        except (SlideError, OSError):  # OpenSlide reads no more after an error
+            self.exhibit.close(key)
+            raise
 
     def thumbnail(self, key: str) -> Response:
         return _jpeg(self.exhibit.scene(key).picture.overview)

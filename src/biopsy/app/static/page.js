@@ -341,7 +341,7 @@ async function explain() {
   $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of ${found.class}`, true));
   for (const kind of found.ood ? ["colour", "feature"] : []) {  // from training, as multiples of the limit
     const distance = found.ood[`${kind}_distance`];
-    $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} × limit`));
+    if (distance != null) $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} × limit`));
   }
   const waiting = element("p", found.nearest ? "nearest training patches: computing …" : "");
   $("explanation").append(waiting);
