@@ -233,20 +233,15 @@ def _describe_groups(facts: StudyFacts) -> Section | None:
         defined = [value for value in seeds if np.isfinite(value)]
         mean = float(np.mean(defined)) if defined else None
         spread = f"{number(min(defined))} to {number(max(defined))}" if defined else "-"
-        colour = facts.baselines.get(name) if facts.is_binary else None
+        colour = facts.baselines.get(name)
         gain = None if mean is None or colour is None else mean - colour
-        rows.append([name, counts[name], mean, spread, colour, signed(gain)])
+        beside = [colour, signed(gain)] if facts.is_binary else []
+        rows.append([name, counts[name], mean, spread, *beside])
     unit = "slide" if facts.unit == "slide" else "patient"
     metric = "AUROC" if facts.is_binary else "accuracy"
-    columns = [
-        unit,
-        "patches",
-        f"{metric}, mean of seeds",
-        "range over seeds",
-        "colour-only baseline",
-        "difference",
-    ]
-    note = "Dash: undefined, because only one class occurs, or not measured."
+    columns = [unit, "patches", f"{metric}, mean of seeds", "range over seeds"]
+    columns += ["colour-only baseline", "difference"] if facts.is_binary else []
+    note = "Dash: undefined, because only one class occurs, or not measured." if facts.is_binary else ""
     return Section("groups", f"Per-{unit} results", [table_by_group(unit, columns, rows, note=note)])
 
 
