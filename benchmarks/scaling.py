@@ -3,8 +3,9 @@
 Archives of 5,000 to 320,000 patches (the patches of an IDC archive, repeated under other patients' ids) go
 through ``prepare``, ``inspect``, ``split``, one epoch of ``train idc-small`` and ``predict idc``; 1, 4 and 16
 synthetic slides through ``slide idc``. Every command is a process of its own; its seconds of processor time
-and its peak resident memory are what the system counts (`os.wait4`). Pages of memory-mapped files are among
-it, which the system takes back when it needs them; the peak without them is looked at 20 times a second.
+are what the system counts (`os.wait4`). Its peak resident memory is the mark that Linux keeps (VmHWM), and
+the peak without pages of memory-mapped files, which the system takes back when it needs them, the highest
+value seen; both are read 20 times a second.
 
     python benchmarks/scaling.py ../shared/data/idc/idc_kaggle_subset.zip
 
@@ -13,10 +14,13 @@ Results: ``results/scaling.csv``, a row a command and size.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,41 +67,63 @@ class Usage(NamedTuple):
     peak_rss_mb: float
     peak_anon_mb: float
 
+    def round(self) -> dict[str, float]:
+        """Return the columns of a table."""
+        return {name: round(value, 1) for name, value in self._asdict().items()}
 
-def measure(arguments: Sequence[str]) -> Usage:
-    """Run a command and return what it took."""
-    start, errors = time.perf_counter(), tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from biopsy.cli import main; main()", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-    )
-    peak_anon_mb, ended = 0.0, 0
-    while not ended:
-        peak_anon_mb = max(peak_anon_mb, read_anonymous(process.pid))
-        time.sleep(0.05)
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-    has_copies = arguments[0] == "inspect"  # which are blocking issues: exit code 1
-    errors.seek(0)
-    if os.waitstatus_to_exitcode(status) not in (0, int(has_copies)):
-        raise SystemExit(f"biopsy {' '.join(arguments)} failed:\n{errors.read().decode()}")
+
+def measure(arguments: Sequence[str], folder: Path | None = None, port: int | None = None) -> Usage:
+    """Run a command and return what it took; one that serves a port is interrupted once it has answered."""
+    start, peak_mb, ended = time.perf_counter(), [0.0, 0.0], 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from biopsy.cli import main; main()", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            cwd=folder,
+        )
+        while not ended:
+            peak_mb = [max(pair) for pair in zip(peak_mb, read_memory(process.pid), strict=True)]
+            if port and is_answering(port):
+                process.send_signal(signal.SIGINT)
+                port = None
+            time.sleep(0.05)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        has_copies = arguments[0] == "inspect"  # which are blocking issues: exit code 1
+        if process.returncode not in (0, int(has_copies)):
+            raise SystemExit(f"biopsy {' '.join(arguments)} failed:\n{errors.read().decode()}")
     seconds = time.perf_counter() - start
-    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, peak_anon_mb)
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, *peak_mb)
 
 
-def read_anonymous(process_id: int) -> float:
-    """Return the resident MB of a process that belong to no file."""
+def is_answering(port: int) -> bool:
+    """Return whether a page is served at a port of this machine."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
+            return bool(answer.read())
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def read_memory(process_id: int) -> tuple[float, float]:
+    """Return the peak resident MB of a process, and those now that belong to no file."""
     try:
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+        return 0.0, 0.0
+    values = dict(line.split(":", 1) for line in lines)
+    peak, anonymous = (int(values.get(name, "0 kB").split()[0]) / 1024 for name in ("VmHWM", "RssAnon"))
+    return peak, anonymous
 
 
 def note(command: str, size: int, usage: Usage) -> None:
     """Append a row and print it."""
     row: dict[str, object] = {"command": command, "size": size}
-    row |= {name: round(value, 1) for name, value in usage._asdict().items()}
+    row |= usage.round()
     row |= {"load": round(os.getloadavg()[0], 1)} | describe_machine()
     append_rows(RESULTS, [row])
     values = "{:8.1f} s {:8.1f} CPU s {:8.0f} MB, {:8.0f} MB without files".format(*usage)

@@ -1,0 +1,31 @@
+"""Every command stays within its stated memory; `benchmarks/memory.py` measures larger inputs."""
+
+import sys
+
+import pytest
+
+import memory
+from biopsy.cli.app import COMMANDS
+
+N_PATCHES, SLIDE_PX = 4_000, 8_000
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    memory.write_inputs(folder, N_PATCHES, SLIDE_PX)
+    return folder
+
+
+def test_every_command_has_a_bound():
+    online, one_file = {"fetch", "publish"}, {"import-keras"}
+    bounded = {name.split()[0] for name in memory.COMMANDS}
+    assert bounded == {name.replace("_", "-") for name in COMMANDS} - online - one_file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", memory.COMMANDS)  # each needs the results of those before it
+def test_a_command_stays_within_its_bound(name, inputs):
+    usage = memory.measure_command(name, inputs)
+    assert 0 < usage.peak_rss_mb < memory.COMMANDS[name].bound(N_PATCHES)
