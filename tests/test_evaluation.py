@@ -173,6 +173,20 @@ def test_only_openings_of_the_test_subset_are_counted(copied):
     assert ledger == {"times": 3, "runs": 2, "kept_with": "pack", "unreadable": 0}
 
 
+@pytest.mark.parametrize("change", ["remove", "cut"])
+def test_a_ledger_without_the_last_evaluation_is_named(copied, caplog, change):
+    ledger = copied.open_pack().path / "ledger.jsonl"
+    evaluate(copied)
+    evaluate(copied)
+    assert "entries are missing" not in caplog.text
+    if change == "remove":
+        ledger.unlink()
+    else:
+        ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    evaluate(copied)
+    assert "entries are missing" in caplog.text
+
+
 def test_a_pack_that_cannot_be_written_is_judged_all_the_same(copied, monkeypatch):
     pack = copied.open_pack()
     monkeypatch.setattr("biopsy.data.ledger.os.access", lambda path, _: path != pack.path)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import RunError
+from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.storage import stage
+from biopsy.core.text import count
 from biopsy.data.ledger import count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
@@ -207,6 +208,8 @@ def evaluate(
         ledger=openings,
     )
     path = folder / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
+    if openings is not None:
+        _warn_of_lost_openings(path, pack, openings["times"])
     write_json(path, metrics)
     return Evaluation(read_json(path, format=FORMAT), predicted.frame, run.path)
 
@@ -376,6 +379,20 @@ def _compare_with_colour(
         interval=estimate_metrics(alone, ["auroc"], **scored.resampling)["auroc"],
         gain=gain["auroc"],
     )
+
+
+def _warn_of_lost_openings(path: Path, pack: Pack, times: int) -> None:
+    """Warn if the last evaluation of this run was counted as a later one than this."""
+    try:
+        before = read_json(path, format=FORMAT).get("times_opened") if path.exists() else None
+    except FileFormatError:
+        return
+    if before is not None and times <= before:
+        logger.warning(
+            "the ledger of %s counts %s, but the last evaluation of this run was number %d: entries are "
+            "missing, from a ledger that was changed or a pack that was made again",
+            *(pack.path.name, count(times, "evaluation"), before),
+        )
 
 
 def _open_ledger(run: Run, pack: Pack, split: SplitUse, subset: str) -> Mapping[str, Any]:
