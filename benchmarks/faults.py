@@ -20,7 +20,12 @@ disturbed one must come to. Every point is a process of its own, forked from thi
 * ``input altered``, ``input removed``: at a random file operation a byte of a file that the command reads is
   changed, or the file is removed; it is as it was when the command is run again (what was made without it,
   exit code 3, is removed first);
+* ``slow storage``: SIGKILL at a random file operation, where every opening, renaming, making, removing,
+  listing and ``fsync`` that Python does in the folder takes 1 to 50 ms more, as on a network file system; the
+  second run is as slow;
 * ``two at once``: the command is started twice in the same folder.
+
+``shards`` is ``slide`` by two processes, ``--shard 1/2`` and ``2/2``, of which the first is disturbed.
 
 Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
 disturbed process ended by its signal, with its result, or with an error and no traceback; the second run
@@ -85,6 +90,7 @@ COMMANDS = {
     ),
     "evaluate": ("evaluate", "in.run"),
     "slide": ("slide", "in.run", "slides", "--out", "out", "--device", "cpu"),
+    "shards": ("slide", "in.run", "slides", "--out", "out", "--device", "cpu", "--shard", "1/2"),
     "study": ("study", *STUDY, "--out", "out", *SETTINGS),
     "sweep": ("sweep", *STUDY[:-1], "0", "--grid", "train.lr=0.1,0.05", "--out", "out", *SETTINGS),
 }
@@ -94,12 +100,17 @@ INPUTS = {
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 ON_INPUTS = ("input altered", "input removed")
-FAULTS = (*SIGNALS, "disk full", "read-only", "few handles", "two at once", "clock set back", *ON_INPUTS)
+SLOW = "slow storage"
+FAULTS = (
+    *(*SIGNALS, "disk full", "read-only", "few handles", "two at once", "clock set back"),
+    *(*ON_INPUTS, SLOW),
+)
 READ = {
     "prepare": ("cohort.zip",),
     "evaluate": ("in.pack/patches.npy", "in.run/classifier/weights.safetensors", "in.run/split.csv"),
     "slide": ("slides/0.tiff", "in.run/classifier/weights.safetensors"),
 }
+READ["shards"] = READ["slide"]
 READ |= dict.fromkeys(("train", "study", "sweep"), ("in.pack/patches.npy", "in.pack/patches.parquet"))
 CHANGING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 VOLATILE = {
@@ -110,6 +121,8 @@ VOLATILE = {
 files."""
 SKIPPED = {MANIFEST, LOCK, "ledger.jsonl"}
 
+
+SLOWED = CHANGING | {"open", "os.listdir", "os.scandir"}
 
 Disturbance = Callable[[int], None]
 """Called in the process with 0 before the command, and with n at its nth file operation."""
@@ -259,11 +272,38 @@ def spoil(name: str, operation: int, share: float | None) -> Disturbance:
     return disturb
 
 
+def slow_down(seed: str, further: Disturbance | None = None) -> Disturbance:
+    """Return what delays every file operation in the folder by 1 to 50 ms, and disturbs further."""
+
+    def disturb(n: int) -> None:
+        if n == 0:
+            rng, folder, fsync = random.Random(seed), f"{os.getcwd()}{os.sep}", os.fsync
+
+            def delay(event: str, arguments: tuple[Any, ...]) -> None:
+                path = arguments[0] if arguments and event in SLOWED else None
+                if isinstance(path, str | bytes | os.PathLike):
+                    if f"{os.path.abspath(os.fsdecode(path))}{os.sep}".startswith(folder):
+                        time.sleep(rng.uniform(0.001, 0.05))
+
+            def slow_fsync(descriptor: int) -> None:
+                time.sleep(rng.uniform(0.001, 0.05))
+                fsync(descriptor)
+
+            sys.addaudithook(delay)
+            os.fsync = slow_fsync
+        if further:
+            further(n)
+
+    return disturb
+
+
 def draw_fault(
     command: str, fault: str, index: int, rng: random.Random, whole: Outcome, largest: int
 ) -> tuple[Disturbance, bool]:
     """Draw one point of a fault; say whether it lies between the first and the last write."""
     operation = rng.randint(1, whole.operations)
+    if fault == SLOW:
+        return slow_down(f"{rng.random()}", send(signal.SIGKILL, operation, 0)), True
     if fault in SIGNALS:
         number = signal.Signals[fault]
         if index % 5 == 4:
@@ -383,25 +423,27 @@ class Campaign:
         return outcome, first, stable, max(path.stat().st_size for path in new if path.is_file())
 
     def try_point(
-        self, words: tuple[str, ...], disturb: Disturbance | None, codes: set[int]
+        self,
+        processes: Sequence[tuple[tuple[str, ...], Disturbance | None]],
+        codes: set[int],
+        again: Disturbance | None = None,
     ) -> tuple[bool, str]:
-        """Disturb a command (None: run it twice); return whether it ended all the same, and what is wrong."""
+        """Run commands at once, then the first again; return whether all ended, and what is wrong."""
         self.renew()
-        if disturb is None:
-            both = [start(self.folder, lambda: app.run([*words, "--quiet"])) for _ in range(2)]
-            outcomes = [wait(process) for process in both]
-        else:
-            outcomes = [run(self.folder, words, disturb)]
+        started = [
+            start(self.folder, lambda words=words: app.run([*words, "--quiet"]), disturb)
+            for words, disturb in processes
+        ]
+        outcomes, words = [wait(process) for process in started], processes[0][0]
         wrong = next(filter(None, (find_fault(outcome, codes) for outcome in outcomes)), "")
         for name in READ[words[0]]:
             shutil.copy2(self.inputs / name, self.folder / name)
         if outcomes[0].code == 3:
             shutil.rmtree(self.folder / words[words.index("--out") + 1])
-        again = words
         if words[0] == "train" and (run_file := self.folder / "out" / "run.json").exists():
             is_finished = json.loads(run_file.read_text())["status"] == "finished"
-            again = words if is_finished else ("train", "--resume", "out", "--device", "cpu")
-        wrong = wrong or find_fault(run(self.folder, again), {0}) or ""
+            words = words if is_finished else ("train", "--resume", "out", "--device", "cpu")
+        wrong = wrong or find_fault(run(self.folder, words, again), {0}) or ""
         return all(outcome.code == 0 for outcome in outcomes), wrong
 
 
@@ -433,13 +475,18 @@ def try_command(
         for index in range(1 if fault == "read-only" else n_points):
             rng = random.Random(f"{seed} {command} {fault} {index}")
             codes = {0, 1, 3}
-            if fault == "two at once":
-                disturb, between = None, False
-            else:
+            disturb, between = None, False
+            if fault != "two at once":
                 disturb, between = draw_fault(command, fault, index, rng, whole, largest)
             if fault in SIGNALS:
                 codes = {0, 130 if fault == "SIGINT" else -signal.Signals[fault]}
-            ended, wrong = campaign.try_point(words, disturb, codes)
+            slow = None
+            if fault == SLOW:
+                codes, slow = {0, -signal.SIGKILL}, slow_down(f"{rng.random()}")
+            processes = [(words, disturb)]
+            if fault == "two at once" or command == "shards":
+                processes += [(tuple("2/2" if word == "1/2" else word for word in words), slow)]
+            ended, wrong = campaign.try_point(processes, codes, slow)
             if not wrong:
                 wrong = find_difference(read_values(campaign.folder), values, stable) or ""
                 wrong = wrong or find_changed_outputs(campaign.folder) or ""
@@ -463,7 +510,7 @@ def main() -> None:
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    for name in COMMANDS:
+    for name in {words[0] for words in COMMANDS.values()}:
         getattr(biopsy, name)  # imported once, not in every process
     importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as work:
