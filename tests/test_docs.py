@@ -22,7 +22,6 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 import biopsy
 from biopsy.cli import build_app
 from biopsy.core import errors as errors_module
-from biopsy.data.packs import Pack
 from conftest import write_idc_zip, write_pack
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -102,7 +101,6 @@ def test_python_blocks_run(path, material, tmp_path, monkeypatch, own_registrati
     shutil.copytree(material, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     document = Sybil([PythonCodeBlockParser(), SkipParser()]).parse(path)
-    document.namespace["pack"] = Pack.open("phantom.pack")
     for example in document.examples():
         example.evaluate()
 
