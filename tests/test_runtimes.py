@@ -78,6 +78,12 @@ def test_a_compiled_network_says_what_pytorch_says(network):
     assert off_by(features, run_torch(classifier).logits_and_features(PATCHES)[1]) < 1e-4
 
 
+def test_a_gpu_runs_pytorch_also_where_openvino_is_installed(monkeypatch):
+    monkeypatch.setattr("biopsy.models.engine.Engine", lambda device, precision: Engine("cpu", precision))
+    with open_runtime(classifier_of("cancernet"), "cuda", "fp32", n_threads=1) as runtime:
+        assert runtime.software[0] == "torch" and not runtime.in_threads
+
+
 @pytest.mark.parametrize(
     "preprocessing",
     [
