@@ -31,7 +31,7 @@ from biopsy.core.seeds import make_rng
 from biopsy.data.packs import is_pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.prepare import prepare
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.phantom.cohort import write_archive
 from biopsy.statistics.abstention import (
@@ -104,7 +104,7 @@ def train_on_phantom(folder: Path, options: argparse.Namespace) -> Run:
     pack, size = folder / "phantom.pack", {"n_patients": 60, "patches_per_patient": 100}
     if not is_pack(pack):
         prepare(write_archive(folder / "phantom.zip", **size, seed=options.seed), pack)
-    split = make_split(pack, protocol="folds", name="thirds", n_folds=3, seed=options.seed)
+    split = make_split(pack, protocol="folds", name="thirds", folds=3, seed=options.seed, save=False)
     settings = [f"train.epochs={options.epochs}", "model.context=0"]
     return train(
         "idc-small",

@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 import biopsy
 from biopsy.core.errors import DataError, SplitError
 from biopsy.data.packs import Pack
-from biopsy.data.splits import Split, find_split, make_split, save_split
+from biopsy.data.splits import Split, find_split
 from biopsy.models.classifier import average_neighbours
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -44,11 +44,9 @@ def find_or_make_split(pack: Pack, slide: str) -> Split:
     try:
         return find_split(pack, name)
     except (SplitError, DataError):
-        split = make_split(
+        return biopsy.split(
             pack, protocol="patients", test_patients=[slide], val_patients=list(FRAGMENTS), name=name, seed=0
         )
-        save_split(pack, split)
-        return split
 
 
 def train_one(recipe: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:

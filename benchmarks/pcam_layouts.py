@@ -35,7 +35,7 @@ import pandas as pd
 import biopsy
 from biopsy.core.files import create_directory
 from biopsy.data.packs import Pack
-from biopsy.data.splits import Split, make_split, save_split
+from biopsy.data.splits import Split
 
 RESULTS = Path(__file__).parent / "results" / "pcam-layouts.csv"
 SPLIT_OF_SIDE = {"train": "train", "validation": "valid"}
@@ -139,9 +139,7 @@ def prepare(source: Path, out: Path, **options: object) -> tuple[Pack, float]:
 
 def keep(pack: Pack, protocol: str, **options: object) -> Split:
     """Make a split and keep it in the pack under its protocol's name."""
-    split = make_split(pack, protocol=protocol, **options)  # type: ignore[arg-type]
-    save_split(pack, split)
-    return split
+    return biopsy.split(pack, protocol=protocol, **options)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.data.packs import Pack
 from biopsy.data.prepare import prepare
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -84,7 +84,7 @@ def make_cohort(folder: Path, options: argparse.Namespace) -> Pack:
 
 def measure_colour(pack: Pack, folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
     """Pool a colour-only classifier's scores over five folds of patients."""
-    split = make_split(pack, protocol="folds", n_folds=5, seed=options.seed)
+    split = make_split(pack, protocol="folds", folds=5, seed=options.seed, save=False)
     probs = np.zeros(len(pack))
     for fold in range(5):
         subsets = split.subsets(pack, fold)

@@ -14,7 +14,16 @@ from biopsy.core.errors import SplitError
 from biopsy.data.audit import audit_pack, find_blocking_issues
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
-from biopsy.data.splits import check_no_leakage, find_overlap, find_split, load_split, make_split, save_split
+from biopsy.data.splits import (
+    check_no_leakage,
+    find_overlap,
+    find_split,
+    load_split,
+    save_split,
+)
+from biopsy.data.splits import (
+    split as make_split,
+)
 from biopsy.experiments.leakage import make_leak_splits, matched
 from refusals import refuses
 
@@ -125,12 +134,14 @@ def test_without_coordinates_or_another_patient_arms_are_missing(make_pack: Make
     lost = make_pack("lost.pack", n_patients=4, columns={"x": pd.NA, "y": pd.NA})
     assert sorted(make_leak_splits(lost, "8863", "8865")) == ["leak-apart", "leak-placebo", "leak-with"]
     with pytest.raises(SplitError, match="no coordinates"):
-        make_split(lost, protocol="leak-blocked-with", test_patients=["8863"], val_patients=["8865"])
+        make_split(
+            lost, protocol="leak-blocked-with", test_patients=["8863"], val_patients=["8865"], save=False
+        )
     single = np.concatenate([[0, 1] * 12, np.zeros(24, int), np.ones(24, int)])
     two = make_pack("two.pack", n_patients=6, columns={"target": single})
     assert sorted(make_leak_splits(two, "8863", "8865")) == ["leak-apart", "leak-blocked-with", "leak-with"]
     with refuses(SplitError, "placebo"):
-        make_split(two, protocol="leak-placebo", test_patients=["8863"], val_patients=["8865"])
+        make_split(two, protocol="leak-placebo", test_patients=["8863"], val_patients=["8865"], save=False)
 
 
 def test_who_gives_the_placebo(make_pack: MakePack) -> None:
@@ -227,8 +238,8 @@ def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
 def test_matched_trims_the_larger_training_subset(make_pack: MakePack) -> None:
     target = np.tile([0, 0, 0, 1], 30)
     pack = make_pack(n_patients=10, columns={"target": target})
-    published = make_split(pack, protocol="as-published", recipe=CANCERNET)
-    apart = make_split(pack, protocol="patients", test_patients=("8863", "8865", "8867"))
+    published = make_split(pack, protocol="as-published", recipe=CANCERNET, save=False)
+    apart = make_split(pack, protocol="patients", test_patients=("8863", "8865", "8867"), save=False)
     n_train = int((apart.subsets(pack) == "train").sum())
     trimmed, same = matched(published, apart, pack, seed=2)
     assert same is apart
@@ -247,4 +258,4 @@ def test_matched_trims_the_larger_training_subset(make_pack: MakePack) -> None:
     save_split(pack, trimmed)
     assert (load_split(pack, trimmed.name).subsets(pack) == after).all()
     with pytest.raises(SplitError, match="'folds' has folds"):
-        matched(make_split(pack, protocol="folds"), apart, pack)
+        matched(make_split(pack, protocol="folds", save=False), apart, pack)

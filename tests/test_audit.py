@@ -21,7 +21,7 @@ from biopsy.data.audit import (
     hash_patches,
 )
 from biopsy.data.packs import PIXELS, TABLE, Pack, content_sha256, patch_sha256
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 
 MakePack = Callable[..., Pack]
 MakePatches = Callable[..., tuple[np.ndarray, pd.DataFrame]]
@@ -45,7 +45,7 @@ def alter(pack: Pack, change: Callable[[np.ndarray, pd.DataFrame], None]) -> Pac
 
 def test_a_clean_pack_has_nothing_to_say(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=5)
-    audit = audit_pack(pack, make_split(pack, protocol="patients"))
+    audit = audit_pack(pack, make_split(pack, protocol="patients", save=False))
     assert find_blocking_issues(audit) == []
     for kind in ("unreadable", "odd_sizes", "blank", "exact_duplicates", "near_duplicates"):
         assert audit[kind]["count"] == 0, kind
@@ -67,7 +67,7 @@ def test_duplicates_and_conflicts_are_named(make_pack: MakePack) -> None:
 
     pack = alter(make_pack(n_patients=4), copy)
     ids = pack.table["patch_id"]
-    split = make_split(pack, protocol="patients", test_patients=("8863",), val_patients=("8867",))
+    split = make_split(pack, protocol="patients", test_patients=("8863",), val_patients=("8867",), save=False)
     audit = audit_pack(pack, split)
     assert (audit["exact_duplicates"]["patches"], audit["exact_duplicates"]["count"]) == (4, 2)
     assert audit["exact_duplicates"]["items"] == [[ids[2], ids[14]], [ids[40], ids[47]]]
@@ -80,13 +80,15 @@ def test_duplicates_and_conflicts_are_named(make_pack: MakePack) -> None:
         in reasons[0]
     )
     assert f"1 pictures in two subsets of split 'patients', such as {ids[2]} and {ids[14]}" in reasons[1]
-    together = make_split(pack, protocol="patients", test_patients=("8863", "8865"), val_patients=("8867",))
+    together = make_split(
+        pack, protocol="patients", test_patients=("8863", "8865"), val_patients=("8867",), save=False
+    )
     assert audit_pack(pack, together)["split"]["duplicates_across_subsets"]["count"] == 0
 
 
 def test_duplicates_across_any_fold_are_found(make_pack: MakePack) -> None:
     pack = alter(make_pack(n_patients=5), lambda images, _: images.__setitem__(50, images[2]))
-    split = make_split(pack, protocol="leave-one-out", test_patients=("8863", "8865"))
+    split = make_split(pack, protocol="leave-one-out", test_patients=("8863", "8865"), save=False)
     assert audit_pack(pack, split)["split"]["duplicates_across_subsets"]["count"] == 1
 
 
@@ -95,7 +97,7 @@ def test_blank_duplicates_are_counted_apart_and_spoil_nothing(make_pack: MakePac
         images[[0, 11, 20]] = 255
 
     pack = alter(make_pack(n_patients=4), whiten)
-    audit = audit_pack(pack, make_split(pack, protocol="leave-one-out"))
+    audit = audit_pack(pack, make_split(pack, protocol="leave-one-out", save=False))
     assert audit["blank"]["count"] == audit["exact_duplicates"]["blank_patches"] == 3
     assert audit["label_conflicts"]["same_pixels_blank"]["count"] == 1
     assert find_blocking_issues(audit) == []
@@ -132,7 +134,7 @@ def test_places_of_different_patients_do_not_meet(make_pack: MakePack) -> None:
 def test_a_patient_on_two_subsets_spoils_unless_published(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4)
     recipe = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
-    published = make_split(pack, protocol="as-published", recipe=recipe)
+    published = make_split(pack, protocol="as-published", recipe=recipe, save=False)
     audit = audit_pack(pack, published)
     assert audit["split"]["patients_overlap"] is True
     assert audit["split"]["overlap"]["count"] == 4
@@ -147,7 +149,7 @@ def test_a_patient_on_two_subsets_spoils_unless_published(make_pack: MakePack) -
 def test_a_named_patient_on_two_subsets_spoils_whatever_others_lack(make_pack: MakePack) -> None:
     ids = [None, *np.repeat(["P0", "P1", "P2", "P3"], 12).tolist()[1:]]
     pack = make_pack(n_patients=4, columns={"patient_id": ids, "slide_id": None})
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     assert find_blocking_issues(audit_pack(pack, split)) == []
     subsets = split.subsets(pack)
     subsets[1] = "test" if subsets[2] != "test" else "train"
@@ -164,7 +166,7 @@ def test_a_named_patient_on_two_subsets_spoils_whatever_others_lack(make_pack: M
 def test_patches_that_name_nobody(make_pack: MakePack) -> None:
     nobody = {"patient_id": None, "slide_id": None, "x": None, "y": None}
     pack = make_pack(n_patients=4, columns=nobody)
-    audit = audit_pack(pack, make_split(pack, protocol="patients"))
+    audit = audit_pack(pack, make_split(pack, protocol="patients", save=False))
     assert audit["split"]["patients_overlap"] is None
     assert audit["groups"]["count"] is None
     assert audit["coordinates"]["known"] == 0
@@ -240,7 +242,7 @@ def test_duplicates_of_pcam(data_dir: Path, tmp_path: Path) -> None:
     from biopsy.data.prepare import prepare
 
     pack = prepare(data_dir / "pcam" / "pcam_train_valid.zip", tmp_path / "pcam.pack")
-    audit = audit_pack(pack, make_split(pack, protocol="official"))
+    audit = audit_pack(pack, make_split(pack, protocol="official", save=False))
     assert (audit["exact_duplicates"]["patches"], audit["exact_duplicates"]["count"]) == (1_164, 511)
     assert audit["label_conflicts"]["same_pixels"]["count"] == 0
     assert find_blocking_issues(audit) == []

@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.data.packs import Pack
 from biopsy.data.prepare import prepare
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 from biopsy.evaluation import colour_baseline as baseline
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.slide_io.stain import FEATURE_NAMES
@@ -17,7 +17,7 @@ MakePack = Callable[..., Pack]
 
 def test_baseline_scores_the_named_subset(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=8, noise=2)
-    subsets = make_split(pack, protocol="patients").subsets(pack)
+    subsets = make_split(pack, protocol="patients", save=False).subsets(pack)
     for subset in ("validation", "test"):
         found, probs = colour_baseline(pack, subsets, subset=subset)
         np.testing.assert_allclose(probs.sum(axis=1), 1)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 from biopsy.experiments.reproduction import (
     MARGIN,
     Length,
@@ -84,7 +84,7 @@ def test_full_length_is_the_recipes_own(settings, length):
 
 def test_speed_is_measured_without_opening_the_test_subset(make_pack):
     pack = make_pack(n_patients=6)
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     speed = measure_speed(load_recipe("cancernet-2020", TINY), pack, split, device="cpu")
     assert 0 < speed.update_s < 5 and 0 <= speed.patch_s < 1 and speed.fixed_s > 0
     assert not (pack.path / "ledger.jsonl").exists()

@@ -5,7 +5,7 @@ import pytest
 
 from biopsy.core.errors import RunError
 from biopsy.data.protocols import LEAK_PROTOCOLS
-from biopsy.data.splits import make_split, save_split
+from biopsy.data.splits import split as make_split
 from biopsy.experiments.leakage import choose_apart, choose_leaking, compare_splits, count_subset, list_leaks
 from biopsy.recipes import load_recipe
 from refusals import refuses
@@ -18,7 +18,7 @@ def test_undersampling_recipes_are_compared_after_undersampling(make_pack):
     rare = {"target": np.tile([0] * 9 + [1] * 3, 6)}
     pack = make_pack(n_patients=6, patches_per_patient=12, columns=rare)
     recipe = load_recipe(RECIPE, ["train.sampling=undersample"])
-    split = make_split(pack, protocol="leave-one-out", test_patients=TESTED)
+    split = make_split(pack, protocol="leave-one-out", test_patients=TESTED, save=False)
     found = compare_splits(pack, recipe, split)
     for arm in found.arms:
         classes = np.bincount(pack.target[arm.split.subsets(pack) == "train"])
@@ -31,7 +31,7 @@ def test_who_is_kept_apart_and_whose_leak_is_measured(make_pack):
     assert choose_apart(pack, None, TESTED).protocol == "leave-one-out"
     assert choose_apart(pack, None, ()).protocol == "patients"
     assert choose_leaking(pack) == []  # none has 50 patches of each class
-    save_split(pack, make_split(pack, protocol="patients", name="mine", seed=5))
+    make_split(pack, protocol="patients", name="mine", seed=5)
     assert choose_apart(pack, "mine", TESTED).name == "mine"
     own = make_pack("own.pack", n_patients=6, official_subsets=("train", "validation", "test"))
     assert choose_apart(own, None, TESTED).protocol == "official"

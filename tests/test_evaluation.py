@@ -11,7 +11,7 @@ from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.core.files import SEAL, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
-from biopsy.data.splits import make_split, save_split
+from biopsy.data.splits import split as make_split
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.experiments.reports import report
@@ -249,11 +249,11 @@ def test_patients_of_another_pack_are_compared_within_a_data_set(copied, make_pa
 
 def test_a_subset_of_another_packs_split_is_judged(copied, make_pack):
     other = make_pack(n_patients=8, patches_per_patient=6, seed=1)
-    split = make_split(other, protocol="patients")
+    split = make_split(other, protocol="patients", save=False)
     metrics = evaluate(copied, data=other, split="patients")
     assert metrics["n_patches"] == (split.subsets(other) == "test").sum() < 48
     assert metrics["split"]["name"] == "patients"
-    save_split(other, make_split(other, protocol="folds", n_folds=4))
+    make_split(other, protocol="folds", folds=4)
     with refuses(RunError, "'folds'", "tiny.pack"):
         evaluate(copied, data=other, split="folds")
     with refuses(SplitError, "'patient'", "'patients'"):

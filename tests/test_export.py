@@ -12,7 +12,8 @@ import pytest
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, SplitError
 from biopsy.data.export_tree import FOLDER_BY_SUBSET, count_tree, export_tree, name_files
-from biopsy.data.splits import find_split, make_split, save_split
+from biopsy.data.splits import find_split
+from biopsy.data.splits import split as make_split
 from biopsy.recipes import load_recipe
 from command_line import call
 from conftest import draw_patches, encode_png
@@ -38,7 +39,7 @@ def tree(tmp_path) -> Path:
 def test_the_tree_holds_the_sources_own_files_where_the_split_puts_them(source, tree, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack", export_tree=tree)
     published = load_recipe("cancernet-2020").as_published.split
-    subsets = make_split(pack, protocol="as-published", recipe=published).subsets(pack)
+    subsets = make_split(pack, protocol="as-published", recipe=published, save=False).subsets(pack)
     with zipfile.ZipFile(source) as archive:
         expected = {
             f"{FOLDER_BY_SUBSET[subset]}/{target}/{Path(path).name}": archive.read(path)
@@ -71,7 +72,7 @@ def test_a_folder_gives_the_same_tree_as_its_zip(source, tree, tmp_path):
 
 def test_a_pack_that_is_there_already_gets_its_tree(source, tree, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack")
-    save_split(pack, make_split(pack, protocol="patients", test_patients=("8863",), name="mine"))
+    make_split(pack, protocol="patients", test_patients=("8863",), name="mine")
     written = (pack.path / "pack.json").stat().st_mtime_ns
     progress = []
     biopsy.prepare(
@@ -102,7 +103,7 @@ def test_odd_sizes_and_left_out_patches(tmp_path, tree, caplog):
             archive.writestr(f"{row.patient_id}/{row.target}/{row.patch_id}.png", encode_png(shown))
     (tmp_path / "cases.csv").write_text("case_id,split\n8863,train\n8865,val\n8867,test\n")
     pack = biopsy.prepare(tmp_path / "odd.zip", tmp_path / "odd.pack")
-    save_split(pack, make_split(pack, protocol="official", cases=tmp_path / "cases.csv", name="listed"))
+    make_split(pack, protocol="official", cases=tmp_path / "cases.csv", name="listed")
     caplog.set_level("INFO", logger="biopsy")
     biopsy.prepare(tmp_path / "odd.zip", pack.path, export_tree=tree, split="listed")
     assert sum(map(len, map(Counter, count_tree(tree).values()))) == 6
@@ -115,7 +116,7 @@ def test_odd_sizes_and_left_out_patches(tmp_path, tree, caplog):
 def test_where_the_test_subset_validates_it_is_in_both_folders(source, tree, tmp_path):
     pack = biopsy.prepare(source, tmp_path / "idc.pack")
     recipe = {"method": "first-files", "count": 40, "test": 0.25, "test_is_validation": True, "seed": 0}
-    split = make_split(pack, protocol="as-published", recipe=recipe)
+    split = make_split(pack, protocol="as-published", recipe=recipe, save=False)
     export_tree(pack, source, tree, split)
     assert sorted(names_in(tree, "validation")) == sorted(names_in(tree, "testing"))
     assert len(names_in(tree, "testing")) == 10 and len(names_in(tree, "training")) == 30
@@ -180,7 +181,7 @@ def test_refusals(source, make_idc_zip, tree, tmp_path):
         assert not out.exists()
     pack = biopsy.prepare(source, out)
     with pytest.raises(SplitError, match="'folds' has folds"):
-        export_tree(pack, source, tree, make_split(pack, protocol="folds"))
+        export_tree(pack, source, tree, make_split(pack, protocol="folds", save=False))
     with refuses(DataError, "other.zip", "idc.pack"):
         export_tree(pack, make_idc_zip("other.zip", n_patients=1), tree, find_split(pack))
     with pytest.raises(DataError, match="is already a pack"):

@@ -13,7 +13,8 @@ from biopsy.data.audit import audit_pack
 from biopsy.data.figures import draw_subsets
 from biopsy.data.inspection import inspect
 from biopsy.data.packs import PIXELS, Pack
-from biopsy.data.splits import Split, make_split, save_split
+from biopsy.data.splits import Split, save_split
+from biopsy.data.splits import split as make_split
 
 
 def names(paths):
@@ -61,7 +62,7 @@ def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts
         inspection, "draw_subsets", lambda *given: drawn.append(given) or draw_subsets(*given)
     )
     monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
-    split = make_split(pack, **options)
+    split = make_split(pack, **options, save=False)
     picture = inspect(pack, split=split)["paths"]["pictures"][-1]
     assert picture.name == f"split-{split.name}.svg" and picture.read_text().startswith("<svg")
     ((names_drawn, counts_drawn, classes),) = drawn
@@ -92,7 +93,7 @@ def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, mon
 def test_a_patient_on_two_subsets_spoils_the_result(make_pack, monkeypatch):
     monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(n_patients=6)
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     table = split.table.copy()
     whose = pack.table["patient_id"] == split_patient(pack, table, "train")
     table.loc[np.flatnonzero(whose)[:2], "subset"] = "test"

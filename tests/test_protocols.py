@@ -11,7 +11,8 @@ import pytest
 from biopsy.core.errors import SplitError
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe, read_cases
-from biopsy.data.splits import find_split, load_split, make_split, save_split
+from biopsy.data.splits import find_split, load_split, save_split
+from biopsy.data.splits import split as make_split
 from biopsy.data.splits import split as split_pack
 from refusals import refuses
 
@@ -33,19 +34,19 @@ def patients_of(pack: Pack, subsets: np.ndarray, subset: str) -> set[str]:
 
 def test_leave_one_out_over_all_of_two_patients_leaves_none_to_train(make_pack: MakePack) -> None:
     with refuses(SplitError, "train", "fold 0"):
-        make_split(make_pack(n_patients=2), protocol="leave-one-out")
+        make_split(make_pack(n_patients=2), protocol="leave-one-out", save=False)
 
 
 def test_leave_one_out_follows_the_order_named(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     order = ("8867", "8863", "8865")
-    split = make_split(pack, protocol="leave-one-out", test_patients=order)
+    split = make_split(pack, protocol="leave-one-out", test_patients=order, save=False)
     for fold in range(3):
         subsets = split.subsets(pack, fold)
         assert patients_of(pack, subsets, "test") == {order[fold]}
         assert patients_of(pack, subsets, "validation") == {order[(fold + 1) % 3]}
         assert {"8869", "8871", "8873", order[(fold + 2) % 3]} == patients_of(pack, subsets, "train")
-    assert make_split(pack, protocol="leave-one-out").n_folds == 6
+    assert make_split(pack, protocol="leave-one-out", save=False).n_folds == 6
 
 
 def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None:
@@ -53,7 +54,11 @@ def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None
     halves = np.where(np.arange(len(pack)) % 2, "a", "b")
     pack = make_pack("slides.pack", n_patients=5, columns={"slide_id": np.char.add(pack.group_ids, halves)})
     split = make_split(
-        pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8865a", "8863b")
+        pack,
+        protocol="leave-one-out",
+        unit="slide",
+        test_patients=("8863a", "8865a", "8863b"),
+        save=False,
     )
     assert set(pack.table["slide_id"][split.subsets(pack, 2) == "validation"]) == {
         "8865a"
@@ -69,34 +74,38 @@ def test_leaving_out_a_slide_leaves_out_its_patient(make_pack: MakePack) -> None
         "groups_per_class": {"non_idc": 2, "idc": 2},
     }
     with refuses(SplitError, "validation", "fold 0"):
-        make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"))
+        make_split(pack, protocol="leave-one-out", unit="slide", test_patients=("8863a", "8863b"), save=False)
 
 
 def test_sites(make_pack: MakePack) -> None:
     sites = np.repeat(["north", "south", "west"], 24)
     pack = make_pack(n_patients=6, columns={"site_id": sites})
-    split = make_split(pack, protocol="site")
+    split = make_split(pack, protocol="site", save=False)
     for fold, site in enumerate(("north", "south", "west")):
         assert set(sites[split.subsets(pack, fold) == "test"]) == {site}
-    named = make_split(pack, protocol="site", test_patients=("west",)).subsets(pack)
+    named = make_split(pack, protocol="site", test_patients=("west",), save=False).subsets(pack)
     assert set(sites[named == "test"]) == {"west"}
     assert len(patients_of(pack, named, "validation")) == 1
-    both = make_split(pack, protocol="site", test_patients=("west",), val_patients=("south",)).subsets(pack)
+    both = make_split(
+        pack, protocol="site", test_patients=("west",), val_patients=("south",), save=False
+    ).subsets(pack)
     assert set(sites[both == "validation"]) == {"south"}
     with refuses(SplitError, "'wset'", "'west'"):
-        make_split(pack, protocol="site", test_patients=("wset",))
+        make_split(pack, protocol="site", test_patients=("wset",), save=False)
 
 
 def test_two_sites_and_patients_of_two_sites(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"site_id": np.repeat(["north", "south"], 36)})
     with pytest.raises(SplitError, match="2 sites"):
-        make_split(pack, protocol="site")
+        make_split(pack, protocol="site", save=False)
     assert patients_of(
-        pack, make_split(pack, protocol="site", test_patients=("south",)).subsets(pack), "validation"
+        pack,
+        make_split(pack, protocol="site", test_patients=("south",), save=False).subsets(pack),
+        "validation",
     )
     mixed = make_pack("mixed.pack", n_patients=6, columns={"site_id": ["north", "south", "west"] * 24})
     with pytest.raises(SplitError, match=r"patient 8863 is in .* and test"):
-        make_split(mixed, protocol="site")
+        make_split(mixed, protocol="site", save=False)
 
 
 def test_official_subsets(make_pack: MakePack) -> None:
@@ -108,13 +117,13 @@ def test_official_subsets(make_pack: MakePack) -> None:
 
 def test_own_subsets_with_no_test_subset_are_kept_and_said(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4, official_subsets=("train", "validation"))
-    assert "test has no patches" in make_split(pack, protocol="official").parameters["warnings"]
+    assert "test has no patches" in make_split(pack, protocol="official", save=False).parameters["warnings"]
 
 
 def test_own_subsets_that_leak_are_refused(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4, columns={"official_subset": ["train", "validation", "test"] * 16})
     with refuses(SplitError, "8863", "train", "validation", "test", "3 more"):
-        make_split(pack, protocol="official")
+        make_split(pack, protocol="official", save=False)
 
 
 def write_lists(folder: Path) -> Path:
@@ -132,7 +141,7 @@ def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: P
         "split,case_id\ntrain,8863\ntraining,8865\nTrain,8867\ntrain,9999\nvalidation,8869\ntest, 8871\n"
     )
     splits = [
-        make_split(pack, protocol="official", cases=cases)
+        make_split(pack, protocol="official", cases=cases, save=False)
         for cases in (
             folder,
             tmp_path / "cases.csv",
@@ -154,7 +163,7 @@ def test_listed_cases_that_are_nobody_are_named_with_the_likely_patient(
     subsets = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
     rows = "".join(f"{'3' if n == 3 else f'0{n}'},{subset}\n" for n, subset in enumerate(subsets))
     (tmp_path / "cases.csv").write_text("Case_ID;Split\n" + rows.replace(",", ";"))
-    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv", save=False)
     assert split.parameters["left_out"]["patients"] == 1
     assert "1 of 8 listed cases are not in tiny.pack: '3' (perhaps '03')" in caplog.text
     assert "1 of 8 patients are in no list and left out: '03' (perhaps '3')" in caplog.text
@@ -165,9 +174,11 @@ def test_cases_are_read_in_one_spelling(make_pack: MakePack, tmp_path: Path) -> 
     (tmp_path / "cases.csv").write_text(
         "case_id,split\n8863.0,train\n 8865\u00a0,Training\n8867,val\n8869,test\n", encoding="utf-8"
     )
-    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+    split = make_split(pack, protocol="official", cases=tmp_path / "cases.csv", save=False)
     assert split.parameters["left_out"]["patients"] == 0
-    named = make_split(pack, protocol="patients", test_patients=(" 8863\u00a0",), val_patients=("8865.0",))
+    named = make_split(
+        pack, protocol="patients", test_patients=(" 8863\u00a0",), val_patients=("8865.0",), save=False
+    )
     assert (named.subsets(pack)[:12] == "test").all()
 
 
@@ -189,7 +200,7 @@ def test_bad_lists_of_cases(make_pack: MakePack, tmp_path: Path) -> None:
     ]:
         (tmp_path / "cases.csv").write_text(text)
         with pytest.raises(SplitError, match=message):
-            make_split(pack, protocol="official", cases=tmp_path / "cases.csv")
+            make_split(pack, protocol="official", cases=tmp_path / "cases.csv", save=False)
     with refuses(SplitError, "absent.csv"):
         read_cases(tmp_path / "absent.csv")
 
@@ -202,7 +213,7 @@ def test_as_published_shuffles_sorted_paths_as_the_post_does(make_pack: MakePack
     n_train = int(len(paths) * 0.8)
     n_val = int(n_train * 0.1)
     expected = {path: "test" for path in paths[n_train:]} | {path: "validation" for path in paths[:n_val]}
-    split = make_split(pack, protocol="as-published", recipe=CANCERNET)
+    split = make_split(pack, protocol="as-published", recipe=CANCERNET, save=False)
     subsets = split.subsets(pack)
     assert [expected.get(path, "train") for path in pack.table["source"]] == subsets.tolist()
     assert split.overlap is True
@@ -263,17 +274,19 @@ def test_first_files_are_the_first_by_path_and_undersampled() -> None:
 
 def test_what_tests_may_validate_where_it_was_published_so(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    split = make_split(pack, protocol="as-published", recipe=BARUAH | {"test": 0.25}, name="baruah")
+    split = make_split(
+        pack, protocol="as-published", recipe=BARUAH | {"test": 0.25}, name="baruah", save=False
+    )
     save_split(pack, split)
     for made in (split, load_split(pack, "baruah")):
         assert made.test_is_validation and made.overlap is True and made.may_overlap
         assert set(made.subsets(pack)) <= {"train", "test", ""}
     assert split.parameters["warnings"] == [] and split.parameters["taken"] == 72
-    assert not make_split(pack, protocol="as-published", recipe=CANCERNET).test_is_validation
+    assert not make_split(pack, protocol="as-published", recipe=CANCERNET, save=False).test_is_validation
     with refuses(SplitError, "'first-files'", "count", "'test'"):
-        make_split(pack, protocol="as-published", recipe={"method": "first-files", "count": 5})
+        make_split(pack, protocol="as-published", recipe={"method": "first-files", "count": 5}, save=False)
     with refuses(SplitError, "validation"):
-        make_split(pack, protocol="as-published", recipe=BARUAH | {"test_is_validation": False})
+        make_split(pack, protocol="as-published", recipe=BARUAH | {"test_is_validation": False}, save=False)
 
 
 def test_help_names_every_protocol() -> None:
@@ -284,7 +297,7 @@ def test_help_names_every_protocol() -> None:
 def test_kaggle_rows_go_by_row_whatever_the_order(make_pack: MakePack) -> None:
     rows = np.random.default_rng(0).permutation(48)
     pack = make_pack(n_patients=4, columns={"row": rows, "patient_id": None, "slide_id": None})
-    split = make_split(pack, protocol="kaggle-rows")
+    split = make_split(pack, protocol="kaggle-rows", save=False)
     subsets = split.subsets(pack)
     assert rows[subsets == "train"].max() == 32
     assert sorted(rows[subsets == ""]) == [33, 43]
@@ -300,6 +313,6 @@ def test_official_lists_of_idc_hold_84_29_49_cases(data_dir: Path) -> None:
 
 def test_left_out_patches_survive_the_csv(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=7)
-    split = make_split(pack, protocol="official", cases=write_lists(tmp_path / "lists"))
+    split = make_split(pack, protocol="official", cases=write_lists(tmp_path / "lists"), save=False)
     save_split(pack, split)
     assert (load_split(pack, "official").subsets(pack) == split.subsets(pack)).all()

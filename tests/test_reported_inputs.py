@@ -24,7 +24,7 @@ import biopsy
 from annotation_files import asap
 from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.data.packs import Pack
-from biopsy.data.splits import make_split
+from biopsy.data.splits import split as make_split
 from command_line import call as run_command
 from conftest import PROJECT, encode_png
 from scn_files import write_scn
@@ -99,7 +99,7 @@ def test_patient_ids_from_spreadsheets(tmp_path, spell, n_patients):
     spelt = [(patch, spell(patient, patch.endswith("_1"))) for patch, patient in rows]
     pack = prepare(tmp_path / "d", patients=write_table(tmp_path / "a.csv", spelt))
     assert pack.info.counts["patients"] == n_patients
-    assert count_torn(pack, make_split(pack, protocol="patients", seed=3)) == 0
+    assert count_torn(pack, make_split(pack, protocol="patients", seed=3, save=False)) == 0
     if "7.5" in set(pack.table["patient_id"]):
         assert "007" in set(pack.table["patient_id"])
 
@@ -231,7 +231,7 @@ def test_patches_without_a_patient_tear_no_named_one_apart(tmp_path, blank, prot
     pack = prepare(tmp_path / "d", patients=table)
     assert pack.unit == "patient"
     try:
-        split = make_split(pack, protocol=protocol, n_folds=3)
+        split = make_split(pack, protocol=protocol, folds=3, save=False)
     except SplitError:
         return
     assert count_torn(pack, split) == 0
@@ -526,7 +526,7 @@ def idc_names(spell: Callable[[int, str], str]) -> list[str]:
 def test_zips_of_windows_in_the_layout_of_idc(tmp_path, spell):
     pack = prepare(write_zip(tmp_path / "w.zip", idc_names(spell)))
     assert sorted(set(pack.table["patient_id"])) == ["8863", "8865", "8867", "8913"] and len(pack) == 24
-    assert count_torn(pack, make_split(pack, protocol="patients", seed=1)) == 0
+    assert count_torn(pack, make_split(pack, protocol="patients", seed=1, save=False)) == 0
 
 
 def test_both_spellings_of_one_file_in_a_zip_are_one_patch(tmp_path):

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
 from biopsy.core.results import to_text
 from biopsy.data.protocols import LEAK_PROTOCOLS
-from biopsy.data.splits import make_split, save_split
+from biopsy.data.splits import split as make_split
 from biopsy.experiments import reproduction
 from biopsy.experiments.reports import report
 from biopsy.experiments.reproduction import Reproduction, Speed, choose_papers, reproduce
@@ -324,7 +324,7 @@ def test_refusals(finished, pack, paper, tmp_path, make_pack):
         ask(paper, make_pack(n_patients=3, n_classes=3), tmp_path / "study")
     leaking = make_pack("leaking.pack", n_patients=6)
     shuffled = load_recipe(paper).as_published.split
-    save_split(leaking, make_split(leaking, protocol="as-published", name="leaks", recipe=shuffled))
+    make_split(leaking, protocol="as-published", name="leaks", recipe=shuffled)
     with refuses(RunError, "leaks", "patients"):
         ask(paper, leaking, tmp_path / "study", split="leaks")
     assert not (tmp_path / "study").exists()

@@ -18,9 +18,11 @@ from biopsy.data.splits import (
     find_split,
     list_splits,
     load_split,
-    make_split,
     read_split,
     save_split,
+)
+from biopsy.data.splits import (
+    split as make_split,
 )
 from conftest import write_pack
 from refusals import refuses
@@ -109,17 +111,21 @@ def test_what_the_tested_patients_will_not_allow_is_stated(
     make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=20, patches_per_patient=6)
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     limits = split.parameters["limits"]
     assert len(limits) == 2 and all("folds" in text for text in limits)  # three of twenty are tested
     assert all(text in caplog.text for text in limits)
     assert split.parameters["counts"]["test"]["groups_per_class"] == {"non_idc": 3, "idc": 3}
-    assert make_split(pack, protocol="folds").parameters["limits"] == []
-    assert make_split(pack, protocol="leave-one-out").parameters["limits"] == []
+    assert make_split(pack, protocol="folds", save=False).parameters["limits"] == []
+    assert make_split(pack, protocol="leave-one-out", save=False).parameters["limits"] == []
     names = sorted(set(pack.group_ids))
-    assert make_split(pack, protocol="patients", test_patients=names[:5]).parameters["limits"] == []
+    assert (
+        make_split(pack, protocol="patients", test_patients=names[:5], save=False).parameters["limits"] == []
+    )
     few = write_pack(tmp_path, "few.pack", n_patients=4, patches_per_patient=6)
-    assert not any("folds" in text for text in make_split(few, protocol="leave-one-out").parameters["limits"])
+    assert not any(
+        "folds" in text for text in make_split(few, protocol="leave-one-out", save=False).parameters["limits"]
+    )
 
 
 def test_leak_is_named() -> None:
@@ -131,7 +137,7 @@ def test_leak_is_named() -> None:
 
 def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=10)
-    split = make_split(pack, protocol="patients", seed=1)
+    split = make_split(pack, protocol="patients", seed=1, save=False)
     subsets = split.subsets(pack)
     assert [len(patients_of(pack, subsets, subset)) for subset in ("train", "validation", "test")] == [
         7,
@@ -150,12 +156,14 @@ def test_patients_protocol_records_what_it_did(make_pack: MakePack) -> None:
 
 def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=10)
-    split = make_split(pack, protocol="patients", test_patients=("8865", "8873"), val_patients=("8863",))
+    split = make_split(
+        pack, protocol="patients", test_patients=("8865", "8873"), val_patients=("8863",), save=False
+    )
     subsets = split.subsets(pack)
     assert patients_of(pack, subsets, "test") == {"8865", "8873"}
     assert patients_of(pack, subsets, "validation") == {"8863"}
     assert len(patients_of(pack, subsets, "train")) == 7
-    only_test = make_split(pack, protocol="patients", test_patients=("8865",)).subsets(pack)
+    only_test = make_split(pack, protocol="patients", test_patients=("8865",), save=False).subsets(pack)
     assert patients_of(pack, only_test, "test") == {"8865"}
     assert len(patients_of(pack, only_test, "validation")) == 2
 
@@ -174,7 +182,7 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
             "0 remaining",
         ),
         ({"protocol": "folds"}, "4 patients .*5 "),
-        ({"protocol": "folds", "n_folds": 2}, "2 folds"),
+        ({"protocol": "folds", "folds": 2}, "2 folds"),
         ({"protocol": "leave-one-out", "test_patients": ("8863",)}, "2 or more"),
         ({"protocol": "official"}, "official subsets"),
         ({"protocol": "site"}, "48 of 48 .*site_id"),
@@ -191,17 +199,17 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
 )
 def test_refusals(make_pack: MakePack, options: dict[str, object], message: str) -> None:
     with pytest.raises(SplitError, match=message):
-        make_split(make_pack(n_patients=4), **options)  # type: ignore[arg-type]
+        make_split(make_pack(n_patients=4), **options, save=False)  # type: ignore[arg-type]
 
 
 def test_fewer_patients_than_subsets(make_pack: MakePack) -> None:
     with refuses(SplitError, "2 patients", "3 subsets"):
-        make_split(make_pack(n_patients=2), protocol="patients")
+        make_split(make_pack(n_patients=2), protocol="patients", save=False)
 
 
 def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=11)
-    split = make_split(pack, protocol="folds", n_folds=4)
+    split = make_split(pack, protocol="folds", folds=4, save=False)
     assert split.n_folds == 4
     tested = [patients_of(pack, split.subsets(pack, fold), "test") for fold in range(4)]
     assert sorted(patient for patients in tested for patient in patients) == sorted(set(pack.group_ids))
@@ -212,12 +220,12 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
     with pytest.raises(SplitError, match="fold=4"):
         split.subsets(pack, 4)
     with refuses(SplitError, "folds", "subsets"):
-        make_split(pack, protocol="patients").subsets(pack, 0)
+        make_split(pack, protocol="patients", save=False).subsets(pack, 0)
 
 
 def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
-    _, text, table = make_split(pack, protocol="patients").blocks()
+    _, text, table = make_split(pack, protocol="patients", save=False).blocks()
     assert "--patients" in str(text) and isinstance(table, Table)
     assert list(table.columns) == ["subset", "patches", *pack.class_names]
     assert {len(row) for row in table.rows} == {len(table.columns)}
@@ -225,11 +233,11 @@ def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) ->
 
 def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     assert (split.unit, split.overlap) == ("patch", None)
     assert split.parameters["counts"]["train"]["patches"] == pytest.approx(0.7 * 72, abs=1)
     with pytest.raises(SplitError, match="none"):
-        make_split(pack, protocol="official", cases=Path(__file__).parent)
+        make_split(pack, protocol="official", cases=Path(__file__).parent, save=False)
 
 
 def name_all_but(*rows: int) -> dict[str, object]:
@@ -246,7 +254,7 @@ def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
     make_pack: MakePack, caplog: pytest.LogCaptureFixture, protocol: str, rows: tuple[int, ...]
 ) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*rows))
-    split = make_split(pack, protocol=protocol)
+    split = make_split(pack, protocol=protocol, save=False)
     assert (split.unit, split.overlap) == ("patient", False)
     nameless = pack.table["patient_id"].isna().to_numpy()
     for fold in range(split.n_folds) if split.n_folds else [None]:
@@ -263,13 +271,15 @@ def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePac
     pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
     known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
     for seed in range(3):
-        subsets = make_split(pack, protocol="patients", seed=seed).subsets(pack)
-        assert (subsets[2:] == make_split(known, protocol="patients", seed=seed).subsets(known)).all()
+        subsets = make_split(pack, protocol="patients", seed=seed, save=False).subsets(pack)
+        assert (
+            subsets[2:] == make_split(known, protocol="patients", seed=seed, save=False).subsets(known)
+        ).all()
 
 
 def test_patches_of_nobody_may_be_counted_each_alone(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*range(12)))
-    split = make_split(pack, protocol="patients", unknown_patients="alone")
+    split = make_split(pack, protocol="patients", unknown_patients="alone", save=False)
     subsets = split.subsets(pack)
     assert (subsets != "").all() and len(set(subsets[:12])) > 1
     assert split.parameters["counts"]["train"]["groups"] > 6
@@ -284,7 +294,7 @@ def test_own_subsets_keep_patches_of_nobody_and_say_so(
 ) -> None:
     own = {"official_subset": np.repeat(["train", "validation", "test"], 24)}
     pack = make_pack(n_patients=6, columns=name_all_but(0) | own)
-    split = make_split(pack, protocol="official")
+    split = make_split(pack, protocol="official", save=False)
     assert split.subsets(pack)[0] == "train"
     assert split.parameters["unknown_patients"]["treatment"] == "as given"
     assert "1 of 72 patches have no patient_id and are as given" in caplog.text
@@ -294,14 +304,14 @@ def test_a_slide_of_nobody_stays_whole(make_pack: MakePack) -> None:
     columns = name_all_but(*range(24)) | {"slide_id": np.repeat(["s0", "s1", "s2", "s3", "s4", "s5"], 12)}
     pack = make_pack(n_patients=6, columns=columns)
     assert len(set(pack.group_ids[:24])) == 2
-    subsets = make_split(pack, protocol="patients", unknown_patients="alone").subsets(pack)
+    subsets = make_split(pack, protocol="patients", unknown_patients="alone", save=False).subsets(pack)
     check_no_leakage(pack.table["slide_id"].to_numpy(str), subsets, unit="slide")
 
 
 def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
     target = np.repeat([0, 1, 1, 0, 1, 0], 12)
     pack = make_pack(n_patients=6, columns={"target": target})
-    split = make_split(pack, protocol="patients", test_patients=("8863",))
+    split = make_split(pack, protocol="patients", test_patients=("8863",), save=False)
     assert "test has one class only" in split.parameters["warnings"]
     assert "has one class only" in caplog.text
 
@@ -309,7 +319,7 @@ def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: pytest.LogC
 def test_round_trip(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=6)
     for protocol in ("patients", "leave-one-out"):
-        split = make_split(pack, protocol=protocol, name=f"my-{protocol}", seed=5)
+        split = make_split(pack, protocol=protocol, name=f"my-{protocol}", seed=5, save=False)
         path = save_split(pack, split)
         again = load_split(pack, f"my-{protocol}")
         assert again.table.equals(split.table)
@@ -322,14 +332,14 @@ def test_round_trip(make_pack: MakePack, tmp_path: Path) -> None:
 
 def test_order_of_rows_in_the_csv_is_free(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     save_split(pack, replace(split, table=split.table[::-1]))
     assert (load_split(pack, "patients").subsets(pack) == split.subsets(pack)).all()
 
 
 def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack) -> None:
     pack, other = make_pack(n_patients=6), make_pack("other.pack", n_patients=5)
-    path = save_split(pack, make_split(pack, protocol="patients"))
+    path = save_split(pack, make_split(pack, protocol="patients", save=False))
     save_split(other, load_split(pack, "patients"))
     with pytest.raises(SplitError, match=r"12 are unknown"):
         load_split(other, "patients")
@@ -357,7 +367,7 @@ def test_splits_of_other_packs_and_damaged_ones_are_refused(make_pack: MakePack)
 
 def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
-    made = make_split(pack, protocol="patients")
+    made = make_split(pack, protocol="patients", save=False)
     moved = made.table.copy()
     moved.loc[0, "subset"] = "validation" if moved.loc[0, "subset"] == "train" else "train"
     save_split(pack, replace(made, table=moved))

@@ -18,7 +18,7 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import machine_id, read_json, write_json
 from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
-from biopsy.data.splits import make_split, save_split
+from biopsy.data.splits import split as make_split
 from biopsy.experiments.folds import study
 from biopsy.experiments.reports import report
 from biopsy.recipes import load_recipe
@@ -223,7 +223,7 @@ def test_another_question_in_the_same_folder_is_refused(finished, make_pack, tmp
         ask(pack, copied, folds=3, overrides=(*FAST, "train.lr=0.01"))
     with refuses(RunError, "another pack"):
         ask(make_pack(n_patients=7), copied, folds=3)
-    save_split(pack, make_split(pack, protocol="folds", name="folds-3", n_folds=3, seed=1))
+    make_split(pack, protocol="folds", name="folds-3", folds=3, seed=1)
     with refuses(RunError, "another split"):
         ask(pack, copied, folds=3)
     assert json.loads((copied / "study.json").read_text()) == json.loads(
@@ -307,7 +307,7 @@ def test_refusals(pack, tmp_path, monkeypatch):
         ask(pack, tmp_path / "study", seeds=())
     with refuses(RunError, "same name"):
         ask(pack, tmp_path / "study", recipes=(RECIPE, load_recipe(RECIPE, ["train.lr=0.5"])))
-    save_split(pack, make_split(pack, protocol="folds", name="mine", n_folds=3))
+    make_split(pack, protocol="folds", name="mine", folds=3)
     with pytest.raises(RunError, match="split 'mine' has 3 folds, expected 4"):
         ask(pack, tmp_path / "study", split="mine", folds=4)
     with pytest.raises(RunError, match=r"study name '../other'"):

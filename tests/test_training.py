@@ -17,7 +17,8 @@ from biopsy.core import files
 from biopsy.core.errors import DataError, PackError, RecipeError, RunError, SplitError, TrainingDiverged
 from biopsy.core.files import read_json, write_json
 from biopsy.data.packs import Pack
-from biopsy.data.splits import make_split, save_split
+from biopsy.data.splits import save_split
+from biopsy.data.splits import split as make_split
 from biopsy.training.runs import Run
 from biopsy.training.train import train
 from conftest import abandon, write_pack
@@ -196,7 +197,7 @@ def test_as_published_takes_the_last_epoch_and_the_arg_max(pack, tmp_path):
 
 def keep_in_training(pack, name, *counts):
     """Save a split by patient in which training has so many patches of each class."""
-    split = make_split(pack, protocol="patients")
+    split = make_split(pack, protocol="patients", save=False)
     table = split.table.copy()
     for label, count in enumerate(counts):
         rows = table.index[(table["subset"] == "train") & (pack.target == label)]

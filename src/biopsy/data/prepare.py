@@ -298,8 +298,9 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
 
 def _choose_split(pack: Pack, name: str | None, published: Mapping[str, object]) -> "Split":
     """Return the named split; by default, and for ``as-published``, the recipe's published split."""
-    from biopsy.data.splits import find_split, list_splits, make_split
+    from biopsy.data.splits import find_split, list_splits
+    from biopsy.data.splits import split as make_split
 
     if name is not None and (name != "as-published" or name in list_splits(pack)):
         return find_split(pack, name)
-    return make_split(pack, protocol="as-published", recipe=published)
+    return make_split(pack, protocol="as-published", recipe=published, save=False)

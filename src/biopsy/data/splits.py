@@ -207,13 +207,14 @@ def split(
     protocol: str,
     name: str | None = None,
     seed: int = 0,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Mapping[str, object] | None = None,
     cases: Cases | None = None,
     test_patients: Sequence[str] = (),
     val_patients: Sequence[str] = (),
     folds: int = 5,
     unit: Unit | None = None,
     unknown_patients: UnknownPatients = "leave-out",
+    save: bool = True,
 ) -> Split:
     """Divide a pack's patients into train, validation and test subsets, or folds, and store the split.
 
@@ -224,7 +225,8 @@ def split(
             "leak-blocked-placebo".
         name: Name of the split in the pack (default: the protocol).
         seed: Random seed; the order of patches has no influence.
-        recipe: For ``as-published``: the recipe with the published split.
+        recipe: For ``as-published``: the recipe with the published split, or its ``[as_published.split]``
+            table.
         cases: For ``official``: lists of cases, a csv with columns ``case_id,split`` or a folder of
             ``cases_train.txt``, ``cases_val.txt`` and ``cases_test.txt``.
         test_patients: Ids of test patients; for ``leave-one-out``, one fold each; for ``leak-...``, the
@@ -234,50 +236,11 @@ def split(
         unit: Grouping unit (default: the pack's).
         unknown_patients: Patches without a patient, in a pack where others have one: left out, or each its
             own group (``alone``).
+        save: Whether to store the split in the pack, replacing one of the same name.
 
     Raises:
         SplitError: If the patients cannot be divided as requested, or a patient would be in two subsets.
         RecipeError: If no recipe has that name.
-    """
-    pack = Pack.open(pack)
-    result = make_split(
-        pack,
-        protocol=protocol,
-        name=name,
-        seed=seed,
-        recipe=None if recipe is None else load_recipe(recipe).as_published.split,
-        cases=cases,
-        test_patients=test_patients,
-        val_patients=val_patients,
-        n_folds=folds,
-        unit=unit,
-        unknown_patients=unknown_patients,
-    )
-    save_split(pack, result)
-    return result
-
-
-def make_split(
-    pack: Pack | Path | str,
-    *,
-    protocol: str,
-    name: str | None = None,
-    seed: int = 0,
-    recipe: Mapping[str, object] | None = None,
-    cases: Cases | None = None,
-    test_patients: Sequence[str] = (),
-    val_patients: Sequence[str] = (),
-    n_folds: int = 5,
-    unit: Unit | None = None,
-    unknown_patients: UnknownPatients = "leave-out",
-) -> Split:
-    """Divide a pack's patches as `split` does, without storing the result.
-
-    Args:
-        recipe: The ``[as_published.split]`` table of a recipe.
-
-    Raises:
-        SplitError: If the split cannot be made, patients would overlap, or a subset would be empty.
     """
     pack = Pack.open(pack)
     if protocol not in PROTOCOLS:
@@ -292,11 +255,11 @@ def make_split(
         unit=unit,
         group_ids=group_by_unit(grouped.table, unit),
         seed=seed,
-        n_folds=n_folds,
+        n_folds=folds,
         test_ids=tuple(map(normalize_id, test_patients)),
         val_ids=tuple(map(normalize_id, val_patients)),
         cases=cases,
-        recipe=recipe,
+        recipe=load_recipe(recipe).as_published.split if isinstance(recipe, str | Path) else recipe,
     )
     assigned, parameters = PROTOCOLS[protocol](request)
     column = "subset" if assigned.dtype.kind == "U" else "fold"
@@ -305,7 +268,7 @@ def make_split(
     if no_group.any():
         treatment = "left out" if excluded.any() else "as given" if keeps_unknown else "each alone"
         parameters["unknown_patients"] = _note_unknown_groups(pack, unit, no_group, treatment)
-    split = Split(
+    result = Split(
         name=_check_name(name or protocol),
         protocol=protocol,
         unit=unit,
@@ -315,7 +278,10 @@ def make_split(
         overlap=None,
         pack_sha256=pack.info.content_sha256,
     )
-    return _check_split(split, pack)
+    result = _check_split(result, pack)
+    if save:
+        save_split(pack, result)
+    return result
 
 
 def with_subsets(
@@ -379,12 +345,12 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
         name = "official" if has_official else "patients"
     if name in list_splits(pack) or name not in PROTOCOLS:
         return load_split(pack, name)
-    split = make_split(pack, protocol=name)
+    made = split(pack, protocol=name, save=False)
     try:
-        save_split(pack, split)
+        save_split(pack, made)
     except (OSError, UserFileError) as error:
         logger.warning("split %s cannot be written into %s: %s", name, pack.path.name, error)
-    return split
+    return made
 
 
 def write_split(path: Path | str, split: Split) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 from biopsy.core.errors import RunError
 from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.data.packs import Pack
-from biopsy.data.splits import Split, find_split, list_splits, make_split, save_split
+from biopsy.data.splits import Split, find_split, list_splits
+from biopsy.data.splits import split as make_split
 from biopsy.evaluation.study_tables import write_tables
 from biopsy.experiments.run_specs import RunSpec, hash_split, open_study, run_all, study_folder
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
@@ -119,9 +120,8 @@ def _find_split(pack: Pack, name: str | None, folds: int | None, recipes: Sequen
                 f"split {name!r} has {split.n_folds} folds, expected {folds}: choose another split"
             )
         return split
-    split = make_split(pack, protocol="folds", name=name, n_folds=folds)
     try:
-        save_split(pack, split)
+        split = make_split(pack, protocol="folds", name=name, folds=folds)
     except OSError as error:
         raise RunError(f"split {name!r} cannot be kept in {pack.path.name}: {error.strerror}") from None
     return split

@@ -12,7 +12,8 @@ from biopsy.core.errors import RunError, SplitError
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS, divide_groups
-from biopsy.data.splits import Split, find_split, make_split, with_subsets
+from biopsy.data.splits import Split, find_split, with_subsets
+from biopsy.data.splits import split as make_split
 from biopsy.recipes import Recipe
 
 
@@ -61,6 +62,7 @@ def make_leak_splits(
             seed=seed,
             test_patients=(test_id,) if placebo_id is None else (test_id, placebo_id),
             val_patients=(val_id,),
+            save=False,
         )
     return splits
 
@@ -158,7 +160,7 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
     """
     arms, missing = [], {}
     try:
-        published = make_split(pack, protocol="as-published", recipe=recipe.as_published.split)
+        published = make_split(pack, protocol="as-published", recipe=recipe.as_published.split, save=False)
         arms.append(Arm(PUBLISHED, published))
     except SplitError as error:
         missing[PUBLISHED] = str(error)
@@ -204,7 +206,7 @@ def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split
     if pack.unit == "patch":
         return None
     if test_ids:
-        return make_split(pack, protocol="leave-one-out", test_patients=test_ids)
+        return make_split(pack, protocol="leave-one-out", test_patients=test_ids, save=False)
     return find_split(pack, "patients")
 
 

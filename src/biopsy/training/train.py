@@ -25,7 +25,8 @@ from biopsy.core.storage import stage
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
 from biopsy.data.protocols import SUBSETS
-from biopsy.data.splits import Split, find_split, list_splits, make_split
+from biopsy.data.splits import Split, find_split, list_splits
+from biopsy.data.splits import split as make_split
 from biopsy.models.classifier import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.networks import count_parameters
@@ -312,7 +313,7 @@ def choose_split(pack: Pack, name: Split | str | None, recipe: Recipe) -> Split:
     if isinstance(name, Split):
         return name
     if name == "as-published" and name not in list_splits(pack):
-        return make_split(pack, protocol=name, recipe=recipe.as_published.split)
+        return make_split(pack, protocol=name, recipe=recipe.as_published.split, save=False)
     return find_split(pack, name)
 
 

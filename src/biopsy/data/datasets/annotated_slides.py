@@ -71,14 +71,14 @@ class Cutting:
 
     mpp: float
     patch_px: int
-    stride_px: int | None = None
-    label_frac: float = 0.5
-    classes: tuple[str, ...] | None = None
-    rest: str | None = None
-    region: str = REGION
-    slide_mpp: float | str | Path | None = None
-    annotations: str | Path | None = None
-    crop: bool = True
+    stride_px: int | None
+    label_frac: float
+    classes: tuple[str, ...] | None
+    rest: str | None
+    region: str
+    slide_mpp: float | str | Path | None
+    annotations: str | Path | None
+    crop: bool
 
     def __post_init__(self) -> None:
         if self.patch_px < 1 or self.step_px < 1:
