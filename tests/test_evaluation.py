@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as theirs
 
 from biopsy.core.errors import DataError, RunError, SplitError
-from biopsy.core.files import SEAL, write_json
+from biopsy.core.files import SEAL, read_json, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import split as make_split
@@ -56,6 +56,26 @@ def read(run, subset="test"):
 
 def values(estimates):
     return {name: estimate["value"] for name, estimate in estimates.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"n_patches": -1}, "n_patches"),
+        ({"patch": {"auroc": {"value": "high"}}}, "patch.auroc.value"),
+        ({"confusion": {"tp": 1, "fp": 0, "fn": 0}}, "confusion.tn"),
+        ({"unit": None}, "unit"),
+    ],
+)
+def test_a_metrics_json_with_an_invalid_entry_is_refused(judged, tmp_path, change, where):
+    run = copy_run(judged, tmp_path)
+    path = run.path / "evaluation" / "metrics.json"
+    document = read_json(path)
+    write_json(path, document | change)
+    with refuses(RunError, f"metrics.json {where}: ", f"biopsy evaluate {run.path}"):
+        run.metrics()
+    write_json(path, document)
+    assert run.metrics() == document
 
 
 def test_metrics_json_has_the_keys_of_the_formats_page(judged):

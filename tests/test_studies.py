@@ -323,7 +323,7 @@ def test_refusals(pack, tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("biopsy.experiments.folds.save_split", refuse)
+    monkeypatch.setattr("biopsy.data.splits.save_split", refuse)
     with refuses(RunError, "'folds-4'", "tiny.pack", "Permission denied"):
         ask(pack, tmp_path / "study", folds=4)
 

@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from filelock import FileLock
 from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import FileFormatError
 from biopsy.core.loaders import open_regular, parse_json, read_bytes, validate

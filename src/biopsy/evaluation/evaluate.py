@@ -40,12 +40,11 @@ from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import IntervalMethod, describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.weighted_counts import sort_scores
+from biopsy.training.metrics import FORMAT
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.runs import Run
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "biopsy-metrics/1"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Figures of an evaluation: confusion, ranking curves, reliability, per-patient results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from biopsy.plotting.style import (
     shorten,
     styled,
 )
+from biopsy.training.metrics import Curve
 
 
 @styled
@@ -276,7 +277,7 @@ def draw_patient_probs(
 
 
 @styled
-def draw_decision_curve(curve: Mapping[str, Any]) -> Figure:
+def draw_decision_curve(curve: Curve) -> Figure:
     """Draw net benefit against the threshold probability, with treating all and treating none.
 
     Args:
@@ -293,7 +294,7 @@ def draw_decision_curve(curve: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure(height_in=3.6)
     bounded = [point for point in curve["marked"] if point["low"] is not None]
     if bounded:
-        low, high = ([point[end] for point in bounded] for end in ("low", "high"))
+        low, high = np.array([(point["low"], point["high"]) for point in bounded], float).T
         marks = [point["threshold"] for point in bounded]
         axes.fill_between(marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label="95 % interval")
     axes.plot(at, treat_all, color=INK, linewidth=1.2, linestyle=DASHED, label="act on all patches")

@@ -35,6 +35,7 @@ from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
 from biopsy.statistics.intervals import measure_groups
+from biopsy.training.metrics import ClassRow, Curve, Estimate, Point, Prevalence, SubgroupMetrics
 
 
 @section("numbers", order=10)
@@ -67,7 +68,7 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
     return picture(svg(draw_confusion_matrix(np.asarray(matrix), class_names), "confusion"), caption)
 
 
-def table_of_classes(report: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+def table_of_classes(report: Sequence[ClassRow], note: str = "") -> Table:
     """Return the classification report: precision, recall and F1 of each class, and their averages."""
     rows = [
         [class_title(row["name"]), *(row[key] for key in ("precision", "recall", "f1", "n"))]
@@ -87,7 +88,7 @@ def _describe_decision_rule(facts: RunFacts) -> str:
     )
 
 
-def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Any]]) -> Table:
+def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Estimate]]) -> Table:
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
     return make_table(
         ["class", *(metric_label(key) for key in names)],
@@ -154,7 +155,7 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
-def table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> Table:
+def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
     rows = [[describe_rule(point["rule"]), point["threshold"]] for point in points]
     if subset is None:
         names = ("sensitivity", "specificity", "ppv", "npv")
@@ -181,7 +182,7 @@ def table_of_points(points: Sequence[Mapping[str, Any]], subset: str | None) -> 
     )
 
 
-def table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
+def table_at_prevalence(at_prevalence: Prevalence) -> Table:
     return make_table(
         ["rule", "positive predictive value", "negative predictive value"],
         [[describe_rule(point["rule"]), point["ppv"], point["npv"]] for point in at_prevalence["points"]],
@@ -190,7 +191,7 @@ def table_at_prevalence(at_prevalence: Mapping[str, Any]) -> Table:
     )
 
 
-def describe_benefit(curve: Mapping[str, Any]) -> str:
+def describe_benefit(curve: Curve) -> str:
     """Return the threshold probabilities at which net benefit exceeds that of acting on all or on none."""
     points = [(point["threshold"], point["gain"]) for point in curve["marked"]]
     spans = _join_thresholds([(at, gain["low"] is not None and gain["low"] > 0) for at, gain in points])
@@ -199,10 +200,12 @@ def describe_benefit(curve: Mapping[str, Any]) -> str:
             "Net benefit is higher than that of acting on all or on no patches, with the whole 95 % interval "
             f"of the difference above 0, at threshold probabilities of {spans}."
         )
-    higher = _join_thresholds([(at, gain["value"] > 0) for at, gain in points])
+    higher = _join_thresholds([(at, (gain["value"] or 0) > 0) for at, gain in points])
     if not higher:
         return "At no threshold probability is net benefit higher than that of acting on all or no patches."
-    reason = next((gain["reason"] for _, gain in points if gain["value"] > 0 and gain["low"] is None), None)
+    reason = next(
+        (gain["reason"] for _, gain in points if (gain["value"] or 0) > 0 and gain["low"] is None), None
+    )
     return (
         f"Net benefit is estimated to be higher than that of acting on all or on no patches at {higher}, but "
         + (
@@ -314,7 +317,9 @@ def table_by_group(
     return make_table(columns, rows, caption=caption, note=note, text_columns=text_columns, fold_long=True)
 
 
-def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Any]], n_classes: int, unit: str) -> Table:
+def table_of_subgroups(
+    subgroups: Mapping[str, Mapping[str, SubgroupMetrics]], n_classes: int, unit: str
+) -> Table:
     results = [
         (column, value, result) for column, values in subgroups.items() for value, result in values.items()
     ]

@@ -17,6 +17,7 @@ from biopsy.statistics.intervals import IntervalMethod, average, describe_method
 from biopsy.statistics.metrics import measure, registry
 from biopsy.statistics.multiclass import ClassReport, classification_report
 from biopsy.statistics.resampling import Interval, Resampler
+from biopsy.training.metrics import MetricsDocument
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 
@@ -85,7 +86,7 @@ def write_tables(study: Study) -> None:
     write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
 
 
-def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]) -> dict[str, Any]:
+def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: MetricsDocument) -> dict[str, Any]:
     """Return, per recipe, the pooled metrics, their variability over seeds, and the results of each fold.
 
     Intervals are over patients and do not include the variability over seeds. Seeds without all folds of the
@@ -116,7 +117,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: dict[str, Any]
     return document
 
 
-def describe_run(run: Run) -> dict[str, Any]:
+def describe_run(run: Run) -> dict[str, object]:
     """Return the row of a run in ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
     groups = np.unique(group_by_unit(frame, metrics["unit"]))
@@ -136,7 +137,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     }
 
 
-def training_columns(run: Run) -> dict[str, Any]:
+def training_columns(run: Run) -> dict[str, object]:
     """Return the columns of ``table.csv`` on the training of a run."""
     log, threshold = run.log(), run.info["threshold"]
     return {

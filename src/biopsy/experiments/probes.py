@@ -178,7 +178,7 @@ def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
     um = None if pack.info.mpp is None else pack.info.patch_px * pack.info.mpp
     row: dict[str, Any] = {"encoder": name.partition("=")[0]}
     for metric in SHOWN:
-        estimate = metrics["patch"].get(metric) or {}
+        estimate: Mapping[str, Any] = metrics["patch"].get(metric) or {}
         row |= {metric: estimate.get("value")}
         row |= {f"{metric}_{end}": estimate.get(end) for end in ("low", "high")}
     return row | {

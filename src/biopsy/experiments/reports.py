@@ -114,7 +114,7 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         RunError: If the run has not been evaluated.
     """
     metrics = run.metrics()
-    predictions, _ = run.predictions(metrics["subset"])
+    predictions, _ = run.predictions(metrics["subset"] or "test")
     recipe, pack = run.recipe, run.open_pack(verify=False)
     side = recipe.preprocessing.input_px
     results, missing = _load_results(run, complete=complete)

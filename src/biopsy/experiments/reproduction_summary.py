@@ -15,6 +15,7 @@ from biopsy.evaluation.study_tables import Spread, describe_run, measure_pooled
 from biopsy.experiments.leakage import APART, PUBLISHED
 from biopsy.statistics.intervals import IntervalMethod
 from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import MetricsDocument
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -145,7 +146,7 @@ class ReproductionSummary:
 
 
 def summarise(
-    papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+    papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: MetricsDocument
 ) -> ReproductionSummary:
     """Return the results of each recipe that has been run.
 
@@ -167,7 +168,7 @@ def summarise(
 
 
 def _summarise_paper(
-    paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+    paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: MetricsDocument
 ) -> PaperSummary:
     arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART)}
     missing, updates = paper["missing"], int(table["updates"].min())
@@ -231,7 +232,7 @@ def _select_complete(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
 
 
 def _estimate(
-    rows: pd.DataFrame, frames: Frames, metrics: Mapping[str, Any]
+    rows: pd.DataFrame, frames: Frames, metrics: MetricsDocument
 ) -> Mapping[str, Interval | IntervalMethod] | None:
     """Return intervals over patients of the means over seeds, if one subset of at least five was tested."""
     tested = [frames[run] for run in rows["run"]]

@@ -30,6 +30,7 @@ from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, ru
 from biopsy.experiments.sweep_page import draw_search, draw_sweep, format_value
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
+from biopsy.training.metrics import MetricsDocument
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study, StudyInfo
 from biopsy.training.train import choose_split, open_data
@@ -440,7 +441,7 @@ def write_tables(study: Study) -> None:
 
 
 def summarise(
-    rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[MetricsDocument]
 ) -> dict[str, Any]:
     """Return the results of every combination over seeds, and the best combination on validation.
 
@@ -484,7 +485,7 @@ def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) 
     }
 
 
-def _metrics(study: Study) -> list[dict[str, Any]]:
+def _metrics(study: Study) -> list[MetricsDocument]:
     return [run.metrics() for run in study.evaluated_runs()] if not study.info.get("search") else []
 
 

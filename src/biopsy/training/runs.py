@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required, cast
+from typing import Annotated, Literal, Required, cast
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,8 @@ from biopsy.models.classifier import Classifier, StartWeights
 from biopsy.models.hardware import Precision
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.recipes.schema import Decision
+from biopsy.training.metrics import FORMAT as METRICS_FORMAT
+from biopsy.training.metrics import MetricsDocument
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
@@ -375,16 +377,19 @@ class Run(Written):
         """Subset for error analysis: ``test`` if it has been evaluated, else ``validation``."""
         return "test" if (self.path / "predictions" / "test.parquet").exists() else "validation"
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> MetricsDocument:
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has not been evaluated: `biopsy evaluate {self.path}`")
-        metrics = read_json(
-            path, format="biopsy-metrics/1", remedy=f"run `biopsy evaluate {self.path}` again"
-        )
+        remedy = f"run `biopsy evaluate {self.path}` again"
+        metrics = read_json(path, format=METRICS_FORMAT, remedy=remedy)
+        try:
+            validate(path, MetricsDocument, metrics)
+        except FileFormatError as error:
+            raise RunError(f"{error}; {remedy}") from None
         self.require_same_classifier(path, metrics)
-        return metrics
+        return cast(MetricsDocument, metrics)
 
     def require_same_classifier(self, path: Path, metadata: Mapping[str, object]) -> None:
         """Check that results are of the classifier of the run, if recorded."""
