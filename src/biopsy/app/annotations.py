@@ -1,4 +1,4 @@
-"""What reviewers say of patches and regions: kept line by line, exported for QuPath and for ``prepare``.
+"""Annotations of patches and regions by reviewers: an append-only file, exported for QuPath and ``prepare``.
 
 The file is appended to and never rewritten: each line is one JSON record, written at once and synced, so that
 a crash loses at most the line being written. Several people, and several processes, may write to one file.
@@ -75,7 +75,7 @@ class Annotations:
         self.refresh()
 
     def refresh(self) -> list[Annotation]:
-        """Read what was added since, by this process or another; return everything, oldest first."""
+        """Read lines added since the last call, by any process; return all, oldest first."""
         with self._lock:
             self._read_on()
             return list(self._records)
@@ -84,7 +84,7 @@ class Annotations:
         if not self.path.exists() or self.path.stat().st_size <= self._offset:
             return
         content = read_text(self.path, max_bytes=MAX_BYTES).encode()[self._offset :]
-        end = content.rfind(b"\n") + 1  # a line that was cut off by a crash, or is being written, is left
+        end = content.rfind(b"\n") + 1  # an incomplete last line is not read
         for line in content[:end].splitlines():
             if not line.strip():
                 continue
@@ -116,7 +116,7 @@ class Annotations:
                 try:
                     size = os.fstat(descriptor).st_size
                     if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                        line = b"\n" + line  # after a line that a crash cut off
+                        line = b"\n" + line  # after an incomplete line
                     os.write(descriptor, line)
                     os.fsync(descriptor)
                 finally:
@@ -130,10 +130,10 @@ class Annotations:
             self._read_on()
 
     def current(self) -> dict[str, list[Annotation]]:
-        """Return the latest word of each reviewer on each target; what was removed is left out."""
+        """Return the latest annotation of each target by each reviewer, without removed ones."""
         latest: dict[tuple[str, str], Annotation] = {}
         for record in self.refresh():
-            latest.pop((record.target, record.who), None)  # so that the order is that of the latest word
+            latest.pop((record.target, record.who), None)  # ordered by the latest annotation
             latest[record.target, record.who] = record
         by_target: dict[str, list[Annotation]] = {}
         for record in latest.values():

@@ -1,4 +1,4 @@
-"""Patches of many clients in one batch: whatever waits while a batch is computed is the next batch."""
+"""Dynamic batching: patches of several clients that wait while a batch is computed form the next batch."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ BATCH = 256
 
 
 class Busy(BiopsyError):
-    """More is waiting than the queue holds.
+    """The queue is full.
 
     Attributes:
         retry_after_s: When there should be room again.
@@ -42,7 +42,7 @@ class _Request:
 
 
 class Batcher:
-    """Predicts patches of one classifier in a thread of its own.
+    """Predicts patches with one classifier, in its own thread.
 
     Args:
         classifier: The classifier.
@@ -74,7 +74,7 @@ class Batcher:
         self._thread.start()
 
     def reserve(self, n: int) -> None:
-        """Take room for ``n`` patches; `submit` or `release` gives it back.
+        """Reserve room in the queue for ``n`` patches, freed by `submit` or `release`.
 
         Raises:
             Busy: If there is none.
@@ -86,7 +86,7 @@ class Batcher:
             self.waiting += n
 
     def release(self, n: int) -> None:
-        """Return room back."""
+        """Free reserved room."""
         with self._lock:
             self.waiting -= n
 
@@ -97,7 +97,7 @@ class Batcher:
         return request.answer
 
     def close(self) -> None:
-        """Finish what waits, and end the thread."""
+        """Predict the waiting patches and end the thread."""
         self._queue.put(None)
         self._thread.join()
         self._opened.close()
@@ -108,7 +108,7 @@ class Batcher:
             while n < BATCH and not self._queue.empty():
                 following = self._queue.get()
                 if following is None:
-                    self._queue.put(None)  # the end, after this batch
+                    self._queue.put(None)  # ends the thread after this batch
                     break
                 batch.append(following)
                 n += len(following.images)
@@ -119,16 +119,18 @@ class Batcher:
         images = [image for request in batch for image in request.images]
         start, frame, failure = time.perf_counter(), pd.DataFrame(), None
         try:
-            if images:  # else all clients have gone
+            if images:  # none if all clients have disconnected
                 patches, sizes = pad_patches(images, self.classifier.info.patch_px)
                 rows = pd.DataFrame({"patch_id": [name for request in batch for name in request.names]})
                 frame = predict_patches(self.classifier, rows, patches, sizes, predictor=self._predictor)
-        except Exception as error:  # handed to those who wait, or they would wait forever
+        except Exception as error:  # raised in the waiting clients
             failure = error
         per_patch_s = (time.perf_counter() - start) / n
-        self._per_patch_s += (per_patch_s - self._per_patch_s) * n / (n + BATCH)  # a small batch says little
+        self._per_patch_s += (
+            (per_patch_s - self._per_patch_s) * n / (n + BATCH)
+        )  # weighted by the batch's size
         self._on_batch(len(images))
-        self.release(n)  # before the answers, so that a client that has one finds room
+        self.release(n)  # before the results, so that a client can send its next patches
         at = 0
         for request in batch:
             if failure is not None:

@@ -1,4 +1,4 @@
-"""`view` and `serve`: what they take, and that the packages they need are there."""
+"""The commands `view` and `serve`."""
 
 import os
 import webbrowser

@@ -1,4 +1,4 @@
-"""One patch in depth: saliency, distance from training, the nearest training patches."""
+"""Explanation of one patch: saliency, out-of-distribution score, nearest training patches."""
 
 import base64
 import math
@@ -22,7 +22,7 @@ _SIDE_PX = 240
 
 
 def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, object]:
-    """Return what the classifier makes of a patch.
+    """Return saliency and out-of-distribution score of a patch.
 
     Args:
         pixels: uint8 ``(h, w, 3)``.

@@ -1,4 +1,4 @@
-"""Slides that are mapped in the background: one folder a job, finished also after the server was killed."""
+"""Background jobs that map slides: one folder per job, resumed when the server restarts."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ RESULTS = {
     MAP: "application/vnd.apache.parquet",
     "heatmap.tiff": "image/tiff",
 }
-"""Files of a finished job that are given out; never the label and macro images of a slide."""
+"""Files of a finished job that clients may download; never the label and macro images of a slide."""
 _RETRY_S = 60
 _ID = re.compile("[0-9a-f]{16}")
 
@@ -78,7 +78,7 @@ class Jobs:
         self._thread.start()
 
     def _resume(self) -> None:
-        """Queue what was not finished, and remove uploads that were cut off with the server."""
+        """Queue unfinished jobs again, and remove incomplete uploads."""
         for path in self.folder.iterdir():
             if _ID.fullmatch(path.name) and [item.name for item in path.iterdir()] == ["upload"]:
                 shutil.rmtree(path, ignore_errors=True)
@@ -114,7 +114,7 @@ class Jobs:
         return resolved
 
     def require_room(self) -> None:
-        """Refuse another job while too many wait.
+        """Refuse a job if too many are waiting.
 
         Raises:
             Busy: If there is no room.
@@ -123,7 +123,7 @@ class Jobs:
             raise Busy(_RETRY_S)
 
     def create(self, model: str, name: str, mpp: float | None) -> tuple[str, Path]:
-        """Make a job that waits for its upload; return its id and where the upload goes."""
+        """Create a job that waits for its upload; return its id and the path of the upload."""
         if Path(name).suffix.lower() not in SLIDE_SUFFIXES:
             raise DataError(f"{name!r} does not end like a slide: {' '.join(SLIDE_SUFFIXES)}")
         with self._lock:
@@ -147,12 +147,12 @@ class Jobs:
         return identity, upload_folder / f"slide{Path(name).suffix.lower()}"
 
     def start(self, identity: str, path: Path) -> None:
-        """Queue a job whose slide is there."""
+        """Queue a job whose slide has been uploaded."""
         self._set(identity, status="queued", path=str(path))
         self._queue.put(identity)
 
     def drop(self, identity: str) -> None:
-        """Forget a job whose upload was cut off, or that a client wants removed with all its files.
+        """Remove a job and its files.
 
         Raises:
             DataError: If it is being worked on.
@@ -164,7 +164,7 @@ class Jobs:
         shutil.rmtree(self.folder / identity, ignore_errors=True)
 
     def get(self, identity: str) -> dict[str, object]:
-        """Return what is known of a job.
+        """Return the status, progress and results of a job.
 
         Raises:
             KeyError: If there is none.
@@ -183,7 +183,7 @@ class Jobs:
         return [self.get(identity) for identity in list(self._jobs)]
 
     def count(self) -> dict[str, int]:
-        """Return how many jobs there are by status."""
+        """Return the number of jobs by status."""
         counts = dict.fromkeys(("queued", "running", "done", "failed"), 0)
         for job in list(self._jobs.values()):
             counts[job["status"]] = counts.get(job["status"], 0) + 1
@@ -221,7 +221,7 @@ class Jobs:
             write_json(self.folder / identity / DOCUMENT, job)
 
     def close(self) -> None:
-        """Stop; what is not finished then is queued again when the server is back."""
+        """Stop; unfinished jobs are queued again when the server restarts."""
         self._closing.set()
         self._queue.put(None)
         self._thread.join(timeout=5)

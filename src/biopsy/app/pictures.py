@@ -45,7 +45,7 @@ class Picture(Protocol):
 
 
 class SlidePicture:
-    """A slide that is read from its file, which is closed when nobody holds the picture any more."""
+    """A slide that is read from its file, which is closed with the last reference to the picture."""
 
     def __init__(self, slide: Slide) -> None:
         self.width, self.height, self.mpp = slide.width, slide.height, slide.mpp
@@ -89,7 +89,7 @@ def open_picture(path: Path, mpp: float | None) -> SlidePicture:
 
 
 class StitchedPicture:
-    """A slide put together from the patches of a pack."""
+    """A slide assembled from the patches of a pack."""
 
     def __init__(self, pack: Pack, index: np.ndarray, grid: PatchGrid, overview: np.ndarray) -> None:
         self.width, self.height = grid.width, grid.height
@@ -118,7 +118,7 @@ class StitchedPicture:
 
 
 class BlankPicture:
-    """White in the place of a slide that is not there."""
+    """White, for a slide whose file is missing."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -131,7 +131,7 @@ class BlankPicture:
 
 
 def count_levels(picture: Picture) -> int:
-    """Return how many times a picture is halved until one tile holds it, plus one."""
+    """Return the number of levels: how often a picture is halved until it fits in one tile, plus one."""
     longer, levels = max(picture.width, picture.height), 1
     while longer > TILE_PX:
         longer, levels = -(-longer // 2), levels + 1

@@ -1,4 +1,4 @@
-"""What to label next: patches at random, or uncertain ones and ones unlike training (`next`)."""
+"""Active learning (`next`): patches to label, at random or by uncertainty and distance from training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

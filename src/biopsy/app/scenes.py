@@ -59,7 +59,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Patches:
-    """What is known of patches, row by row; whatever is None is not known.
+    """Labels and predictions of patches, one per row; None for unknown ones.
 
     Attributes:
         probs: Probability of each class ``(n, n_classes)``, NaN where a patch was not predicted.
@@ -86,7 +86,7 @@ class Scene:
         picture: Its pixels.
         mpp: Micrometres per pixel of level 0.
         grid: Where its patches lie; None for a slide without a map.
-        patches: What is known of them.
+        patches: Their labels and predictions.
         labels: The classes.
         slide_map: The map that was read or made of predictions.
         notes: What a reader must know, such as that the slide's file is missing.
@@ -193,7 +193,7 @@ class Sheet:
         name: Names it for people.
         pack: The pack.
         labels: Its classes.
-        patches: What is known of its patches.
+        patches: Their labels and predictions.
         run: The run.
     """
 
@@ -265,7 +265,7 @@ class Exhibit:
             if key not in self._scenes:
                 self._scenes[key] = self.entries[key].open()
             self._scenes.move_to_end(key)
-            while len(self._scenes) > MAX_OPEN:  # one that is being read is closed when that is done
+            while len(self._scenes) > MAX_OPEN:  # one in use is closed later
                 self._scenes.popitem(last=False)
             return self._scenes[key]
 

@@ -36,7 +36,7 @@ from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 OPEN = frozenset({"/health"})
-_OPEN_SLIDES = 8  # whose tiles were asked for last
+_OPEN_SLIDES = 8  # most recently used
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class OutOfDistribution(BaseModel):
 
 
 class PatchPrediction(BaseModel):
-    """What a model says of one image."""
+    """Prediction of a model for one image."""
 
     name: str
     pred: str
@@ -277,7 +277,7 @@ class _Service:
         self._open_picture.cache_clear()
 
     def count_jobs(self, status: str) -> int:
-        """Return how many slide jobs have a status."""
+        """Return the number of slide jobs by status."""
         return self.jobs.count()[status]
 
     def _count_batch(self, model: str, n: int) -> None:
@@ -470,7 +470,7 @@ class _Service:
         return self.jobs.list()
 
     def slide(self, identity: str) -> dict[str, Any]:
-        """Say how far a slide is."""
+        """Return status and progress of a slide."""
         try:
             return self.jobs.get(identity)
         except KeyError:

@@ -489,7 +489,7 @@ def _describe_labels(labels: Labels | None) -> dict[str, object] | None:
 def _describe_patch(
     labels: Labels, patches: Patches, index: int, classifier: Classifier | None
 ) -> dict[str, object]:
-    """Return what is known of one patch: probabilities, decision, prediction set, truth."""
+    """Return probabilities, decision, prediction set and label of one patch."""
     document: dict[str, object] = {
         "probs": None,
         "pred": None,

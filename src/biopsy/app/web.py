@@ -20,7 +20,7 @@ from biopsy.core.errors import BiopsyError, DataError, RunError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY = 2**20  # bytes of a request, where nothing else is said
+MAX_BODY = 2**20  # bytes of a request, by default
 BODY_S = 60.0  # seconds in which a small request must have arrived
 HEADERS_S = 15.0  # seconds in which the headers of a request must have arrived
 _HEADERS = {
@@ -48,7 +48,7 @@ class Guard:
             reach a server on this machine by a name that it makes resolve to it (DNS rebinding).
         token: That requests must bear; None for none.
         open_paths: Paths that need no token.
-        limit: Returns for a path how many bytes a request may have, and in how many seconds they must come.
+        limit: Returns the bytes allowed in a request to a path, and the seconds in which they must arrive.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Guard:
         self.app, self.hosts, self.token, self.open_paths, self.limit = app, hosts, token, open_paths, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand the request on."""
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -146,7 +146,7 @@ def answer(status: int, message: str, **headers: str) -> JSONResponse:
 
 
 def name_errors(app: FastAPI) -> None:
-    """Answer every error with one line of JSON: a known one with its reason, another one without."""
+    """Answer every error with one line of JSON: errors of this package with their message, others without."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         status = 409 if isinstance(error, RunError) else 422 if isinstance(error, DataError) else 400

@@ -1,4 +1,4 @@
-"""The application: a command for each public function, the options all have, and what becomes of an error."""
+"""The application: one command per public function, common options, exit codes of errors."""
 
 import contextlib
 import gc
@@ -57,7 +57,7 @@ def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    app.meta.suppress_keyboard_interrupt = False  # else it would exit by itself, while options are read
+    app.meta.suppress_keyboard_interrupt = False  # else cyclopts exits while options are parsed
     functions = list_functions()
     groups = {name: Group(name, sort_key=index) for index, name in enumerate(GROUPS)}
     for name in names:
@@ -82,7 +82,7 @@ def _install_completion(app: App) -> Callable[..., None]:
 
 
 def _format_doc(function: PublicFunction, quote: str) -> str:
-    """Return a docstring as a terminal or Markdown shows it: unwrapped, options written as such."""
+    """Return a docstring without line breaks, with parameters written as options."""
     text, _, rest = function.doc.partition("\nArgs:\n")
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
     doc = f"{text}\n\nArgs:\n" + re.sub(r"\n {8}(?=\S)", " ", rest)
@@ -101,7 +101,7 @@ def _flag(name: str) -> str:
 
 
 def _as_command(name: str, function: PublicFunction, doc: str) -> Callable[..., None]:
-    """Return a function of the command line's own types that says what is to be called."""
+    """Return a function whose signature has the types that the command line parses."""
 
     def command(*args: Any, **kwargs: Any) -> None: ...
 
@@ -115,16 +115,16 @@ def _as_command(name: str, function: PublicFunction, doc: str) -> Callable[..., 
 
 
 def _as_parameter(command: str, item: inspect.Parameter) -> inspect.Parameter:
-    """Return a parameter as the command line takes it: argument or option, its name, how lists are read."""
+    """Return a parameter of the command line: argument or option, name, parser of lists."""
     kind, hint, default = item.kind, item.annotation, item.default
     is_list = "Sequence" in str(hint)
     if kind is item.POSITIONAL_OR_KEYWORD and (command, item.name) != ("export", "out"):
         kind = item.KEYWORD_ONLY if item.name in OPTIONS else item.POSITIONAL_ONLY
         if is_list and kind is item.POSITIONAL_ONLY:  # may stand before and after options
             required = Parameter(required=default is item.empty)
-            each = Annotated[get_args(hint)[0], required]  # type: ignore[valid-type]
-            return item.replace(kind=item.VAR_POSITIONAL, annotation=each, default=item.empty)
-    if (command, item.name) == ("slide", "out"):  # optional for one slide in Python, whose map is returned
+            item_type = Annotated[get_args(hint)[0], required]  # type: ignore[valid-type]
+            return item.replace(kind=item.VAR_POSITIONAL, annotation=item_type, default=item.empty)
+    if (command, item.name) == ("slide", "out"):  # optional in Python, where one slide's map is returned
         default = item.empty
     parameter = Parameter(
         name="--set" if item.name == "overrides" else None,
@@ -187,7 +187,7 @@ def _make_launcher(app: App) -> Callable[..., int]:
 
 
 def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
-    """Call the public function with what was given, and print what it returns."""
+    """Call the public function with the given arguments, and print its result."""
     name, launch = command.__name__, read_launch()
     if launch.world_size > 1 and name != "train":
         raise CycloptsError(
@@ -224,7 +224,7 @@ def _watch(name: str, callbacks: Sequence[str], *, quiet: bool) -> Iterator[dict
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line, and return its exit code; an error that is known is one line."""
+    """Run a command line, and return its exit code; errors of this package are printed in one line."""
     set_up_log()
     try:
         names = [name for name in COMMANDS if name.replace("_", "-") in arguments] or COMMANDS
@@ -244,7 +244,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _describe(error: BiopsyError | OSError) -> str:
-    """Return the message of an error; of one of the system, the path that is missing or the full disk."""
+    """Return the message of an error; for one of the operating system, its paths and reason."""
     if isinstance(error, BiopsyError):
         return str(error)
     paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
@@ -252,7 +252,7 @@ def _describe(error: BiopsyError | OSError) -> str:
 
 
 def main() -> None:
-    """Run the command line that was called; what a stream's encoding cannot hold is escaped."""
+    """Run the command line; characters that a stream cannot encode are escaped."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -260,10 +260,10 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe has gone
+    except BrokenPipeError:  # the reader of the pipe has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = KNOWN_ERROR
     finally:
-        if "torch" not in sys.modules:  # whose own libraries want to be taken apart in order
-            gc.freeze()  # or Python would look through all that is loaded for garbage before it ends
+        if "torch" not in sys.modules:  # whose libraries must be unloaded in order
+            gc.freeze()  # no garbage collection on exit
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""How the command line prints: log, progress, tables, JSON."""
+"""Output of the command line: log, progress, tables, JSON."""
 
 import contextlib
 import json
@@ -109,7 +109,7 @@ def _document(result: Any) -> object:
     match result:
         case Output():
             return result.to_json()
-        case None:  # it ran until it was stopped
+        case None:  # a server that was stopped
             return {}
         case Path():
             return {"path": result}
