@@ -2,11 +2,12 @@
 
 from typing import Required
 
-from pydantic import ConfigDict, NonNegativeInt
+from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from biopsy.data.ledger import OpeningCount
 from biopsy.data.predictions import FrozenThreshold
+from biopsy.models.classifier import CalibratorRecord
 
 FORMAT = "biopsy-metrics/1"
 
@@ -143,20 +144,11 @@ class ReliabilityRecord(TypedDict, total=False):
     brier_parts: dict[str, float] | None
 
 
-class CalibrationRecord(TypedDict, total=False):
+class CalibrationRecord(CalibratorRecord):
     """The calibrator, and the calibration before and after it."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    method: Required[str]
-    slope: float
-    reason: str | None
-    unit: str
-    n_patients: int | None
-    n_patches: int | None
-    prior: list[float] | None
-    before: Required[ReliabilityRecord]
-    after: Required[ReliabilityRecord]
+    before: ReliabilityRecord
+    after: ReliabilityRecord
 
 
 class SharesRecord(TypedDict):
