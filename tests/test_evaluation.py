@@ -9,6 +9,7 @@ from sklearn import metrics as theirs
 
 from biopsy.core.errors import DataError, RunError, SplitError
 from biopsy.core.files import SEAL, read_json, write_json
+from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
 from biopsy.data.splits import split as make_split
@@ -347,7 +348,7 @@ def test_three_classes_from_training_to_report(make_pack, tmp_path):
     assert found["f1"] == pytest.approx(f1.tolist(), abs=1e-12)
     assert metrics["confusion_matrix"] == theirs.confusion_matrix(target, pred).tolist()
     page = report(run)[0].read_text()
-    assert all(name in page for name in pack.class_names)
+    assert all(class_title(name) in page for name in pack.class_names)
 
 
 def test_patches_that_name_nobody_are_their_own_unit(make_pack, tmp_path):
