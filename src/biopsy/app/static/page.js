@@ -457,7 +457,7 @@ async function loadPatches() {
   sheet.patches.push(...page.patches);
   $("sheet-count").textContent = `${page.total.toLocaleString()} patches`;
   $("sheet-help").textContent = page.total
-    ? `Below each patch: annotated class${page.columns.includes("pred") ? " → predicted class, where they differ in red; p is the probability of " + (page.labels.names[page.labels.positive] ?? "the predicted class") : ""}.${page.columns.includes("doubt") ? " Sort by doubt for probable label errors." : ""}`
+    ? `Below each patch: annotated class${page.columns.includes("pred") ? " → predicted class, where they differ in red; p is the probability of " + (page.labels.positive === null ? "the predicted class" : `class ${page.labels.names[page.labels.positive]}`) : ""}.${page.columns.includes("doubt") ? " Sort by doubt for probable label errors." : ""}`
     : `No patch has ${$("filter-column").value} “${$("filter-value").value}”. Empty the field to see all patches.`;
   $("more").hidden = sheet.patches.length >= page.total;
   $("patches").append(...page.patches.map(makeTile));
