@@ -338,7 +338,7 @@ async function explain() {
     figure.append(Object.assign(new Image(), { src: source, alt: "" }), element("figcaption", caption));
     return figure;
   };
-  $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of ${found.class}`, true));
+  $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of class ${found.class}: yellow where a pixel changes its score most`, true));
   for (const kind of found.ood ? ["colour", "feature"] : []) {  // from training, as multiples of the limit
     const distance = found.ood[`${kind}_distance`];
     if (distance != null) $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} × limit`));
