@@ -255,8 +255,8 @@ def test_predicted_classes_are_named_and_training_patches_counted(replace):
     result = call("predict", "a", "b")
     assert "1 non-IDC, 2 IDC" in result.stdout
     shown = [line.split(maxsplit=3) for line in result.stdout.splitlines()[1:4]]
-    assert shown[0] == ["a", "idc", "0.800"] and shown[2] == ["c", "idc", "0.900"]
-    assert shown[1] == ["b", "non_idc", "0.600", "abstains, out of distribution"]
+    assert shown[0] == ["a", "IDC", "0.800"] and shown[2] == ["c", "IDC", "0.900"]
+    assert shown[1] == ["b", "non-IDC", "0.600", "abstains, out of distribution"]
     assert result.stderr.startswith("warning: 2 ") and "training" in result.stderr
 
 
