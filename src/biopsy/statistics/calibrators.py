@@ -231,7 +231,7 @@ def _fit(
 ) -> Calibrator:
     share = np.bincount(target, minlength=scores.shape[1]) / len(target)
     if np.count_nonzero(share) < (2 if method == "temperature" else len(share)):
-        raise _NoFit(f"none of {len(target)} patches is of class {share.argmin()}: no slope can be fitted")
+        raise _NoFit(f"a class has none of the {len(target)} patches: no slope can be fitted")
     if not np.ptp(scores - scores[:, :1], axis=0).any():
         raise _NoFit("all predictions are equal: no slope can be fitted")
     if method == "temperature":
