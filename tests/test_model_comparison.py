@@ -78,7 +78,15 @@ def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", re
         },
     }
     write_json(path / "run.json", info)
-    metrics = {"class_names": pack.class_names, "positive_class": pack.info.positive_class, "unit": pack.unit}
+    metrics = {
+        "class_names": pack.class_names,
+        "positive_class": pack.info.positive_class,
+        "unit": pack.unit,
+        "n_patches": len(rows),
+        "n_patients": len(np.unique(pack.group_ids[rows])),
+        "patch": {},
+        "interval": {"unit": pack.unit, "method": "none"},
+    }
     write_json(path / "evaluation" / "metrics.json", {"format": "biopsy-metrics/1", **metrics})
     return Run.open(path)
 

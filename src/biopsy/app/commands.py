@@ -71,6 +71,7 @@ def serve(
     out: Path | str = "biopsy-jobs",
     device: str = "auto",
     tta: Tta | None = None,
+    mcp: bool = False,
 ) -> None:
     """Answer requests over HTTP: images and slides in, predictions and maps out, until Ctrl-C.
 
@@ -89,13 +90,19 @@ def serve(
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
+        mcp: Be a server of the Model Context Protocol instead: an assistant starts this command, and speaks
+            over stdin and stdout (extra ``mcp``). Patches and slides are named by paths below ``root``.
 
     Raises:
         RunError: If a model is none of these.
         DataError: If the port is taken, or there is no token where other machines reach the server.
-        MissingExtra: If the packages of the extra ``app`` are not installed.
+        MissingExtra: If the packages of the extra ``app`` or ``mcp`` are not installed.
     """
     _require_extra("the service")
+    if mcp:
+        if port is not None or token is not None:
+            raise DataError("--port and --token are for HTTP: omit them, or --mcp")
+        return _serve_tools(models, root, out, device, tta)
     from biopsy.app.service import make_service
     from biopsy.app.web import bind, is_loopback, run_server
 
@@ -108,6 +115,29 @@ def serve(
         app = make_service(models, out=out, root=root, token=token, device=device, tta=tta, hosts=hosts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         run_server(app, listener, on_start=lambda: print(address, flush=True))
+
+
+def _serve_tools(
+    models: Sequence[Run | Classifier | Path | str] | Run | Classifier | Path | str,
+    root: Path | str | None,
+    out: Path | str,
+    device: str,
+    tta: Tta | None,
+) -> None:
+    if find_spec("mcp") is None:
+        raise MissingExtra("mcp", "the Model Context Protocol")
+    from biopsy.app.jobs import Jobs
+    from biopsy.app.mcp import make_tools
+    from biopsy.app.service import Limits, name_models
+
+    if root is None or not Path(root).is_dir():
+        raise DataError("--mcp reads patches and slides by path: set --root to the folder that holds them")
+    classifiers = name_models(models, tta)
+    jobs = Jobs(Path(out), classifiers, root=Path(root), device=device, max_waiting=Limits().waiting_jobs)
+    try:
+        make_tools(classifiers, jobs, device).run("stdio")
+    finally:
+        jobs.close()
 
 
 def _require_extra(purpose: str) -> None:

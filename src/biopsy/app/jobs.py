@@ -101,16 +101,26 @@ class Jobs:
             PermissionError: If there is no root, or the path leads out of it.
             DataError: If there is no such slide.
         """
+        resolved = self.resolve(path)
+        if not resolved.is_file() or resolved.suffix.lower() not in SLIDE_SUFFIXES:
+            raise DataError(f"{path!r} is no slide below the root")
+        return resolved
+
+    def resolve(self, path: str) -> Path:
+        """Return a path below the root.
+
+        Raises:
+            PermissionError: If there is no root, or the path leads out of it.
+            DataError: If the path is none.
+        """
         if self.root is None:
-            raise PermissionError("slides cannot be named by path: the server was started without --root")
+            raise PermissionError("files cannot be named by path: the server was started without --root")
         try:
             resolved = (self.root / path).resolve()
         except (OSError, ValueError):
             raise DataError("the path is no path") from None
         if not resolved.is_relative_to(self.root):
             raise PermissionError("the path leads out of the folder that may be read")
-        if not resolved.is_file() or resolved.suffix.lower() not in SLIDE_SUFFIXES:
-            raise DataError(f"{path!r} is no slide below the root")
         return resolved
 
     def require_room(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -126,10 +126,7 @@ def make_service(
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         hosts: Names under which the server is reached; None for any.
     """
-    several = [models] if isinstance(models, Run | Classifier | Path | str) else list(models)
-    if not several:
-        raise DataError("no model was named: give a run, classifier or bundle")
-    classifiers = _name_models(several, tta)
+    classifiers = name_models(models, tta)
     limits = limits or Limits()
     service = _Service(classifiers, Path(out), root, device, limits)
 
@@ -165,16 +162,54 @@ def make_service(
     return app
 
 
-def _name_models(models: Sequence[Run | Classifier | Path | str], tta: Tta | None) -> dict[str, Classifier]:
+def name_models(
+    models: Sequence[Run | Classifier | Path | str] | Run | Classifier | Path | str, tta: Tta | None
+) -> dict[str, Classifier]:
     """Open every model; those of one name get a number."""
+    several = [models] if isinstance(models, Run | Classifier | Path | str) else list(models)
+    if not several:
+        raise DataError("no model was named: give a run, classifier or bundle")
     classifiers: dict[str, Classifier] = {}
-    for model in models:
+    for model in several:
         classifier = open_classifier(model, tta=tta)
         path = model.path if isinstance(model, Run | Classifier) else Path(model)
         name = "model" if path is None else path.resolve().name
         taken = sum(other == name or other.startswith(f"{name}-") for other in classifiers)
         classifiers[f"{name}-{taken + 1}" if taken else name] = classifier
     return classifiers
+
+
+def pick_model(classifiers: Mapping[str, Classifier], name: str | None) -> str:
+    """Return the name of a model; without a name, the only one.
+
+    Raises:
+        DataError: If there is no such model, or there are several and none is named.
+    """
+    if name is None and len(classifiers) == 1:
+        return next(iter(classifiers))
+    if name is None or name not in classifiers:
+        names = ", ".join(classifiers)
+        raise DataError(f"name a model; there are: {names}" if name is None else f"known: {names}")
+    return name
+
+
+def describe_models(classifiers: Mapping[str, Classifier]) -> list[dict[str, Any]]:
+    """Describe models; ``threshold`` is that of single patches, the other one of slides."""
+    return [
+        {
+            "name": name,
+            "sha256": classifier.sha256,
+            "network": classifier.info.network,
+            "class_names": classifier.info.class_names,
+            "positive_class": classifier.info.positive_class,
+            "threshold": classifier.single_patch().threshold,
+            "threshold_with_neighbours": classifier.threshold if classifier.info.context else None,
+            "patch_px": classifier.info.patch_px,
+            "mpp": classifier.info.mpp,
+            "licence": classifier.info.licence,
+        }
+        for name, classifier in classifiers.items()
+    ]
 
 
 async def _refuse_busy(request: Request, error: Exception) -> JSONResponse:
@@ -325,31 +360,13 @@ class _Service:
 
     def models(self) -> list[dict[str, Any]]:
         """Describe the models; ``threshold`` is that of ``/predict``, the other one of slides."""
-        return [
-            {
-                "name": name,
-                "sha256": classifier.sha256,
-                "network": classifier.info.network,
-                "class_names": classifier.info.class_names,
-                "positive_class": classifier.info.positive_class,
-                "threshold": classifier.single_patch().threshold,
-                "threshold_with_neighbours": classifier.threshold if classifier.info.context else None,
-                "patch_px": classifier.info.patch_px,
-                "mpp": classifier.info.mpp,
-                "licence": classifier.info.licence,
-            }
-            for name, classifier in self.classifiers.items()
-        ]
+        return describe_models(self.classifiers)
 
     def _pick(self, model: str | None) -> str:
-        if model is None and len(self.classifiers) == 1:
-            return next(iter(self.classifiers))
-        if model not in self.classifiers:
-            names = ", ".join(self.classifiers)
-            raise HTTPException(
-                404, f"name a model; there are: {names}" if model is None else f"known: {names}"
-            )
-        return model
+        try:
+            return pick_model(self.classifiers, model)
+        except DataError as error:
+            raise HTTPException(404, str(error)) from None
 
     # --- patches
     async def predict(

@@ -74,13 +74,13 @@ class Prediction(Output):
     threshold: FrozenThreshold | None = None
     n_training: int | None = None
 
-    def _counts(self) -> dict[str, int]:
+    def count_classes(self) -> dict[str, int]:
         """Return the number of patches predicted as each class."""
         return {name: int((self.frame["pred"] == i).sum()) for i, name in enumerate(self.class_names)}
 
     def blocks(self) -> list[str | Table]:
         n = len(self.frame)
-        counts = ", ".join(f"{n:,} {class_title(name)}" for name, n in self._counts().items() if n)
+        counts = ", ".join(f"{n:,} {class_title(name)}" for name, n in self.count_classes().items() if n)
         lines = [str(self.path), f"{count(n, 'patch')}: {counts or 'none'}"]
         return [self._table(), *lines] if 0 < n <= SHOWN_PATCHES else [*lines]
 
@@ -106,7 +106,7 @@ class Prediction(Output):
         return {
             "path": self.path,
             "n_patches": len(self.frame),
-            "pred": self._counts(),
+            "pred": self.count_classes(),
             "n_training": self.n_training,
             "skipped": self.skipped,
         }

@@ -100,7 +100,9 @@ def _list_recipes() -> Rows:
             {
                 "name": name,
                 "title": recipe.title,
-                "source": ", ".join(str(part) for part in (recipe.origin.authors, recipe.origin.year) if part),
+                "source": ", ".join(
+                    str(part) for part in (recipe.origin.authors, recipe.origin.year) if part
+                ),
                 "model": recipe.model.name,
                 "published": recipe.origin.claim,
                 "corrected": recipe.origin.corrected,

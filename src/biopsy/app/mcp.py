@@ -1,0 +1,99 @@
+"""The service as tools of the Model Context Protocol, for assistants that start it."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+
+from biopsy.app.jobs import Jobs
+from biopsy.app.service import describe_models, pick_model
+from biopsy.core.errors import BiopsyError, DataError
+from biopsy.core.loaders import load_json
+from biopsy.evaluation.predict import predict
+from biopsy.models.classifier import Classifier
+from biopsy.slides.outputs import SUMMARY
+
+MAX_PATCHES = 200
+"""Patches listed in one answer; all are counted."""
+_COLUMNS = ("patch_id", "prob", "abstained", "out_of_distribution")
+_INSTRUCTIONS = (
+    "Classifies patches of breast histopathology and maps slides. Research use only: nothing here is a "
+    "diagnosis. Say so, and say which inputs are out of distribution or abstained on. Paths are relative to "
+    "the folder that the server was given as its root."
+)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Let the assistant read the errors of the library; of others it learns only that there was one."""
+    try:
+        yield
+    except (BiopsyError, PermissionError) as error:
+        raise ToolError(str(error)) from None
+
+
+def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -> MCPServer:
+    """Return a server with the tools ``list_models``, ``predict_patches``, ``map_slide`` and ``get_slide``.
+
+    Args:
+        classifiers: By name.
+        jobs: Queue of the slides; patches and slides are read below its root only.
+        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    from biopsy import __version__
+
+    server = MCPServer("biopsy", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
+
+    @server.tool()
+    @_named_errors()
+    def list_models() -> list[dict[str, Any]]:
+        """List the models: classes, decision threshold, size of a patch in pixels, um/px, licence."""
+        return describe_models(classifiers)
+
+    @server.tool()
+    @_named_errors()
+    def predict_patches(paths: list[str], model: str | None = None) -> dict[str, Any]:
+        """Predict patches: images, folders or zips of images. ``prob`` is that of the positive class."""
+        classifier = classifiers[pick_model(classifiers, model)]
+        with tempfile.TemporaryDirectory() as folder:
+            found = [jobs.resolve(path) for path in paths]
+            result = predict(classifier, found, out=Path(folder) / "predictions.parquet", device=device)
+        rows = result.frame.head(MAX_PATCHES).reset_index(drop=True)
+        names = [result.class_names[index] for index in rows["pred"]]
+        shown = rows[[name for name in _COLUMNS if name in rows]].assign(pred=names)
+        return {
+            "n_patches": len(result.frame),
+            "n_predicted": result.count_classes(),
+            "positive_class": result.positive_class,
+            "threshold": result.threshold and result.threshold["value"],
+            "patches": shown.astype(object).where(shown.notna(), None).to_dict("records"),
+            "skipped": result.skipped,
+        }
+
+    @server.tool()
+    @_named_errors()
+    def map_slide(path: str, model: str | None = None, mpp: float | None = None) -> dict[str, object]:
+        """Start to map a slide; ``mpp`` is its um/px at level 0, for slides that do not record it."""
+        slide = jobs.find(path)
+        identity, _ = jobs.create(pick_model(classifiers, model), slide.name, mpp)
+        jobs.start(identity, slide)
+        return jobs.get(identity)
+
+    @server.tool()
+    @_named_errors()
+    def get_slide(identity: str) -> dict[str, object]:
+        """Return status and progress of a slide; once it is done also its files and a summary."""
+        try:
+            job = jobs.get(identity)
+        except KeyError:
+            raise DataError(f"there is no slide {identity!r}: map_slide returns its id") from None
+        if job["status"] != "done":
+            return job
+        files = {name: str(jobs.result(identity, name)) for name in cast(list[str], job["results"])}
+        return {**job, "files": files, "summary": load_json(Path(files[SUMMARY]))}
+
+    return server
