@@ -98,7 +98,7 @@ for _name, _features in {
     "holes_100000": [feature([SQUARE, *[[[400, 400], [401, 400], [401, 401], [400, 400]]] * 100_000])],
     "hole_outside": [feature([SQUARE, [[800, 800], [900, 800], [900, 900], [800, 800]]])],
     "strips_2000": [feature([strip(number)]) for number in range(2000)],
-    "class_is_list": [feature([SQUARE], classification=["Tumor"])],
+    "class_is_list": [feature([SQUARE], classification=[["Tumor"]])],
     "class_is_number": [feature([SQUARE], classification=3)],
     "class_is_long": [feature([SQUARE], name="T" * 1_000_000)],
     "class_of_controls": [feature([SQUARE], name="T\0u\x1bmor")],

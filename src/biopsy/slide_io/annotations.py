@@ -185,8 +185,8 @@ def _class_of(properties: dict[str, Any], where: str) -> str | None:
     name = classification
     if isinstance(classification, dict):
         name = classification.get("name") or classification.get("names")
-    if isinstance(name, list):
-        name = ": ".join(map(str, name))
+    if isinstance(name, list) and all(isinstance(part, str) for part in name):
+        name = ": ".join(name)
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where} has a classification without a name: {str(classification)[:80]}")
     if len(name) > MAX_NAME:
