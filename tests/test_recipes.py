@@ -225,7 +225,7 @@ def test_a_users_own_file_needs_little(tmp_path):
     ],
 )
 def test_heading_of_a_probe_names_its_encoder(settings, encoder):
-    assert load_recipe("probe", settings).heading.endswith(f"features of `{encoder}`")
+    assert load_recipe("probe", settings).heading.endswith(f"features of the encoder `{encoder}`")
 
 
 def test_heading_without_an_encoder_is_the_title():

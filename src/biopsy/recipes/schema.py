@@ -229,4 +229,4 @@ class Recipe(_Table):
         """The title with "a frozen encoder" replaced by its name, else the name of the recipe."""
         family, _, weights = self.model.name.rpartition(":")
         encoder = weights if family else self.model.weights or self.model.name
-        return self.title.replace("a frozen encoder", f"`{encoder}`") or self.name
+        return self.title.replace("a frozen encoder", f"the encoder `{encoder}`") or self.name
