@@ -126,9 +126,8 @@ class Batcher:
         except Exception as error:  # raised in the waiting clients
             failure = error
         per_patch_s = (time.perf_counter() - start) / n
-        self._per_patch_s += (
-            (per_patch_s - self._per_patch_s) * n / (n + BATCH)
-        )  # weighted by the batch's size
+        weight = n / (n + BATCH)
+        self._per_patch_s += (per_patch_s - self._per_patch_s) * weight
         self._on_batch(len(images))
         self.release(n)  # before the results, so that a client can send its next patches
         at = 0

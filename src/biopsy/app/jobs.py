@@ -156,8 +156,14 @@ class Jobs:
         upload_folder.mkdir(parents=True)
         return identity, upload_folder / f"slide{Path(name).suffix.lower()}"
 
+    def add(self, model: str, path: Path, mpp: float | None) -> dict[str, object]:
+        """Queue a slide that `find` returned; return the job."""
+        identity, _ = self.create(model, path.name, mpp)
+        self.start(identity, path)
+        return self.get(identity)
+
     def start(self, identity: str, path: Path) -> None:
-        """Queue a job whose slide has been uploaded."""
+        """Queue a job whose slide is in its place."""
         self._set(identity, status="queued", path=str(path))
         self._queue.put(identity)
 

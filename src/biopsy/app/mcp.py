@@ -79,9 +79,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
     def map_slide(path: str, model: str | None = None, mpp: float | None = None) -> dict[str, object]:
         """Start to map a slide; ``mpp`` is its um/px at level 0, for slides that do not record it."""
         slide = jobs.find(path)
-        identity, _ = jobs.create(pick_model(classifiers, model), slide.name, mpp)
-        jobs.start(identity, slide)
-        return jobs.get(identity)
+        return jobs.add(pick_model(classifiers, model), slide, mpp)
 
     @server.tool()
     @_named_errors()

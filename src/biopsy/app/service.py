@@ -478,9 +478,7 @@ class _Service:
             first = error.errors()[0]
             raise HTTPException(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         path = self.jobs.find(requested.path)
-        identity, _ = self.jobs.create(self._pick(requested.model), path.name, requested.mpp)
-        self.jobs.start(identity, path)
-        return self.jobs.get(identity)
+        return self.jobs.add(self._pick(requested.model), path, requested.mpp)
 
     def list_slides(self) -> list[dict[str, Any]]:
         """List all slide jobs, oldest first."""

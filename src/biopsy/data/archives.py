@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.core.text import normalize_path
+from biopsy.data.packs import DOCUMENT
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29
@@ -49,7 +50,6 @@ _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED = 0x1  # bit 0 of the general purpose flags
 _UTF8 = 0x800  # bit 11
 _RELEASE_BYTES = 2**26
-_PACK = "pack.json"  # of a pack that was written into the source's folder
 
 
 class Entry(NamedTuple):
@@ -308,7 +308,7 @@ def _walk(
         items = list(os.scandir(folder))
     except OSError as error:
         raise ArchiveError(f"{folder} cannot be read: {error.strerror}") from None
-    if prefix and any(item.name == _PACK for item in items):
+    if prefix and any(item.name == DOCUMENT for item in items):
         return
     for item in items:
         if is_junk(item.name):

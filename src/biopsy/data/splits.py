@@ -133,7 +133,7 @@ class Split(Output):
                     groups = [] if self.unit == "patch" else [sizes["groups"]]
                     values = sizes["patches"], *groups, *sizes["per_class"].values()
                     rows.append([*([str(fold)] if self.n_folds else []), subset, *map(number, values)])
-        groups = [] if self.unit == "patch" else [f"{plural(self.unit)}"]
+        groups = [] if self.unit == "patch" else [plural(self.unit)]
         header = [*(["fold"] if self.n_folds else []), "subset", "patches", *groups]
         return [*blocks, Table([*header, *sizes["per_class"]], rows)]
 

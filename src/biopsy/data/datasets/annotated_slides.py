@@ -150,9 +150,8 @@ def name_classes(all_notes: Sequence[Annotations], cutting: Cutting) -> list[str
                         f"{notes.path}, feature {item.feature} is of class {name!r}, which is not in "
                         f"--classes ({suggest(name, names)}): add it, or ={name} to ignore its area"
                     )
-    for notes in all_notes:
-        areas = [area for area in notes.unclassified if not _is_container(area, notes)]
-        if areas and cutting.rest is not None and UNCLASSIFIED not in (names or {}):
+    for notes in all_notes if cutting.rest is not None and UNCLASSIFIED not in (names or {}) else []:
+        if areas := _list_childless(notes):
             raise DataError(
                 f"{notes.path}: {len(areas)} areas have no class, feature {areas[0].feature} first, and "
                 f"would be labelled {cutting.rest}: set their class, or --classes NAME={UNCLASSIFIED} "
@@ -273,9 +272,13 @@ def _name_unclassified(notes: Annotations, cutting: Cutting) -> list[Annotation]
     return [replace(area, class_name=UNCLASSIFIED) for area in notes.unclassified]
 
 
-def _is_container(area: Annotation, notes: Annotations) -> bool:
-    """Return whether an area holds one with a class, as parents of QuPath's objects do."""
-    return any(area.polygon.contains(item.polygon) for item in notes.items)
+def _list_childless(notes: Annotations) -> list[Annotation]:
+    """Return the areas without a class that hold none with one, as parents of QuPath's objects do."""
+    tree = shapely.STRtree([item.polygon for item in notes.items])
+    areas = np.array([area.polygon for area in notes.unclassified], dtype=object)
+    parents, _ = tree.query(areas, predicate="contains")
+    holding = set(parents.tolist())
+    return [area for index, area in enumerate(notes.unclassified) if index not in holding]
 
 
 def _measure_areas(areas: dict[str, BaseGeometry], mm2: float) -> dict[str, dict[str, float]]:
