@@ -12,9 +12,10 @@ from biopsy.core.files import plain, read_json, sha256_file
 from biopsy.evaluation.errors import measure as module
 from biopsy.evaluation.errors.case_views import draw_views
 from biopsy.evaluation.errors.measure import contrast_errors, find_unusual, measure_errors, pick_galleries
-from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
+from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_with_features
 from command_line import call
 from refusals import refuses
 from tiny_runs import copy_run
@@ -190,16 +191,17 @@ def test_the_nearest_patches_are_of_training_and_a_training_patch_is_its_own(jud
     pack, classifier = judged.open_pack(), judged.classifier
     subsets = judged.subsets(pack)
     rows = np.concatenate([np.flatnonzero(subsets == "train")[:3], np.flatnonzero(subsets == "test")[:3]])
-    alike = find_nearest_training_patches(judged, pack, classifier, rows, engine=Engine("cpu"))
+    reference = TrainingReference.from_run(judged, pack, classifier, engine=Engine("cpu"))
+    _, features = predict_with_features(classifier, pack.patches, pack.sizes, rows, engine=Engine("cpu"))
     subset_of = dict(zip(pack.table["patch_id"], subsets, strict=True))
-    for row, nearest in zip(rows, alike.nearest, strict=True):
+    for row, nearest in zip(rows, reference.find_nearest(features), strict=True):
         assert len(nearest) == 3 and {subset_of[one["patch_id"]] for one in nearest} == {"train"}
         distances = [one["distance"] for one in nearest]
         assert distances == sorted(distances) and distances[0] >= 0
         if subsets[row] == "train":
             assert nearest[0]["patch_id"] == pack.table["patch_id"].iloc[row]
             assert nearest[0]["distance"] == pytest.approx(0, abs=1e-5)
-    assert alike.reference["n"] == (subsets == "train").sum()
+    assert reference.description["n"] == (subsets == "train").sum()
 
 
 def test_closeups_show_every_patch_of_the_galleries(judged, found):

@@ -10,7 +10,6 @@ import numpy as np
 from biopsy.app.pictures import encode_jpeg
 from biopsy.app.scenes import Sheet
 from biopsy.data.packs import pad
-from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
@@ -51,12 +50,13 @@ def _describe_ood(row: dict[Any, Any]) -> dict[str, object]:
     return {str(name): value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def find_nearest(classifier: Classifier, sheet: Sheet, row: int) -> list[dict[str, object]]:
+def find_nearest(sheet: Sheet, row: int) -> list[dict[str, object]]:
     """Return the training patches nearest to a patch of a run, with pictures."""
-    assert sheet.run is not None
-    [nearest] = find_nearest_training_patches(
-        sheet.run, sheet.pack, classifier, np.array([row]), engine=Engine("auto")
-    ).nearest
+    assert sheet.classifier is not None
+    _, features = predict_with_features(
+        sheet.classifier, sheet.pack.patches, sheet.pack.sizes, np.array([row]), engine=Engine("auto")
+    )
+    [nearest] = sheet.training_reference.find_nearest(features)
     rows = sheet.pack.rows_of([item["patch_id"] for item in nearest])
     return [
         {**item, "row": int(index), "image": _picture(sheet.pixels(int(index)))}

@@ -22,8 +22,10 @@ from biopsy.core.files import read_json
 from biopsy.core.tables import read_csv_table
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import decide
+from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.models.classifier import Classifier
+from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, find_regions
@@ -195,6 +197,7 @@ class Sheet:
         labels: Its classes.
         patches: Their labels and predictions.
         run: The run.
+        classifier: That of the run.
     """
 
     key: str
@@ -203,10 +206,17 @@ class Sheet:
     labels: Labels
     patches: Patches
     run: Run | None = None
+    classifier: Classifier | None = None
 
     def pixels(self, row: int) -> np.ndarray:
         """Return a patch as it was cut, uint8 ``(h, w, 3)``."""
         return self.pack.pixels(row).copy()
+
+    @cached_property
+    def training_reference(self) -> TrainingReference:
+        """The training patches of the run, that patches are compared with: some seconds the first time."""
+        assert self.run is not None and self.classifier is not None
+        return TrainingReference.from_run(self.run, self.pack, self.classifier, engine=Engine("auto"))
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -474,7 +484,7 @@ def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
     labels = Labels(pack.class_names, pack.positive_index, classifier.threshold)
     probs, abstained = _read_predictions(run, pack, exhibit.notes)
     patches = Patches(probs, abstained, None, pack.target, pack.table["patch_id"].to_numpy(str))
-    sheet = Sheet(_key(run.path, ""), run.path.name, pack, labels, patches, run)
+    sheet = Sheet(_key(run.path, ""), run.path.name, pack, labels, patches, run, classifier)
     exhibit.sheets[sheet.key] = sheet
     exhibit.classifier = classifier
     if (run.path / "report.html").is_file():

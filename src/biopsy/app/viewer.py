@@ -306,11 +306,11 @@ class _Viewer:
     def nearest(self, key: str, row: int) -> list[dict[str, object]]:
         sheet = self.exhibit.sheet(key)
         _require_row(sheet, row)
-        if sheet.run is None or self.exhibit.classifier is None:
+        if sheet.classifier is None:
             raise HTTPException(404, "only for a run it is known which patches were trained on")
         from biopsy.app.explaining import find_nearest
 
-        return find_nearest(self.exhibit.classifier, sheet, row)
+        return find_nearest(sheet, row)
 
     def _explain(self, pixels: np.ndarray) -> dict[str, object]:
         if self.exhibit.classifier is None:

@@ -18,6 +18,7 @@ from biopsy.phantom.patients import Habit, draw_habit
 
 CELL_UM = 20.0
 _FILLED = 0.6  # share of the canvas that is tissue
+_ASPECT = 0.65, 1.5  # range of width by height
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ def _interpolate(values: Floats, column: Floats, row: Floats) -> Floats:
     return np.asarray(cv2.remap(values, column, row, cv2.INTER_LINEAR, borderMode=edge), np.float32)
 
 
+def section_size_um(seed: int, patient: str, tissue_mm2: float) -> tuple[float, float]:
+    """Return the width and height that `plan_slide` gives a section."""
+    return _size_um(make_rng(seed, "phantom", patient, "anatomy").uniform(*_ASPECT), tissue_mm2)
+
+
+def _size_um(aspect: float, tissue_mm2: float) -> tuple[float, float]:
+    height_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED / aspect) / 200) * 200
+    width_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED * aspect) / 200) * 200
+    return width_um, height_um
+
+
 def plan_slide(
     seed: int, patient: str, *, tissue_mm2: float, tumour_frac: float, high_grade: bool = False
 ) -> Anatomy:
@@ -74,9 +86,7 @@ def plan_slide(
     """
     rng = make_rng(seed, "phantom", patient, "anatomy")
     habit = draw_habit(seed, patient, high_grade=high_grade)
-    aspect = rng.uniform(0.65, 1.5)
-    height_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED / aspect) / 200) * 200
-    width_um = np.ceil(1000 * np.sqrt(tissue_mm2 / _FILLED * aspect) / 200) * 200
+    width_um, height_um = _size_um(rng.uniform(*_ASPECT), tissue_mm2)
     shape = (int(height_um / CELL_UM), int(width_um / CELL_UM))
 
     tissue = _outline(rng, shape, tissue_mm2)

@@ -16,7 +16,7 @@ from shapely.ops import unary_union
 from biopsy.core.errors import DataError
 from biopsy.core.files import write_json
 from biopsy.core.seeds import derive, make_rng
-from biopsy.phantom.anatomy import Anatomy, plan_slide
+from biopsy.phantom.anatomy import Anatomy, plan_slide, section_size_um
 from biopsy.phantom.noise import Floats
 from biopsy.phantom.patients import Look, draw_look, scan
 from biopsy.phantom.region import Weave
@@ -168,6 +168,7 @@ COLOURS = {TUMOUR: [200, 0, 0], VALID: [0, 0, 180]}  # QuPath's own
 
 _FILLED = 0.6  # tissue per area of the section's rectangle, as the anatomy plans it
 _OUTLINE_UM = 5.0  # steps in which the tumour's edge is followed
+_SLACK_UM = 200.0  # by which a section may be larger than its place
 _GRID_UM = 8.0  # sections lie on multiples of this: whole pixels at every usual mpp
 
 
@@ -348,7 +349,14 @@ def _filling_mm2(seed: int, patient: str, width_um: float, height_um: float, n_s
     anatomy = plan_painter(seed, patient, tissue_mm2=4.0, tumour_frac=0.0).anatomy
     aspect = anatomy.width_um / anatomy.height_um
     room = min((width_um / columns) ** 2 / aspect, (height_um / rows) ** 2 * aspect)
-    return _FILLED * room / 1e6
+    tissue_mm2 = _FILLED * room / 1e6
+    while not _fits(section_size_um(seed, patient, tissue_mm2), width_um / columns, height_um / rows):
+        tissue_mm2 *= 0.98  # sizes are whole multiples, so that the aspect of a small section is not exact
+    return tissue_mm2
+
+
+def _fits(section_um: tuple[float, float], width_um: float, height_um: float) -> bool:
+    return section_um[0] <= width_um + _SLACK_UM and section_um[1] <= height_um + _SLACK_UM
 
 
 def _grid(width_um: float, height_um: float, n_sections: int) -> tuple[int, int]:
@@ -364,7 +372,7 @@ def _lay_out(
     columns, rows = _grid(width_um, height_um, n_sections)
     section = painter.anatomy.width_um, painter.anatomy.height_um
     cell_size = width_um / columns, height_um / rows
-    if any(size > room + 200 for size, room in zip(section, cell_size, strict=True)):
+    if not _fits(section, *cell_size):
         raise DataError(
             f"{n_sections} sections of {section[0]:.0f} x {section[1]:.0f} um do not fit on a slide of "
             f"{width_um:.0f} x {height_um:.0f} um; ask for less tissue_mm2"

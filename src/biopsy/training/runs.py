@@ -205,10 +205,7 @@ class Run(Written):
         Raises:
             RunError: If the folder is not empty.
         """
-        if path.exists() and any(path.iterdir()):
-            raise RunError(
-                f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
-            )
+        require_empty(path)
         info = {**info, "format": FORMAT}
         with create_directory(path) as partial:
             write_atomic(partial / "recipe.toml", recipe_toml(recipe))
@@ -432,6 +429,18 @@ def hash_config(
         "weights": weights,
     }
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def require_empty(path: Path) -> None:
+    """Check that a run can be created in a folder.
+
+    Raises:
+        RunError: If the folder is not empty.
+    """
+    if path.exists() and any(path.iterdir()):
+        raise RunError(
+            f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
+        )
 
 
 def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:

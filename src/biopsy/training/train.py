@@ -43,6 +43,7 @@ from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
+    DOCUMENT,
     EpochRecord,
     PatchCounts,
     Run,
@@ -51,6 +52,7 @@ from biopsy.training.runs import (
     find_cached_run,
     hash_config,
     name_run,
+    require_empty,
 )
 from biopsy.training.sampling import class_weights, sample_epoch, take_fraction
 
@@ -195,6 +197,8 @@ def _begin(
     transform: Transform | None,
 ) -> tuple[Run, Pack]:
     """Validate the settings, and create the run or return a cached one."""
+    if out is not None and not (Path(out) / DOCUMENT).is_file():
+        require_empty(Path(out))
     pack.verify()
     split = choose_split(pack, split_name, recipe)
     subsets = split.subsets(pack, fold)

@@ -16,12 +16,13 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import plain, replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.nearest_training_patches import find_nearest_training_patches
+from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.stored_results import MAX_MEASURED, draw_rows, read_result, result_key
 from biopsy.models.engine import Engine
+from biopsy.models.inference import predict_with_features
 from biopsy.statistics.contrasts import contrast_groups
 from biopsy.training.runs import Run
 
@@ -136,7 +137,10 @@ def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: 
     properties = measure_properties(pack.patches, pack.sizes, index=rows[measured], mpp=pack.info.mpp)
     table = table.join(properties.set_axis(measured))
     table.insert(len(table.columns) - len(PROPERTIES), "sampled", np.isin(np.arange(len(table)), sampled))
-    similar = find_nearest_training_patches(run, pack, classifier, rows[shown_rows], engine=Engine(device))
+    engine = Engine(device)
+    reference = TrainingReference.from_run(run, pack, classifier, engine=engine)
+    _, features = predict_with_features(classifier, pack.patches, pack.sizes, rows[shown_rows], engine=engine)
+    nearest = reference.find_nearest(features)
     names = [f"prob_{name}" for name in pack.class_names]
     scored = ScoredPatches.of_pack(pack, rows, frame[names].to_numpy(float), threshold, seed=seed)
     sample = table.iloc[sampled]
@@ -151,13 +155,13 @@ def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: 
         "properties": PROPERTIES,
         **contrast_errors(sample, scored.group_ids[sampled], seed=seed, unit=pack.unit),
         "zones": measure_zones(table["zone"].to_numpy(object), scored, threshold),
-        "training_reference": similar.reference,
+        "training_reference": reference.description,
         "galleries": {
             kind: [
                 {
                     "patch_id": str(table["patch_id"].iloc[index]),
                     "unusual": find_unusual(table.iloc[index], sample),
-                    "nearest": similar.nearest[shown_rows.index(index)],
+                    "nearest": nearest[shown_rows.index(index)],
                 }
                 for index in indices
             ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.metrics.pairwise import euclidean_distances
 
 from biopsy.core.seeds import make_rng
@@ -20,63 +21,69 @@ _FACTOR = 2  # times the number of patches that can be predicted in some seconds
 
 
 @dataclass(frozen=True)
-class NearestTrainingPatches:
-    """The nearest training patches of some patches.
+class TrainingReference:
+    """Training patches of a run that other patches are compared with.
 
-    Attributes:
-        reference: ``n``, the number of training patches searched, and ``distance``, the unit of distances.
-        nearest: For each patch `N_NEAREST` records, the nearest first: ``patch_id``, ``patient_id``,
-            ``slide_id``, ``class`` and ``distance``.
-    """
-
-    reference: dict[str, Any]
-    nearest: list[list[dict[str, Any]]]
-
-
-def find_nearest_training_patches(
-    run: Run, pack: Pack, classifier: Classifier, rows: np.ndarray, *, engine: Engine
-) -> NearestTrainingPatches:
-    """Find the training patches that are nearest to some patches in the network's penultimate layer.
-
-    Each feature is divided by its standard deviation over the training patches. A distance of 1 is the median
+    Each feature is divided by its standard deviation over these patches. A distance of 1 is the median
     distance of a training patch to the nearest one of another patient (slide, patch).
 
-    Args:
-        run: The run, for its training patches; at most `REFERENCE_PATCHES` of them are drawn with its seed,
-            fewer for expensive networks.
-        rows: Rows of the patches in the pack.
+    Attributes:
+        patches: ``patch_id``, ``patient_id``, ``slide_id`` and ``class`` of each of the ``n`` patches.
+        features: Scaled features of the penultimate layer, float64 ``(n, n_features)``.
+        scale: Divisor of each feature, ``(n_features,)``; infinite where a feature does not vary.
+        unit: The distance that counts as 1.
+        description: ``n``, and ``distance``, the unit in words.
     """
-    train = np.flatnonzero(run.subsets(pack) == "train")
-    max_patches = min(
-        REFERENCE_PATCHES,
-        _FACTOR * affordable_patches(classifier.network, classifier.info.preprocessing.input_px),
-    )
-    rng = make_rng(run.info["seed"], "training patches alike")
-    sampled = np.sort(rng.choice(train, min(len(train), max_patches), replace=False))
-    _, features = predict_with_features(
-        classifier, pack.patches, pack.sizes, np.concatenate([sampled, rows]), engine=engine
-    )
-    train_features, query_features = np.split(features.astype(np.float64), [len(sampled)])
-    spread = train_features.std(axis=0)
-    train_features, query_features = (
-        values / np.where(spread > 0, spread, np.inf) for values in (train_features, query_features)
-    )
-    unit = _typical_distance(train_features, pack.group_ids[sampled])
-    distance = euclidean_distances(query_features, train_features) / unit
-    reference = {
-        "n": len(sampled),
-        "distance": f"1 is the median distance of a training patch to the nearest one of another {pack.unit}",
-    }
-    order = np.argsort(distance, axis=1, kind="stable")[:, :N_NEAREST]
-    table = pack.table[["patch_id", "patient_id", "slide_id"]].iloc[sampled].astype(object)
-    table = table.where(table.notna(), None).assign(
-        **{"class": [pack.class_names[index] for index in pack.target[sampled]]}
-    )
-    nearest = [
-        table.iloc[indices].assign(distance=row[indices]).to_dict("records")
-        for row, indices in zip(distance, order, strict=True)
-    ]
-    return NearestTrainingPatches(reference, nearest)
+
+    patches: pd.DataFrame
+    features: np.ndarray
+    scale: np.ndarray
+    unit: float
+    description: dict[str, int | str]
+
+    @classmethod
+    def from_run(cls, run: Run, pack: Pack, classifier: Classifier, *, engine: Engine) -> "TrainingReference":
+        """Compute the features of a run's training patches.
+
+        At most `REFERENCE_PATCHES` of them are drawn with its seed, fewer for expensive networks.
+        """
+        train = np.flatnonzero(run.subsets(pack) == "train")
+        max_patches = min(
+            REFERENCE_PATCHES,
+            _FACTOR * affordable_patches(classifier.network, classifier.info.preprocessing.input_px),
+        )
+        rng = make_rng(run.info["seed"], "training patches alike")
+        sampled = np.sort(rng.choice(train, min(len(train), max_patches), replace=False))
+        _, features = predict_with_features(classifier, pack.patches, pack.sizes, sampled, engine=engine)
+        spread = features.std(axis=0, dtype=np.float64)
+        scale = np.where(spread > 0, spread, np.inf)
+        scaled = features / scale
+        table = pack.table[["patch_id", "patient_id", "slide_id"]].iloc[sampled].astype(object)
+        table = table.where(table.notna(), None).assign(
+            **{"class": [pack.class_names[index] for index in pack.target[sampled]]}
+        )
+        unit = f"1 is the median distance of a training patch to the nearest one of another {pack.unit}"
+        return cls(
+            patches=table,
+            features=scaled,
+            scale=scale,
+            unit=_typical_distance(scaled, pack.group_ids[sampled]),
+            description={"n": len(sampled), "distance": unit},
+        )
+
+    def find_nearest(self, features: np.ndarray) -> list[list[dict[str, Any]]]:
+        """Return the nearest training patches of patches with some features, ``(n, n_features)``.
+
+        Returns:
+            For each patch `N_NEAREST` records, the nearest first: ``patch_id``, ``patient_id``, ``slide_id``,
+            ``class`` and ``distance``.
+        """
+        distance = euclidean_distances(features / self.scale, self.features) / self.unit
+        order = np.argsort(distance, axis=1, kind="stable")[:, :N_NEAREST]
+        return [
+            self.patches.iloc[indices].assign(distance=row[indices]).to_dict("records")
+            for row, indices in zip(distance, order, strict=True)
+        ]
 
 
 def _typical_distance(features: np.ndarray, group_ids: np.ndarray) -> float:
