@@ -284,6 +284,24 @@ def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_without_training_patches_is_named(make_pack, tmp_path, caplog):
+    three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
+    keep_in_training(three, "two-classes", 99, 99, 0)
+    train_tiny(three, tmp_path / "run", "train.class_weights=none", "train.epochs=1", split="two-classes")
+    [warned] = [
+        record for record in caplog.records if record.name == training.__name__ and "class_2" in record.args
+    ]
+    assert warned.levelname == "WARNING"
+
+
+def test_a_folder_with_files_of_others_is_refused_before_a_network_is_made(pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "make_network", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    with refuses(RunError, tmp_path, "empty"):
+        train_tiny(pack, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
     run = train_tiny(pack, tmp_path / "run", "train.epochs=1", "preprocessing.standardise=featurewise")
     patches = pack.patches[run.subsets(pack) == "train"].reshape(-1, 3) / 255

@@ -39,7 +39,9 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     m = facts.metrics
     title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
     name = facts.run.get("name") or facts.run.get("id") or "run"
-    source = f"Run {name}, evaluated on the {m.get('subset', 'test')} subset"
+    dataset = facts.run.get("pack", {}).get("dataset")
+    data = f" on the data set {dataset}" if dataset else ""
+    source = f"Run {name}{data}, evaluated on the {m.get('subset', 'test')} subset"
     if not facts.is_run:
         title, source = "Evaluation of predictions", "Predictions from outside biopsy"
     size = count_patches(m.get("n_patches") or 0, m.get("n_patients") or 0, facts.unit)

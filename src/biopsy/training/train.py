@@ -283,6 +283,11 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
             f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
             "training needs two classes"
         )
+    for index in np.setdiff1d(pack.target[subsets != ""], target):
+        logger.warning(
+            "split %r has no training patches of class %r: the model will not learn to predict it",
+            *(split.name, pack.class_names[index]),
+        )
     class_weights(target, len(pack.class_names), recipe.train.class_weights)
     check_method(recipe.decision.calibration, len(pack.class_names))
     if recipe.model.context and not has_coordinates(pack.table[subsets != ""]):
