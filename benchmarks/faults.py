@@ -11,19 +11,26 @@ disturbed one must come to. Every point is a process of its own, forked from thi
 * ``SIGKILL``, ``SIGTERM``, ``SIGINT``: sent at, or up to 20 ms after, a random one of the command's file
   operations (opening to write, renaming, making, removing; counted by an audit hook), four points in five;
   else at a random time of the run;
-* ``disk full``: no file may grow beyond a random size (RLIMIT_FSIZE), or file operations fail with ENOSPC
-  from a random one on;
-* ``read-only``: every file operation that changes the folder fails with EROFS;
-* ``few handles``: a random limit of 16 to 64 open files (RLIMIT_NOFILE);
-* ``clock set back``: all files are a day younger than the clock, which from a random file operation on shows
-  an hour less (``time.time``);
-* ``input altered``, ``input removed``: at a random file operation a byte of a file that the command reads is
+* ``disk full``: no file may grow beyond a size between nothing and the largest file's, on a logarithmic scale
+  (RLIMIT_FSIZE), and in every other point file operations fail with ENOSPC from one on;
+* ``read-only``: file operations that change the folder fail with EROFS from the first on, or from a later
+  one, as when a system mounts a disk anew after an error;
+* ``no temporary space``: file operations outside the folder, such as in that for temporary files and in those
+  for caches, fail with ENOSPC from one on; as many points as the command has of those, and at least one;
+* ``few handles``: a limit of 4 to 64 open files (RLIMIT_NOFILE);
+* ``clock set back``: all files are a day younger than the clock, which from a file operation on shows an hour
+  less (``time.time``);
+* ``input altered``, ``input removed``: at a file operation a byte of a file that the command reads is
   changed, or the file is removed; it is as it was when the command is run again (what was made without it,
   exit code 3, is removed first);
 * ``slow storage``: SIGKILL at a random file operation, where every opening, renaming, making, removing,
   listing and ``fsync`` that Python does in the folder takes 1 to 50 ms more, as on a network file system; the
   second run is as slow;
-* ``two at once``: the command is started twice in the same folder.
+* ``two at once``: the command is started twice in the same folder, the second time up to the command's
+  duration later.
+
+Limits, file operations and moments other than those of signals are spread evenly over their range, so that no
+two points of a row are the same.
 
 ``shards`` is ``slide`` by two processes, ``--shard 1/2`` and ``2/2``, of which the first is disturbed.
 
@@ -40,6 +47,7 @@ import csv
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -100,10 +108,10 @@ INPUTS = {
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 ON_INPUTS = ("input altered", "input removed")
-SLOW = "slow storage"
+SLOW, TWICE = "slow storage", "two at once"
 FAULTS = (
-    *(*SIGNALS, "disk full", "read-only", "few handles", "two at once", "clock set back"),
-    *(*ON_INPUTS, SLOW),
+    *(*SIGNALS, "disk full", "read-only", "no temporary space", "few handles", TWICE),
+    *("clock set back", *ON_INPUTS, SLOW),
 )
 READ = {
     "prepare": ("cohort.zip",),
@@ -130,11 +138,13 @@ Disturbance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: exit code (negative: the signal), what it printed, file operations, seconds."""
+    """How a process ended: exit code (negative: the signal), what it printed, file operations inside and
+    outside the folder, seconds."""
 
     code: int
     text: str
     operations: int
+    outside: int
     seconds: float
 
 
@@ -158,7 +168,7 @@ def start(
         code = command()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes too late
         sys.stdout.flush()
-        os.write(1, f"\noperations={count[0]}".encode())
+        os.write(1, f"\noperations={count[0]} {count[1]}".encode())
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -172,9 +182,10 @@ def wait(process: tuple[int, Path, float]) -> Outcome:
     """Wait for a process that `start` has made."""
     pid, log, began = process
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    text, _, operations = log.read_text(errors="replace").partition("\noperations=")
+    text, _, counts = log.read_text(errors="replace").partition("\noperations=")
     log.unlink()
-    return Outcome(code, text, int(operations or 0), time.monotonic() - began)
+    inside, outside = map(int, counts.split() or (0, 0))
+    return Outcome(code, text, inside, outside, time.monotonic() - began)
 
 
 def run(folder: Path, words: tuple[str, ...], disturb: Disturbance | None = None) -> Outcome:
@@ -183,25 +194,34 @@ def run(folder: Path, words: tuple[str, ...], disturb: Disturbance | None = None
 
 
 def count_operations(folder: Path, disturb: Disturbance | None) -> list[int]:
-    """Count, in this process from now on, the operations that change files in a folder."""
-    count = [0]
+    """Count, in this process from now on, the operations that change files inside a folder, and outside."""
+    count = [0, 0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, mode, flags = arguments
-            writes = set(mode) & set("wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
-        else:
-            path, writes = arguments[0] if arguments else 0, event in CHANGING
-        if writes and isinstance(path, str | bytes | os.PathLike):
-            if os.path.abspath(os.fsdecode(path)).startswith(f"{folder}{os.sep}"):
-                count[0] += 1
-                if disturb:
-                    disturb(count[0])
+        path = changed_path(event, arguments)
+        if path and path.startswith(f"{folder}{os.sep}"):
+            count[0] += 1
+            if disturb:
+                disturb(count[0])
+        elif path:
+            count[1] += 1
 
     if disturb:
         disturb(0)
     sys.addaudithook(hook)
     return count
+
+
+def changed_path(event: str, arguments: tuple[Any, ...]) -> str | None:
+    """Return the path that an audited operation changes; None if it changes no file."""
+    if event == "open":
+        path, mode, flags = arguments
+        writes = set(mode) & set("wax+") if isinstance(mode, str) else flags & (os.O_WRONLY | os.O_RDWR)
+    else:
+        path, writes = arguments[0] if arguments else 0, event in CHANGING
+    if not writes or not isinstance(path, str | bytes | os.PathLike):
+        return None
+    return os.path.abspath(os.fsdecode(path))
 
 
 # --- faults
@@ -226,6 +246,28 @@ def fail_from(operation: int, code: int) -> Disturbance:
             raise OSError(code, os.strerror(code))
 
     return disturb
+
+
+def fill_outside(operation: int) -> Disturbance:
+    """Return what lets file operations outside the folder fail from one on."""
+
+    def disturb(n: int) -> None:
+        if n == 0:
+            count, folder = itertools.count(1), f"{os.getcwd()}{os.sep}"
+
+            def hook(event: str, arguments: tuple[Any, ...]) -> None:
+                path = changed_path(event, arguments)
+                if path and not path.startswith((folder, "/dev/")) and next(count) >= operation:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+            sys.addaudithook(hook)
+
+    return disturb
+
+
+def wait_first(seconds: float) -> Disturbance:
+    """Return what lets a process start later."""
+    return lambda n: None if n else time.sleep(seconds)
 
 
 def limit(kind: int, value: int) -> Disturbance:
@@ -298,10 +340,10 @@ def slow_down(seed: str, further: Disturbance | None = None) -> Disturbance:
 
 
 def draw_fault(
-    command: str, fault: str, index: int, rng: random.Random, whole: Outcome, largest: int
+    command: str, fault: str, point: tuple[int, int], rng: random.Random, whole: Outcome, largest: int
 ) -> tuple[Disturbance, bool]:
-    """Draw one point of a fault; say whether it lies between the first and the last write."""
-    operation = rng.randint(1, whole.operations)
+    """Return one point of a fault, by its index and their number, and whether it lies between two writes."""
+    operation, (index, n_points) = rng.randint(1, whole.operations), point
     if fault == SLOW:
         return slow_down(f"{rng.random()}", send(signal.SIGKILL, operation, 0)), True
     if fault in SIGNALS:
@@ -309,18 +351,22 @@ def draw_fault(
         if index % 5 == 4:
             return send(number, None, rng.uniform(0.01, whole.seconds)), False
         return send(number, operation, rng.choice([0, rng.uniform(0.0005, 0.02)])), True
+    share = index / n_points
+    operation = 1 + int(share * whole.operations)
     if fault == "disk full":
         if index % 2:
             return fail_from(operation, errno.ENOSPC), True
-        return limit(resource.RLIMIT_FSIZE, rng.randint(0, largest)), True
+        return limit(resource.RLIMIT_FSIZE, int(largest**share) - 1), True
+    if fault == "read-only":
+        return fail_from(operation, errno.EROFS), index > 0
+    if fault == "no temporary space":
+        return fill_outside(1 + index), False
     if fault == "clock set back":
         return set_clock_back(operation), True
     if fault in ON_INPUTS:
-        share = rng.random() if fault == "input altered" else None
-        return spoil(rng.choice(READ[command]), operation, share), True
-    if fault == "read-only":
-        return fail_from(1, errno.EROFS), False
-    return limit(resource.RLIMIT_NOFILE, rng.randint(16, 64)), False
+        place = rng.random() if fault == "input altered" else None
+        return spoil(READ[command][index % len(READ[command])], operation, place), True
+    return limit(resource.RLIMIT_NOFILE, 4 + int(61 * share)), False
 
 
 @dataclass
@@ -472,27 +518,31 @@ def try_command(
     whole, values, stable, largest = campaign.measure(words)
     for fault in faults:
         row = Row(command, fault)
-        for index in range(1 if fault == "read-only" else n_points):
+        number = max(1, min(n_points, whole.outside)) if fault == "no temporary space" else n_points
+        for index in range(number):
             rng = random.Random(f"{seed} {command} {fault} {index}")
             codes = {0, 1, 3}
-            disturb, between = None, False
-            if fault != "two at once":
-                disturb, between = draw_fault(command, fault, index, rng, whole, largest)
+            disturb, between, second = None, False, None
+            if fault == TWICE:
+                second = wait_first(index / n_points * whole.seconds)
+            else:
+                disturb, between = draw_fault(command, fault, (index, n_points), rng, whole, largest)
             if fault in SIGNALS:
                 codes = {0, 130 if fault == "SIGINT" else -signal.Signals[fault]}
             slow = None
             if fault == SLOW:
-                codes, slow = {0, -signal.SIGKILL}, slow_down(f"{rng.random()}")
+                codes, second = {0, -signal.SIGKILL}, slow_down(f"{rng.random()}")
+                slow = second  # for the second run too
             processes = [(words, disturb)]
-            if fault == "two at once" or command == "shards":
-                processes += [(tuple("2/2" if word == "1/2" else word for word in words), slow)]
+            if fault == TWICE or command == "shards":
+                processes += [(tuple("2/2" if word == "1/2" else word for word in words), second)]
             ended, wrong = campaign.try_point(processes, codes, slow)
             if not wrong:
                 wrong = find_difference(read_values(campaign.folder), values, stable) or ""
                 wrong = wrong or find_changed_outputs(campaign.folder) or ""
             row.points += 1
             row.between_writes += between
-            row.ended_before += ended and fault != "two at once"
+            row.ended_before += ended and fault != TWICE
             row.passed += not wrong
             if wrong:
                 print(f"{command}, {fault}, point {index}: {wrong}", flush=True)

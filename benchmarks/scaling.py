@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +72,20 @@ class Usage(NamedTuple):
         return {name: round(value, 1) for name, value in self._asdict().items()}
 
 
-def measure(arguments: Sequence[str], folder: Path | None = None, port: int | None = None) -> Usage:
-    """Run a command and return what it took; one that serves a port is interrupted once it has answered."""
+def measure(
+    arguments: Sequence[str],
+    folder: Path | None = None,
+    port: int | None = None,
+    visit: Callable[[int], None] | None = None,
+) -> Usage:
+    """Run a command and return what it took; one that serves a port is interrupted once it has answered.
+
+    Args:
+        arguments: The words after ``biopsy``.
+        folder: Where it runs.
+        port: Port that it serves.
+        visit: Called with the port, to ask for more before the interruption.
+    """
     start, peak_mb, ended = time.perf_counter(), [0.0, 0.0], 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -85,6 +97,9 @@ def measure(arguments: Sequence[str], folder: Path | None = None, port: int | No
         while not ended:
             peak_mb = [max(pair) for pair in zip(peak_mb, read_memory(process.pid), strict=True)]
             if port and is_answering(port):
+                if visit:
+                    visit(port)
+                    peak_mb = [max(pair) for pair in zip(peak_mb, read_memory(process.pid), strict=True)]
                 process.send_signal(signal.SIGINT)
                 port = None
             time.sleep(0.05)

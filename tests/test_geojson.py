@@ -8,6 +8,7 @@ import shapely
 from shapely.geometry import shape
 
 from biopsy.slide_io.annotations import read_annotations
+from biopsy.slides.maps import write_geojson
 from slide_maps import make_map
 
 RNG = np.random.default_rng(3)
@@ -144,3 +145,10 @@ def test_detections_are_the_cells_with_their_probabilities(slide_map, tmp_path):
 def test_the_same_map_gives_the_same_file(slide_map, tmp_path):
     one, two = (slide_map.to_geojson(tmp_path / name).read_bytes() for name in ("a", "b"))
     assert one == two
+
+
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path):
+    """`NaN` is no JSON, so that QuPath would refuse the whole file."""
+    with pytest.raises(ValueError):
+        write_geojson(tmp_path / "a.geojson", [{"type": "Feature", "properties": {"area": float("nan")}}])
+    assert not list(tmp_path.iterdir())

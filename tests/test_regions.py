@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import ABSTAINED, SlideMap, find_regions, outline
+from biopsy.slides.sources import list_slides, stitch_slide
 from slide_maps import make_map
 
 RING = np.pad(np.full((3, 3), 0.9), 1, constant_values=0.1)
@@ -61,6 +62,19 @@ def test_cells_that_touch_at_a_corner_are_two_regions():
 
 def test_straight_edges_have_no_corners_between():
     assert len(outline(np.ones((5, 9), bool), 3, 2).exterior.coords) == 5
+
+
+def test_a_slide_stitched_from_a_pack_has_its_pixels_and_places(make_pack):
+    pack = make_pack(n_patients=2, patches_per_patient=9, patch_px=50)
+    for name, index in list_slides(pack).items():
+        grid, picture = stitch_slide(pack, name, index)
+        table = pack.table.iloc[index]
+        assert (grid.scale, grid.slide_mpp, grid.patch_px) == (1.0, 4.0, 50)
+        np.testing.assert_array_equal(grid.x, table["x"])
+        np.testing.assert_array_equal(grid.y, table["y"])
+        assert picture.shape == (grid.height, grid.width, 3)
+        for row, x, y in zip(index, table["x"], table["y"], strict=True):
+            np.testing.assert_array_equal(picture[y : y + 50, x : x + 50], pack.patches[row])
 
 
 def test_regions_of_a_stitched_slide_lie_where_its_patches_lie():

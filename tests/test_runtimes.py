@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,9 +154,15 @@ def test_what_openvino_cannot_follow_stays_with_pytorch(caplog):
     assert "OpenVINO cannot run this network, PyTorch is used" in caplog.text
 
 
-def test_a_network_that_comes_out_otherwise_stays_with_pytorch(caplog, monkeypatch):
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-4, 0), (1, 100)])
+def test_a_network_that_comes_out_otherwise_stays_with_pytorch(scale, offset, caplog, monkeypatch):
+    """Whatever the size of its logits and the distance between those of two classes."""
     monkeypatch.setattr(compiling, "_split", lambda weight: (weight, weight))
-    software, _ = ask(classifier_of("cancernet"), PATCHES)
+    classifier = classifier_of("cancernet")
+    *_, last = (layer for layer in classifier.network.modules() if isinstance(layer, torch.nn.Linear))
+    last.weight.data *= scale
+    last.bias.data = torch.tensor([0.0, offset])
+    software, _ = ask(classifier, PATCHES)
     assert software == "torch" and "OpenVINO's logits differ by" in caplog.text
 
 
@@ -195,6 +202,23 @@ def test_a_damaged_or_foreign_network_is_refused(bundle, tmp_path):
         file.write(b"\0" * 64)
     with refuses(RunError, "export", "again"):
         ask(Classifier.load(bundle), PATCHES)
+
+
+def test_a_network_is_quantised_by_all_whole_batches(bundle, monkeypatch):
+    taken = []
+
+    def quantize(model, batches, *, subset_size):
+        taken.extend(batches)
+        assert subset_size == len(taken)
+        return model
+
+    nncf = SimpleNamespace(set_log_level=lambda level: None, Dataset=list, quantize=quantize)
+    monkeypatch.setitem(sys.modules, "nncf", nncf)
+    patches = np.tile(PATCHES, (3, 1, 1, 1))[:47]  # two batches, and all but one of a third
+    write_quantised(Classifier.load(bundle), bundle, patches)
+    assert [len(batch) for batch in taken] == [16, 16]
+    np.testing.assert_array_equal(np.concatenate(taken), patches[:32])
+    assert (bundle / "openvino" / INT8_MODEL).is_file()
 
 
 @pytest.fixture
