@@ -14,7 +14,9 @@ MAX_SECONDS = 20  # of the processor
 MAX_BYTES = 1.5e9
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["biopsy.cli", "biopsy.data.prepare"])
+_FORKS.set_forkserver_preload(
+    ["biopsy.cli", "biopsy.data.prepare", "biopsy.slides.mapping", "biopsy.training.open_model"]
+)
 
 
 def run(*arguments):
