@@ -258,6 +258,17 @@ def test_nothing_is_told_to_the_makers(monkeypatch):
     monkeypatch.setattr(openvino_telemetry.Telemetry, "__init__", tell)
     monkeypatch.setattr(openvino_telemetry.Telemetry, "send_event", tell)
     assert ask(classifier_of("cancernet"), PATCHES)[0] == "openvino"
+    code = """
+import openvino_telemetry
+def tell(*_, **__):
+    raise SystemExit("use was reported")
+openvino_telemetry.Telemetry.__init__ = openvino_telemetry.Telemetry.send_event = tell
+from biopsy.models.openvino_runtime import import_openvino
+import_openvino().Core()
+import openvino.tools.ovc
+import openvino_telemetry
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # importing it reports that it was imported
 
 
 def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure(monkeypatch):

@@ -30,6 +30,7 @@ from biopsy.models.openvino_runtime import (
     CompiledRuntime,
     describe_origin,
     empty_batch,
+    import_openvino,
     read_compiled,
 )
 from biopsy.recipes.preprocessing import Preprocessing
@@ -130,7 +131,7 @@ def _take_bytes(network: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 def convert(classifier: Classifier) -> Any:
     """Return the OpenVINO model of a classifier: uint8 ``(16, px, px, 3)`` to logits and features."""
-    from openvino import PartialShape, Type
+    openvino = import_openvino()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -143,8 +144,8 @@ def convert(classifier: Classifier) -> Any:
         decoder = TorchScriptPythonDecoder(script, example_input=pixels)
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
-    model.inputs[0].get_node().set_element_type(Type.u8)
-    model.reshape(PartialShape(list(pixels.shape)))
+    model.inputs[0].get_node().set_element_type(openvino.Type.u8)
+    model.reshape(openvino.PartialShape(list(pixels.shape)))
     model.validate_nodes_and_infer_types()
     return model
 
@@ -185,8 +186,7 @@ def write_compiled(classifier: Classifier, folder: Path) -> None:
     model = try_to_convert(classifier) if find_spec("openvino") else None
     if model is None:
         return
-    import openvino
-
+    openvino = import_openvino()
     target = folder / FOLDER
     target.mkdir()
     openvino.save_model(model, target / MODEL, compress_to_fp16=False)
@@ -204,12 +204,11 @@ def write_quantised(classifier: Classifier, folder: Path, patches: np.ndarray) -
     if not target.is_dir():
         raise RunError(f"OpenVINO cannot run the network {classifier.info.network}: it cannot be quantised")
     os.environ.setdefault("NNCF_CI", "1")  # disables telemetry
+    openvino = import_openvino()
     try:
         import nncf
     except ImportError:
         raise MissingExtra("int8", "quantisation") from None
-    import openvino
-
     nncf.set_log_level(logging.ERROR)
     pixels = classifier.info.preprocessing.resize_patches(patches)
     size = len(empty_batch(1))

@@ -1,9 +1,11 @@
 """Networks compiled by OpenVINO: runtime, reading and verification."""
 
+import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from types import ModuleType
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -35,8 +37,7 @@ class CompiledRuntime:
     in_threads = True
 
     def __init__(self, classifier: Classifier, model: Any, precision: str, *, n_threads: int) -> None:
-        import openvino
-
+        openvino = import_openvino()
         keep_freed_memory()
         self.software = ("openvino", version("openvino"))
         self._preprocessing = classifier.info.preprocessing
@@ -75,10 +76,23 @@ class CompiledRuntime:
         return [np.concatenate(parts) for parts in zip(*result, strict=True)]
 
 
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, by which it would report every import to its makers."""
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = cast(ModuleType, None)  # not to be imported: OpenVINO then has a stub of its own
+    try:
+        import openvino
+    finally:
+        sys.modules.pop(name, None)
+        if before is not None:
+            sys.modules[name] = before
+    return openvino
+
+
 def read_compiled(folder: Path, classifier: Classifier, name: str = MODEL) -> Any:
     """Read a network written by `compiling.write_compiled` or `compiling.write_quantised`."""
-    import openvino
-
+    openvino = import_openvino()
     document = read_json(folder / DOCUMENT, format=FORMAT)
     is_complete = all((folder / name).is_file() for name in document["files"]) and all(
         sha256_file(folder / name) == digest for name, digest in document["files"].items()
