@@ -240,3 +240,20 @@ def test_a_narrow_screen_shows_the_slide_and_opens_its_panels(show, phantom):
     probability = page.locator("#facts dd").nth(1).bounding_box()
     panel = page.locator("#panel").bounding_box()
     assert panel["y"] <= probability["y"] <= panel["y"] + panel["height"]
+
+
+def test_a_slide_that_cannot_be_opened_is_named_and_the_next_one_shown(show, phantom, tmp_path):
+    slide, _ = phantom
+    (tmp_path / "a-broken.tiff").write_bytes(b"II*\0 not a slide")
+    for name in ("b-sound.tiff", "c-removed.tiff"):
+        shutil.copy(slide, tmp_path / name)
+    page = show(tmp_path)
+    note = page.locator("#note")
+    assert "a-broken.tiff" in note.inner_text() and "b-sound" in page.inner_text("#title")
+    assert page.evaluate(COUNT_TISSUE) > 0.1
+    (tmp_path / "c-removed.tiff").unlink()
+    page.get_by_role("button", name="c-removed").click()
+    page.wait_for_function("document.getElementById('note').textContent.includes('c-removed.tiff')")
+    assert "b-sound" in page.inner_text("#title") and page.evaluate(COUNT_TISSUE) > 0.1
+    page.get_by_role("button", name="b-sound").click()
+    page.wait_for_function("document.getElementById('note').hidden")

@@ -47,7 +47,18 @@ const openSlide = guarded(async (key, view) => {
   drawMinimap(key);
   if (opened.grid) await openLayer(key);
   await loadAnnotations();
+  return true;
 });
+
+// Open the first slide that can be opened, the first of all at a view; returns why those before it could not.
+async function openFirst(keys, view) {
+  const reasons = [];
+  for (const key of keys) {
+    if (await openSlide(key, key === keys[0] ? view : undefined)) break;
+    reasons.push($("note").textContent);
+  }
+  return reasons;
+}
 
 async function openLayer(key) {
   const { rows, columns, predicted, annotated } = slide.grid, { names, positive, threshold } = slide.labels;
@@ -615,10 +626,11 @@ guarded(async () => {
   listSlides();
   const [key, ...view] = location.hash.slice(1).split("/");
   const wanted = state.slides.find((entry) => entry.key === key);
-  if (wanted) await openSlide(wanted.key, view.length === 3 ? view.map(Number) : undefined);
-  else if (state.slides.length) await openSlide($("slides").querySelector("button").value);
-  else if (state.sheets.length) await openSheet(state.sheets[0].key);
-  const warnings = [...state.notes, state.writable ? "" : `${state.annotations} cannot be written: annotations are not kept; name a file with --annotations`, ...(slide?.notes ?? [])];
+  const listed = [...$("slides").querySelectorAll("button")].map((button) => button.value);
+  const keys = wanted ? [wanted.key, ...listed.filter((other) => other !== wanted.key)] : listed;
+  const unopened = await openFirst(keys, wanted && view.length === 3 ? view.map(Number) : undefined);
+  if (!keys.length && state.sheets.length) await openSheet(state.sheets[0].key);
+  const warnings = [...state.notes, state.writable ? "" : `${state.annotations} cannot be written: annotations are not kept; name a file with --annotations`, ...unopened, ...(slide?.notes ?? [])];
   note(warnings.filter(Boolean).join(" "));
   document.body.dataset.ready = "yes";
 })();
