@@ -18,7 +18,7 @@ from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import load_recipe
 from biopsy.statistics.calibrators import fit_calibrator
 from biopsy.statistics.decisions import choose_threshold
-from biopsy.training.postprocessing import find_trained_prior, fit_postprocessing
+from biopsy.training.postprocessing import find_trained_prior, fit_postprocessing, warn_of_calibration
 from biopsy.training.runs import Run
 from refusals import refuses
 from tiny_runs import LIVELY, assert_same_run, copy_run, train_tiny
@@ -171,11 +171,21 @@ def test_one_class_in_validation_is_recorded_and_the_run_goes_on(method):
 
 
 @pytest.mark.parametrize(("n_groups", "text"), [(1, "1 patient only"), (2, "2 patients only")])
-def test_one_or_two_patients_calibrate_with_a_warning(n_groups, text, caplog):
+def test_one_or_two_patients_calibrate_with_a_warning(n_groups, text):
     logits, target, groups = draw(n_groups=n_groups)
-    record = settle_stub(logits, target, groups, "platt").info.calibrator
+    classifier = settle_stub(logits, target, groups, "platt")
+    record = classifier.info.calibrator
     assert record["method"] == "intercept" and record["n_patients"] == n_groups and record["reason"]
-    assert text in record["warning"] and text in caplog.text
+    assert text in record["warning"]
+    assert [text in message for message in warn_of_calibration(classifier)] == [False, True]
+
+
+def test_a_training_with_neighbours_warns_of_its_calibration_once(make_pack, tmp_path, caplog):
+    pack = make_pack(n_patients=6, patches_per_patient=8)
+    run = train_tiny(pack, tmp_path / "run", "train.epochs=1", "model.context=0.5")
+    expected = warn_of_calibration(run.classifier)
+    logged = [record.getMessage() for record in caplog.records]
+    assert expected and [message for message in logged if "calibrated" in message] == expected
 
 
 def test_constant_and_nan_logits():

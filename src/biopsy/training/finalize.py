@@ -17,7 +17,12 @@ from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
-from biopsy.training.postprocessing import fit_run_postprocessing, warn_of_spread, write_validation
+from biopsy.training.postprocessing import (
+    fit_run_postprocessing,
+    warn_of_calibration,
+    warn_of_spread,
+    write_validation,
+)
 from biopsy.training.probe import PROBE
 from biopsy.training.runs import NormalisationRecord, Run
 
@@ -78,7 +83,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         _warn_unsettled(normalisation, progress.step),
         warn_of_spread(classifier, logits, run.validation_subset),
     ]
-    for message in filter(None, warnings):
+    for message in filter(None, [*warn_of_calibration(classifier), *warnings]):
         logger.warning("%s", message)
     classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")

@@ -100,13 +100,17 @@ def fit_postprocessing(
             "unit": unit,
             "warning": _warn_few(n_groups, unit),
         }
-        if fitted.reason:
-            logger.warning("calibrated by an intercept alone: %s", fitted.reason)
-        if info.calibrator["warning"]:
-            logger.warning("%s", info.calibrator["warning"])
     if positive is not None:
         prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
         info.thresholds = [_freeze(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
+
+
+def warn_of_calibration(classifier: Classifier) -> list[str]:
+    """Return what limits the calibration of a classifier: another method than asked for, few patients."""
+    calibrator = classifier.info.calibrator
+    reason = calibrator.get("reason")
+    instead = f"calibrated by an intercept alone: {reason}" if reason else None
+    return [message for message in (instead, calibrator.get("warning")) if message]
 
 
 def _warn_few(n_groups: int, unit: str) -> str | None:

@@ -19,7 +19,12 @@ from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.statistics.calibrators import Method, check_method
-from biopsy.training.postprocessing import fit_run_postprocessing, logger, write_validation
+from biopsy.training.postprocessing import (
+    fit_run_postprocessing,
+    logger,
+    warn_of_calibration,
+    write_validation,
+)
 from biopsy.training.runs import Run, hash_config
 
 STALE = ("predictions/test.parquet", "evaluation", "external", "explain", "errors", "report.html")
@@ -101,6 +106,8 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
     target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
     fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
+    for message in warn_of_calibration(classifier):
+        logger.warning("%s", message)
     config_sha256 = _hash_new_config(run, recipe)
     removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
