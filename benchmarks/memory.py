@@ -1,11 +1,11 @@
 """Peak memory of every command on large phantom inputs, and the bounds that a test holds them to.
 
-A cohort of phantom patches (2,000 drawn, each copied with its pixels moved round, under other patients' ids)
-and a phantom slide go through every command that reads any, each a process of its own; ``serve`` until it
-answers, ``view`` until it has shown what its page shows first. ``fetch`` and ``publish`` talk to servers on
-this machine, one of which holds the cohort, packed, as the data set of a plug-in. ``peak_rss_mb`` is what the
-system counts (`os.wait4`), pages of memory-mapped files included; ``peak_anon_mb`` is without those, looked
-at 20 times a second.
+A cohort of phantom patches (at most 2,000 drawn, each copied with its pixels moved round, under other
+patients' ids) and a phantom slide go through every command that reads any, each a process of its own;
+``serve`` until it answers, ``view`` until it has shown what its page shows first. ``fetch`` and ``publish``
+talk to servers on this machine, one of which holds the cohort, packed, as the data set of a plug-in.
+``peak_rss_mb`` is what the system counts (`os.wait4`), pages of memory-mapped files included;
+``peak_anon_mb`` is without those, looked at 20 times a second.
 
     python benchmarks/memory.py [--patches 40000] [--slide-px 30000] [--commands train evaluate]
 
@@ -129,8 +129,9 @@ COMMANDS = {
 
 def write_cohort(path: Path, n_patches: int) -> None:
     """Write an archive in IDC's layout of phantom patches and of copies moved round by some pixels."""
+    per_patient = min(DRAWN, n_patches // 4) / 20
     with tempfile.TemporaryDirectory() as name:
-        source = write_archive(Path(name) / "drawn.zip", n_patients=20, patches_per_patient=DRAWN / 20)
+        source = write_archive(Path(name) / "drawn.zip", n_patients=20, patches_per_patient=per_patient)
         with zipfile.ZipFile(source) as archive, zipfile.ZipFile(path, "w") as target:
             drawn = [(entry, archive.read(entry)) for entry in archive.namelist() if entry.endswith(".png")]
             for number in range(n_patches):
@@ -201,14 +202,19 @@ def _serve(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterat
         thread.join()
 
 
-def measure_command(name: str, folder: Path) -> Usage:
-    """Run a command in a folder that `write_inputs` has filled, and return what it took."""
+def measure_command(name: str, folder: Path, before: str = "") -> Usage:
+    """Run a command in a folder that `write_inputs` has filled, and return what it took.
+
+    Args:
+        name: Key of `COMMANDS`.
+        folder: The folder.
+        before: Code that is run before the command.
+    """
     port = find_free_port()
     words = COMMANDS[name].words.format(port=port).split()
     is_view = name.startswith("view")
-    return measure(
-        words, folder, port if is_view or name == "serve" else None, show_first if is_view else None
-    )
+    is_served = is_view or name == "serve"
+    return measure(words, folder, port if is_served else None, show_first if is_view else None, before)
 
 
 def show_first(port: int) -> None:

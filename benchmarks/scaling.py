@@ -77,6 +77,7 @@ def measure(
     folder: Path | None = None,
     port: int | None = None,
     visit: Callable[[int], None] | None = None,
+    before: str = "",
 ) -> Usage:
     """Run a command and return what it took; one that serves a port is interrupted once it has answered.
 
@@ -85,11 +86,12 @@ def measure(
         folder: Where it runs.
         port: Port that it serves.
         visit: Called with the port, to ask for more before the interruption.
+        before: Code that is run before the command.
     """
     start, peak_mb, ended = time.perf_counter(), [0.0, 0.0], 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from biopsy.cli import main; main()", *arguments],
+            [sys.executable, "-c", f"{before}\nfrom biopsy.cli import main; main()", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=errors,
             cwd=folder,

@@ -16,7 +16,7 @@ CONNECTED = "a connection was opened:"
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["biopsy.cli", "biopsy.data.prepare", "biopsy.slides.mapping", "biopsy.training.open_model"]
+    ["biopsy.cli", "biopsy.data.prepare", "biopsy.slides.mapping", "biopsy.models.compiling"]
 )
 
 
