@@ -11,7 +11,7 @@ disturbed one must come to. Every point is a process of its own, forked from thi
 * ``SIGKILL``, ``SIGTERM``, ``SIGINT``: sent at, or up to 20 ms after, a random one of the command's file
   operations (opening to write, renaming, making, removing; counted by an audit hook), four points in five;
   else at a random time of the run;
-* ``disk full``: no file may grow beyond a size between nothing and the largest file's, on a logarithmic scale
+* ``disk full``: no file may grow beyond a size between 4 kB and the largest file's, on a logarithmic scale
   (RLIMIT_FSIZE), and in every other point file operations fail with ENOSPC from one on;
 * ``read-only``: file operations that change the folder fail with EROFS from the first on, or from a later
   one, as when a system mounts a disk anew after an error;
@@ -109,6 +109,7 @@ INPUTS = {
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 ON_INPUTS = ("input altered", "input removed")
 SLOW, TWICE = "slow storage", "two at once"
+LEAST = 4096  # bytes that a file may hold when the disk is full, so that messages can be kept
 FAULTS = (
     *(*SIGNALS, "disk full", "read-only", "no temporary space", "few handles", TWICE),
     *("clock set back", *ON_INPUTS, SLOW),
@@ -356,7 +357,7 @@ def draw_fault(
     if fault == "disk full":
         if index % 2:
             return fail_from(operation, errno.ENOSPC), True
-        return limit(resource.RLIMIT_FSIZE, int(largest**share) - 1), True
+        return limit(resource.RLIMIT_FSIZE, int(LEAST * (largest / LEAST) ** share) - 1), True
     if fault == "read-only":
         return fail_from(operation, errno.EROFS), index > 0
     if fault == "no temporary space":

@@ -283,7 +283,8 @@ def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure
         compiling.try_to_convert(classifier_of("cancernet"))
 
 
-def test_slides_of_a_converted_network_start_without_pytorch():
-    """Importing it takes seconds, which every command on slides would wait for."""
-    code = "import sys; sys.modules['torch'] = None; import biopsy.slides.cohorts, biopsy.training.open_model"
+def test_slides_and_pages_start_without_pytorch():
+    """Importing it takes seconds and 700 MB, which every command on slides, and `view`, would wait for."""
+    code = "import sys, biopsy.slides.cohorts, biopsy.training.open_model, biopsy.app.viewer"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

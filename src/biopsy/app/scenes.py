@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,6 @@ from biopsy.core.files import read_json
 from biopsy.core.tables import read_csv_table
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import decide
-from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
@@ -34,6 +33,9 @@ from biopsy.slides.outputs import MAP, SUMMARY
 from biopsy.slides.sources import Source, list_sources, stitch_slide
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
+
+if TYPE_CHECKING:
+    from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 
 MAX_OPEN = 12  # slides that are kept open
 _STATUS = "status.csv"
@@ -213,9 +215,11 @@ class Sheet:
         return self.pack.pixels(row).copy()
 
     @cached_property
-    def training_reference(self) -> TrainingReference:
+    def training_reference(self) -> "TrainingReference":
         """The training patches of the run, that patches are compared with: some seconds the first time."""
         assert self.run is not None and self.classifier is not None
+        from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
+
         return TrainingReference.from_run(self.run, self.pack, self.classifier, engine=Engine("auto"))
 
     @cached_property
