@@ -100,9 +100,9 @@ COMMANDS = {
     "predict": Command("predict run in.pack cohort.zip --out predictions.csv --device cpu", 1500, 15),
     "next": Command("next run in.pack --out queue.csv --device cpu", 1400, 15),
     "export": Command("export run bundle", 1400, 5),
-    "publish": Command("publish bundle lab/phantom", 900),
-    "fetch": Command("fetch phantom --out fetched", 400),
-    "import-keras": Command("import-keras cancernet.weights.h5 --model cancernet-2020 --out imported", 900),
+    "publish": Command("publish bundle lab/phantom", 1300),
+    "fetch": Command("fetch phantom --out fetched", 1200),
+    "import-keras": Command("import-keras cancernet.weights.h5 --model cancernet-2020 --out imported", 1200),
     "study": Command(f"study {STUDY} --seeds 0,1 --out study", 1700, 20),
     "compare": Command("compare run study --out comparison", 500, 5),
     "sweep": Command(f"sweep {STUDY} --grid train.lr=0.1,0.05 --out sweep", 1700, 20),
@@ -123,7 +123,7 @@ COMMANDS = {
     "slide": Command("slide run slides --out maps --device cpu", 1600),
     "serve": Command("serve run --port {port}", 1200),
     "view": Command("view slides --no-browser --port {port}", 500),
-    "view pack": Command("view in.pack --no-browser --port {port}", 500, 10),
+    "view pack": Command("view in.pack --no-browser --port {port}", 600, 10),
 }
 
 

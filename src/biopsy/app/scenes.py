@@ -24,7 +24,6 @@ from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import decide
 from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
 from biopsy.models.classifier import Classifier
-from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, find_regions
@@ -219,6 +218,7 @@ class Sheet:
         """The training patches of the run, that patches are compared with: some seconds the first time."""
         assert self.run is not None and self.classifier is not None
         from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
+        from biopsy.models.engine import Engine
 
         return TrainingReference.from_run(self.run, self.pack, self.classifier, engine=Engine("auto"))
 
