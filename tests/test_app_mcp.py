@@ -52,11 +52,14 @@ def test_tools_answer_as_predict_and_slide_do(make_slide, tmp_path):
     for path in images:
         path.write_bytes(encode_png(rng.integers(0, 256, (16, 16, 3), np.uint8)))
     case = make_slide("case.tiff", width=900, height=600).rename(root / "case.tiff")
-    models, predicted, outside, started, mapped, unknown = call_tools(
+    (root / "case.svs").write_bytes(b"II*\0")
+    (root / "none.png").write_bytes(b"no image")
+    models, predicted, outside, slide, started, mapped, unknown = call_tools(
         [classifier, "--root", root, "--out", tmp_path / "jobs", "--device", "cpu"],
         ("list_models", {}),
-        ("predict_patches", {"paths": [path.name for path in images]}),
+        ("predict_patches", {"paths": [*(path.name for path in images), "none.png", "case.tiff"]}),
         ("predict_patches", {"paths": ["../classifier"]}),
+        ("predict_patches", {"paths": ["case.svs"]}),
         ("map_slide", {"path": "case.tiff"}),
         ("get_slide", lambda results: {"identity": results[-1].structured_content["id"]}),
         ("get_slide", {"identity": "0" * 16}),
@@ -68,11 +71,18 @@ def test_tools_answer_as_predict_and_slide_do(make_slide, tmp_path):
     assert [row["patch_id"] for row in answer["patches"]] == expected["patch_id"].tolist()
     assert [row["prob"] for row in answer["patches"]] == pytest.approx(expected["prob"].tolist(), abs=1e-6)
     assert outside.is_error and "leads out" in outside.content[0].text
+    assert [item["source"] for item in answer["skipped"]] == ["none.png", "case.tiff"]
+    assert "map_slide" in answer["skipped"][1]["reason"]
+    assert (
+        slide.is_error and "map_slide" in slide.content[0].text and str(tmp_path) not in slide.content[0].text
+    )
     assert unknown.is_error and "map_slide" in unknown.content[0].text
     assert not started.is_error
     summary = mapped.structured_content["summary"]
     assert summary["n_patches"] == len(biopsy.slide(make_classifier(), case, device="cpu"))
-    assert "map.parquet" in mapped.structured_content["files"]
+    files = mapped.structured_content["files"]
+    assert (tmp_path / "jobs" / files["map.parquet"]).is_file()
+    assert not any(str(tmp_path) in str(result.content) for result in (models, predicted, started, mapped))
 
 
 def test_a_root_is_needed_and_options_of_http_are_refused(tmp_path):

@@ -115,7 +115,7 @@ def test_a_phantom_slide_is_seen_mapped_and_corrected(show, phantom):
         page.wait_for_timeout(400)
         facts = facts_of(page)
         assert facts["x, y (px)"] == f"{row.x}, {row.y}"
-        assert float(facts["P(idc)"]) == pytest.approx(row.prob, abs=6e-5)
+        assert float(facts["P(IDC)"]) == pytest.approx(row.prob, abs=6e-5)
     page.keyboard.press("w")
     page.wait_for_timeout(400)
     assert page.locator("#annotation-count").inner_text() == "0 right, 1 wrong, 0 unsure"
@@ -191,12 +191,12 @@ def test_labels_of_a_stitched_slide_go_through_prepare(show, make_idc_zip, tmp_p
 
 def test_colours_are_named_beside_the_slide(show, phantom):
     page = show(phantom[1])
-    assert "P(idc)" in page.locator("#legend").inner_text()
+    assert "P(IDC)" in page.locator("#legend").inner_text()
     page.select_option("#class", "0")
-    assert "P(non_idc)" in page.locator("#legend").inner_text()
+    assert "P(non-IDC)" in page.locator("#legend").inner_text()
     page.select_option("#layer", "pred")
     shown = page.locator("#legend span").all_inner_texts()
-    assert shown[:2] == ["predicted non_idc", "predicted idc"]
+    assert shown[:2] == ["predicted non-IDC", "predicted IDC"]
     colours = [
         page.locator("#legend .swatch").nth(index).evaluate("one => one.style.backgroundColor")
         for index in range(2)
@@ -217,7 +217,7 @@ def test_a_filter_changed_while_patches_load_shows_only_what_it_names(show, make
         field.dispatchEvent(new Event("change")); } }""")
     page.wait_for_timeout(800)
     shown = page.locator(".patch span").all_inner_texts()
-    assert shown == ["idc"] * (pack.target == 1).sum()
+    assert shown == ["IDC"] * (pack.target == 1).sum()
     page.fill("#filter-value", "nobody")
     page.press("#filter-value", "Enter")
     page.wait_for_timeout(500)

@@ -138,6 +138,7 @@ def test_models_health_metrics_and_description(client, images):
     send(client, images[:3])
     [model] = client.get("/models").json()
     assert model["class_names"] == ["non_idc", "idc"] and model["patch_px"] == 16
+    assert model["class_titles"] == ["non-IDC", "IDC"]
     assert client.get("/health").json()["status"] == "ok"
     metrics = client.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")

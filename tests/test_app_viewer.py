@@ -173,6 +173,9 @@ def test_a_run_shows_stitched_slides_with_truth_and_a_sheet(run):
     frame, _ = run.predictions("validation")
     row = frame.iloc[3]
     entry = next(item for item in state["slides"] if item["name"] == row["slide_id"])
+    labels = client.get(f"/api/slides/{entry['key']}").json()["labels"]
+    assert labels["names"] == ["non_idc", "idc"] and labels["titles"] == ["non-IDC", "IDC"]
+    assert entry["positive"] == "predicted IDC"
     patch = client.get(f"/api/slides/{entry['key']}/patch?x={row['x'] + 2}&y={row['y'] + 2}").json()
     assert patch["probs"]["idc"] == pytest.approx(row["prob"], abs=1e-6)
     assert patch["patch_id"] == row["patch_id"] and patch["label"] == pack.class_names[row["target"]]

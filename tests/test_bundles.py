@@ -167,6 +167,7 @@ def test_the_card_says_what_the_records_say(bundle, trained_run):
         "## Limits",
         "Not evaluated",
         "16 x 16 px at 4 um/px",
+        "| classes | non-IDC (`non_idc`), IDC (`idc`) |",
     ):
         assert wanted in card
     assert trained_run.classifier.info.licence in card and "| test | 40 | 5 |" in card

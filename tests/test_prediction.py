@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import biopsy
-from biopsy.core.errors import ArchiveError, DataError, RunError
+from biopsy.core.errors import ArchiveError, DataError, RunError, SlideError
 from biopsy.data.predictions import give_ids, read_predictions
 from biopsy.evaluation.predict import predict
 from biopsy.models.classifier import Classifier
@@ -263,6 +263,15 @@ def test_nothing_that_can_be_read_is_an_error(trained_run, tmp_path):
     with refuses(DataError, "no.png"):
         ask(trained_run, tmp_path / "no.png")
     assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_slides_are_refused_with_the_command_that_maps_them(trained_run, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    (slides / "case.SVS").write_bytes(b"II*\0")
+    for path in (slides / "case.SVS", slides):
+        with refuses(SlideError, path, "biopsy slide"):
+            ask(trained_run, path)
 
 
 def test_refusals(trained_run, folder, make_pack, tmp_path):

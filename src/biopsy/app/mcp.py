@@ -1,5 +1,6 @@
 """The service as tools of the Model Context Protocol, for assistants that start it."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,13 +28,18 @@ _INSTRUCTIONS = (
 )
 
 
+def _tell(text: str, root: Path | None) -> str:
+    """Return a message with paths below the root, and the tool in place of the command."""
+    return text.replace(f"{root}{os.sep}", "").replace("`biopsy slide`", "the tool `map_slide`")
+
+
 @contextmanager
-def _named_errors() -> Iterator[None]:
+def _named_errors(root: Path | None) -> Iterator[None]:
     """Let the assistant read the errors of the library; of others it learns only that there was one."""
     try:
         yield
     except (BiopsyError, PermissionError) as error:
-        raise ToolError(str(error)) from None
+        raise ToolError(_tell(str(error), root)) from None
 
 
 def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -> MCPServer:
@@ -49,13 +55,13 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
     server = MCPServer("biopsy", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
 
     @server.tool()
-    @_named_errors()
+    @_named_errors(jobs.root)
     def list_models() -> list[dict[str, Any]]:
         """List the models: classes, decision threshold, size of a patch in pixels, um/px, licence."""
         return describe_models(classifiers)
 
     @server.tool()
-    @_named_errors()
+    @_named_errors(jobs.root)
     def predict_patches(paths: list[str], model: str | None = None) -> dict[str, Any]:
         """Predict patches: images, folders or zips of images. ``prob`` is that of the positive class."""
         classifier = classifiers[pick_model(classifiers, model)]
@@ -71,27 +77,30 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
             "positive_class": result.positive_class,
             "threshold": result.threshold and result.threshold["value"],
             "patches": shown.astype(object).where(shown.notna(), None).to_dict("records"),
-            "skipped": result.skipped,
+            "skipped": [
+                {key: _tell(text, jobs.root) for key, text in item.items()} for item in result.skipped
+            ],
         }
 
     @server.tool()
-    @_named_errors()
+    @_named_errors(jobs.root)
     def map_slide(path: str, model: str | None = None, mpp: float | None = None) -> dict[str, object]:
         """Start to map a slide; ``mpp`` is its um/px at level 0, for slides that do not record it."""
         slide = jobs.find(path)
         return jobs.add(pick_model(classifiers, model), slide, mpp)
 
     @server.tool()
-    @_named_errors()
+    @_named_errors(jobs.root)
     def get_slide(identity: str) -> dict[str, object]:
-        """Return status and progress of a slide; once it is done also its files and a summary."""
+        """Return status and progress of a slide; once it is done also its summary, and its files below --out."""
         try:
             job = jobs.get(identity)
         except KeyError:
             raise DataError(f"there is no slide {identity!r}: map_slide returns its id") from None
         if job["status"] != "done":
             return job
-        files = {name: str(jobs.result(identity, name)) for name in cast(list[str], job["results"])}
-        return {**job, "files": files, "summary": load_json(Path(files[SUMMARY]))}
+        files = {name: jobs.result(identity, name) for name in cast(list[str], job["results"])}
+        below = {name: file.relative_to(jobs.folder).as_posix() for name, file in files.items()}
+        return {**job, "files": below, "summary": load_json(files[SUMMARY])}
 
     return server

@@ -20,6 +20,7 @@ from biopsy.app.pictures import BlankPicture, Picture, SlidePicture, StitchedPic
 from biopsy.core.errors import DataError, RunError, SlideError
 from biopsy.core.files import read_json
 from biopsy.core.tables import read_csv_table
+from biopsy.core.text import class_title
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import decide
 from biopsy.evaluation.neighbours import count_neighbours, rank_label_issues
@@ -412,7 +413,7 @@ def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | No
         "ood_share": checked.get("share"),
     }
     name = file.parent.name if summary else file.stem
-    predicted = f"predicted {positive['class_name']}" if positive else ""
+    predicted = f"predicted {class_title(positive['class_name'])}" if positive else ""
     key, opener = _key(file, name), partial(_open_map, file, source, note)
     exhibit.entries[key] = Entry(key, name, opener, facts, predicted)
 
@@ -457,7 +458,7 @@ def _open_source(source: Source) -> Scene:
 def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
     facts, annotated = {"n_patches": None if source.index is None else float(len(source.index))}, ""
     if sheet is not None:
-        annotated = f"annotated {sheet.pack.info.positive_class}"
+        annotated = f"annotated {class_title(sheet.pack.info.positive_class or '')}"
         facts["positive_mm2"] = _area_mm2(sheet.pack.target[source.index], sheet, source)
     key = _key(source.path, source.name)
     sheet_key = sheet.key if sheet else None
@@ -506,7 +507,7 @@ def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
             "abstained_share": float(abstained[index].sum() / n_known) if n_known else None,
         }
         key = _key(run.path, source.name)
-        predicted = f"predicted {run.classifier.info.positive_class}"
+        predicted = f"predicted {class_title(classifier.info.positive_class or '')}"
         opener = partial(_open_predicted, source, sheet)
         exhibit.entries[key] = Entry(key, source.name, opener, facts, predicted, sheet.key)
 

@@ -28,7 +28,7 @@ from biopsy.app.pictures import TILE_PX, SlidePicture, count_levels, encode_jpeg
 from biopsy.app.web import Guard, answer, name_errors
 from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json
-from biopsy.core.text import printable
+from biopsy.core.text import class_title, printable
 from biopsy.evaluation.predict import decode_patch
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
@@ -201,6 +201,7 @@ def describe_models(classifiers: Mapping[str, Classifier]) -> list[dict[str, Any
             "sha256": classifier.sha256,
             "network": classifier.info.network,
             "class_names": classifier.info.class_names,
+            "class_titles": [class_title(name) for name in classifier.info.class_names],
             "positive_class": classifier.info.positive_class,
             "threshold": classifier.single_patch().threshold,
             "threshold_with_neighbours": classifier.threshold if classifier.info.context else None,

@@ -28,7 +28,7 @@ from biopsy.app.scenes import Exhibit, Labels, Patches, Scene, Sheet, open_sourc
 from biopsy.app.web import Guard, name_errors
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.tables import write_csv
-from biopsy.core.text import file_name
+from biopsy.core.text import class_title, file_name
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.style import BASELINE, CLASS_COLOURS, PROBABILITY_MAP
 from biopsy.training.runs import Run
@@ -479,6 +479,7 @@ def _describe_labels(labels: Labels | None) -> dict[str, object] | None:
     colours = [CLASS_COLOURS[index % len(CLASS_COLOURS)] for index in range(len(labels.names))]
     return {
         "names": labels.names,
+        "titles": [class_title(name) for name in labels.names],
         "positive": labels.positive,
         "threshold": labels.threshold,
         "colours": colours,

@@ -16,6 +16,7 @@ from biopsy.core.files import check_outputs, refuse_inputs, update_directory, wr
 from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
+from biopsy.core.text import class_title
 from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
@@ -139,6 +140,10 @@ def _write_audit(pack: Pack, audit: Audit, out: Path | str | None) -> Path:
     return path
 
 
+def _titles(pack: Pack) -> list[str]:
+    return [class_title(name) for name in pack.class_names]
+
+
 def _draw_classes(pack: Pack, folder: Path) -> Path:
     """Draw random patches of every class, spread over the patients."""
     sheets = []
@@ -147,7 +152,7 @@ def _draw_classes(pack: Pack, folder: Path) -> Path:
         groups = pd.Series(pack.group_ids[rows])
         turn = groups.groupby(groups).cumcount()  # one patch of every patient before a second
         shown = rows[np.argsort(turn, kind="stable")][:N_SHOWN]
-        sheets.append((f"{name}: {len(rows):,} patches", [pack.pixels(row) for row in shown]))
+        sheets.append((f"{class_title(name)}: {len(rows):,} patches", [pack.pixels(row) for row in shown]))
     path = folder / "classes.png"
     write_atomic(path, png(draw_class_sheet(sheets)))
     return path
@@ -162,7 +167,7 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
     counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
     np.add.at(counts, (codes, pack.target[has_group]), 1)
     path = folder / f"{pack.unit}s.svg"
-    write_atomic(path, svg(draw_balance(names.tolist(), counts, pack.class_names), f"{pack.unit}s"))
+    write_atomic(path, svg(draw_balance(names.tolist(), counts, _titles(pack)), f"{pack.unit}s"))
     return [path]
 
 
@@ -178,7 +183,7 @@ def _draw_split(pack: Pack, split: Split, folder: Path) -> Path:
     parts = [(name, member) for name, member in parts if member.any()]
     counts = [np.bincount(pack.target[member], minlength=len(pack.class_names)) for _, member in parts]
     path = folder / f"split-{split.name}.svg"
-    figure = draw_subsets([name for name, _ in parts], np.array(counts), pack.class_names)
+    figure = draw_subsets([name for name, _ in parts], np.array(counts), _titles(pack))
     write_atomic(path, svg(figure, "split"))
     return path
 
@@ -216,7 +221,7 @@ def _render_slide(pack: Pack, rows: np.ndarray) -> bytes:
         target,
         np.full(target.shape, np.nan),
         um_per_cell=None if mpp is None else patch_px * mpp,
-        class_names=pack.class_names,
+        class_names=_titles(pack),
         panels=("tissue", "target"),
     )
     return png(figure)

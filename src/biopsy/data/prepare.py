@@ -156,6 +156,10 @@ def _open_source(source: Path | str, dataset: str | None, cutting: Cutting | Non
     """Return the archive and its layout; refuse options that do not apply."""
     if cutting is not None and cutting.annotations is not None:
         return annotated_slides.open_slides(source), annotated_slides.SLIDES
+    if annotated_slides.is_slide(Path(source)):
+        raise DataError(
+            f"{source} is one image or slide: give a folder of patches, or of slides and their annotations"
+        )
     archive = open_archive(source)
     layout = find_dataset(archive, dataset)
     if layout.cuts_slides and cutting is None:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import DataError, RunError
+from biopsy.core.errors import DataError, RunError, SlideError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped
 from biopsy.core.storage import stage
@@ -37,6 +37,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
+from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -169,6 +170,7 @@ def predict(
         RunError: If the model cannot be opened, or is not trusted.
         DataError: If a path does not exist, or nothing could be read; for Kaggle, if the classifier has more
             than two classes or ids are duplicated.
+        SlideError: If a path is a slide or a folder of slides.
     """
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
@@ -408,7 +410,7 @@ def decode_patch(data: bytes | memoryview, patch_px: int) -> np.ndarray:
     if max(header.width, header.height) > patch_px:
         size = f"{header.width}x{header.height}"
         is_slide = min(header.width, header.height) > _SLIDE * patch_px
-        slide = ": map slides by `biopsy slide`" if is_slide else ""
+        slide = ": map it as a slide (`biopsy slide`)" if is_slide else ""
         raise DataError(f"is {size} px where the classifier takes patches of {patch_px}x{patch_px}{slide}")
     return decode(data)
 
@@ -444,6 +446,7 @@ def open_sources(paths: list[Path], classifier: Classifier, skipped: Skipped) ->
 
     Raises:
         DataError: If a path does not exist, or a pack does not fit the classifier.
+        SlideError: If a path is a slide or a folder of slides.
     """
     sources: list[Source] = []
     for are_images, group in groupby(paths, _is_image):
@@ -467,12 +470,16 @@ def open_sources(paths: list[Path], classifier: Classifier, skipped: Skipped) ->
 def _open_archive(path: Path, skipped: Skipped) -> ImageSource:
     if not path.exists():
         raise DataError(f"{path} does not exist: give images, folders, zips or packs")
+    if path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES:
+        raise SlideError(f"{path} is a slide, not a patch: map it with `biopsy slide`")
     archive = open_archive(path)
     skipped += [
         {"source": f"{path}/{name}", "reason": "is a zip inside a folder: give it separately"}
         for name in archive.unread
     ]
     entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    if not entries and any(entry.name.lower().endswith(SLIDE_SUFFIXES) for entry in archive.entries):
+        raise SlideError(f"{path} holds slides, not patches: map them with `biopsy slide`")
     return ImageSource(
         [Image(entry.name, printable(str(path)), partial(archive.read, entry)) for entry in entries]
     )

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 
 from biopsy.core.errors import MetricError
 from biopsy.core.results import Result, Table, number
-from biopsy.core.text import count, count_patches
+from biopsy.core.text import class_title, count, count_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ class Evaluation(Result):
         if self["positive_class"] is not None:
             threshold, confusion = self["threshold"], self["confusion"]
             counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
-            lines.append(f"positive class {self['positive_class']}: {counts}")
+            lines.append(f"positive class {class_title(self['positive_class'])}: {counts}")
             chosen_on = threshold["chosen_on"]
             chosen = f" ({threshold['rule']}, chosen on {chosen_on})" if chosen_on else ""
             lines.append(f"at threshold {threshold['value']:.3f}{chosen}")
@@ -130,13 +130,15 @@ class Evaluation(Result):
         from biopsy.evaluation.calibration.section import draw_calibration
 
         bins = self.document["calibration"]["after"]["bins"]
-        return draw_calibration(bins, positive=self.document["positive_class"])
+        positive = self.document["positive_class"]
+        return draw_calibration(bins, positive=positive and class_title(positive))
 
     def plot_confusion(self) -> "Figure":
         """Draw the confusion matrix."""
         from biopsy.evaluation.figures import draw_confusion_matrix
 
-        return draw_confusion_matrix(self.confusion_matrix().to_numpy(), self.class_names)
+        titles = [class_title(name) for name in self.class_names]
+        return draw_confusion_matrix(self.confusion_matrix().to_numpy(), titles)
 
     def _binary(self, curve: str) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each patch is positive, and its probability."""

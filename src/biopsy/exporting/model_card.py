@@ -13,7 +13,7 @@ from typing import Any, Required
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import RunError
-from biopsy.core.text import count, plural
+from biopsy.core.text import class_title, count, count_patches, plural
 from biopsy.models.classifier import CalibratorRecord, Classifier, ClassifierInfo
 from biopsy.reporting.document import interval_of, metric_label, number
 from biopsy.training.runs import Run
@@ -79,7 +79,7 @@ def card_of_run(facts: CardFacts) -> str:
     """Return the card as Markdown."""
     info = facts.info
     parts = [
-        f"# {info.recipe or info.network}: {' / '.join(info.class_names)}",
+        f"# {info.recipe or info.network}: {' / '.join(map(class_title, info.class_names))}",
         f"**{NOT_A_DEVICE}**",
         *_describe_model(info),
         *_describe_use(info),
@@ -127,12 +127,13 @@ def metadata_of_run(facts: CardFacts) -> str:
 
 
 def _describe_model(info: ClassifierInfo) -> list[str]:
+    input_px = info.preprocessing.input_px
+    resized = "" if input_px == info.patch_px else f", resized to {input_px} px"
     rows = {
         "network": info.network,
-        "classes": ", ".join(info.class_names),
-        "positive class": info.positive_class or "none, more than two classes",
-        "patch": f"{info.patch_px} x {info.patch_px} px at {_mpp(info)}, resized to "
-        f"{info.preprocessing.input_px} px",
+        "classes": ", ".join(map(_name_class, info.class_names)),
+        "positive class": _positive(info) or "none, more than two classes",
+        "patch": f"{info.patch_px} x {info.patch_px} px at {_mpp(info)}" + resized,
         "calibration": _describe_calibrator(info.calibrator),
         "threshold": _describe_threshold(info),
         "licence of the weights": info.licence,
@@ -145,7 +146,7 @@ def _describe_model(info: ClassifierInfo) -> list[str]:
 def _describe_use(info: ClassifierInfo) -> list[str]:
     return [
         "## Intended use",
-        f"Research on H&E-stained slides: maps of the probability of {info.positive_class or 'each class'} "
+        f"Research on H&E-stained slides: maps of the probability of {_positive(info) or 'each class'} "
         f"for patches of {info.patch_px} px at {_mpp(info)}, and comparison of methods. Not for decisions on "
         "patients; not for other stains, organs or magnifications than those below.",
     ]
@@ -162,17 +163,23 @@ def _describe_data(facts: CardFacts) -> list[str]:
         ]
     pack, split = facts.run.info["pack"], facts.run.info["split"]
     unit = split["unit"]
+    units = [] if unit == "patch" else [plural(unit)]
     rows = [
-        [subset, number(count["patches"]), number(count["groups"]), *map(number, count["per_class"].values())]
-        for subset, count in split["subsets"].items()
-        if count["patches"]
+        [
+            subset,
+            number(counts["patches"]),
+            *(number(counts["groups"]) for _ in units),
+            *map(number, counts["per_class"].values()),
+        ]
+        for subset, counts in split["subsets"].items()
+        if counts["patches"]
     ]
     lines = [
         "## Data",
         *basis,
         f"Pack {pack['name']} ({pack['dataset']}, content {pack['content_sha256'][:12]}), split "
         f"{split['name']!r} ({split['protocol']}) by {unit}, seed {facts.run.info['seed']}.",
-        _table(["subset", "patches", plural(unit), *info.class_names], rows),
+        _table(["subset", "patches", *units, *map(class_title, info.class_names)], rows),
     ]
     if split["patients_overlap"]:
         lines.append("**Patients overlap between subsets: the metrics below do not hold for new patients.**")
@@ -182,7 +189,7 @@ def _describe_data(facts: CardFacts) -> list[str]:
 def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
     if metrics is None:
         return ["## Metrics", "Not evaluated."]
-    unit = metrics.get("interval", {}).get("unit", "patient")
+    unit = metrics["unit"]
     pooled = metrics["patch"]
     rows = [
         [
@@ -196,9 +203,9 @@ def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
     threshold = metrics.get("threshold")
     lines = [
         "## Metrics",
-        f"On the {metrics['subset']} subset: {number(metrics['n_patches'])} patches of "
-        f"{count(metrics['n_patients'], unit)}; 95 % intervals over {plural(unit)}, "
-        f"method {metrics.get('interval', {}).get('method', 'not stated')}.",
+        f"On the {metrics['subset']} subset: "
+        f"{count_patches(metrics['n_patches'], metrics['n_patients'], unit)}; "
+        f"95 % intervals over {plural(unit)}, method {metrics['interval']['method']}.",
         _table(["", "all patches", "95 % interval"], rows),
     ]
     if threshold:
@@ -287,7 +294,17 @@ def _describe_threshold(info: ClassifierInfo) -> str:
     if not info.thresholds:
         return "none; the most probable class is predicted"
     first = info.thresholds[0]
-    return f"{number(first['value'])} on the probability of {info.positive_class} ({first['rule']})"
+    return f"{number(first['value'])} on the probability of {_positive(info)} ({first['rule']})"
+
+
+def _positive(info: ClassifierInfo) -> str:
+    return class_title(info.positive_class or "")
+
+
+def _name_class(name: str) -> str:
+    """Return a class as readers see it, and its name in files where that differs."""
+    title = class_title(name)
+    return title if title == name else f"{title} (`{name}`)"
 
 
 def _mpp(info: ClassifierInfo) -> str:

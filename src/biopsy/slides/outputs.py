@@ -13,6 +13,7 @@ import numpy as np
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, write_atomic, write_json
 from biopsy.core.plugins import Registry
+from biopsy.core.text import class_title
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import (
     Region,
@@ -325,7 +326,7 @@ def draw(slide_map: SlideMap) -> Any:
         slide_map.cells_pred(),
         (left, left + columns * cell, top + rows * cell, top),
         um_per_px=grid.slide_mpp / to_picture,
-        class_names=slide_map.class_names,
+        class_names=[class_title(name) for name in slide_map.class_names],
         positive=positive,
         threshold=slide_map.threshold,
         title=slide_map.name,
@@ -349,7 +350,7 @@ def draw_panels(slide_map: SlideMap, target: np.ndarray) -> Any:
         annotated,
         slide_map.cells()[..., positive],
         um_per_cell=grid.cell_um,
-        class_names=(slide_map.class_names[1 - positive], slide_map.class_names[positive]),
+        class_names=[class_title(slide_map.class_names[index]) for index in (1 - positive, positive)],
         threshold=slide_map.threshold,
         panels=ALL_PANELS,
     )

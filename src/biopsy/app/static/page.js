@@ -72,7 +72,7 @@ async function openLayer(key) {
   layer.ood = [...layer.flags.keys()].filter((cell) => layer.flags[cell] & OOD);
   const shows = [predicted && ["prob", "probability"], predicted && ["pred", "predicted class"], annotated && ["truth", "annotated class"], predicted && annotated && ["errors", "errors"], ["none", "nothing"]].filter(Boolean);
   fill($("layer"), shows);
-  fill($("class"), names.map((name, index) => [index, name]), positive ?? 0);
+  fill($("class"), slide.labels.titles.map((title, index) => [index, title]), positive ?? 0);
   $("threshold").value = threshold ?? 0.5;
   for (const id of ["threshold", "class", "show-regions"]) $(id).closest("label").hidden = !predicted;
   $("show-abstained").closest("label").hidden = !layer.flags.some((flags) => flags & ABSTAINED);
@@ -126,14 +126,14 @@ function paintLayer() {
   layer.painted = { above, predicted };
   $("threshold-value").textContent = threshold.toFixed(3);
   const mm2 = (slide.grid.cell * slide.mpp / 1000) ** 2;
-  $("area").textContent = predicted ? `${slide.labels.names[index]} at or above the threshold: ${(above * mm2).toPrecision(3)} mm² (${(100 * above / predicted).toFixed(1)} % of the predicted area)` : "";
+  $("area").textContent = predicted ? `${slide.labels.titles[index]} at or above the threshold: ${(above * mm2).toPrecision(3)} mm² (${(100 * above / predicted).toFixed(1)} % of the predicted area)` : "";
   showLegend(markAbstained);
   zoomer.changed();
 }
 
 // What the colours over the slide mean.
 function showLegend(markAbstained) {
-  const show = $("layer").value, { names, colours, abstained_colour: grey } = slide.labels, rows = [];
+  const show = $("layer").value, { titles, colours, abstained_colour: grey } = slide.labels, rows = [];
   const row = (background, text) => {
     const line = element("span", ""), swatch = Object.assign(element("i", ""), { className: "swatch" });
     swatch.style.background = background;
@@ -143,11 +143,11 @@ function showLegend(markAbstained) {
   if (show === "prob") {
     const bar = Object.assign(element("i", ""), { className: "colour-bar" }), map = state.colour_maps[$("colours").value];
     bar.style.background = `linear-gradient(90deg, ${[0, 64, 128, 192, 255].map((at) => `rgb(${map[at]})`)})`;
-    const line = element("span", `P(${names[$("class").value]})  0 `);
+    const line = element("span", `P(${titles[$("class").value]})  0 `);
     line.append(bar, " 1");
     rows.push(line);
-  } else if (show === "errors") names.forEach((name, index) => row(colours[index], `predicted ${name}, annotated otherwise`));
-  else if (show !== "none") names.forEach((name, index) => row(colours[index], `${show === "truth" ? "annotated" : "predicted"} ${name}`));
+  } else if (show === "errors") titles.forEach((title, index) => row(colours[index], `predicted ${title}, annotated otherwise`));
+  else if (show !== "none") titles.forEach((title, index) => row(colours[index], `${show === "truth" ? "annotated" : "predicted"} ${title}`));
   if (markAbstained && layer.flags.some((flags) => flags & ABSTAINED)) row(grey, "abstained");
   if (showsOod()) row(`repeating-linear-gradient(135deg, ${OOD_COLOUR} 0 2px, #fff 2px 5px)`, "out-of-distribution");
   $("legend").replaceChildren(...rows);
@@ -230,7 +230,7 @@ async function loadRegions() {
     box.addEventListener("change", () => zoomer.changed());
     const swatch = Object.assign(document.createElement("i"), { className: "swatch" });
     swatch.style.background = slide.labels.colours[slide.labels.names.indexOf(name)] ?? slide.labels.abstained_colour;
-    label.append(box, swatch, name.replace(/\*$/, ""));  // the star is for QuPath
+    label.append(box, swatch, titleOf(name).replace(/\*$/, ""));  // the star is for QuPath
     return label;
   }));
   zoomer.changed();
@@ -309,14 +309,14 @@ function showPatch() {
   const facts = [
     [chosen.region ? "region" : "patch", chosen.patch_id ?? (chosen.region ? "drawn" : null)],
     ["x, y (px)", chosen.x !== undefined ? `${chosen.x}, ${chosen.y}` : null],
-    ...Object.entries(chosen.probs ?? {}).map(([name, prob]) => [`P(${name})`, prob.toFixed(4)]),
+    ...Object.entries(chosen.probs ?? {}).map(([name, prob]) => [`P(${titleOf(name)})`, prob.toFixed(4)]),
     chosen.pred && ["threshold", chosen.threshold?.toFixed(3) ?? null],
-    chosen.pred && ["predicted", chosen.abstained ? `${chosen.pred} (abstained)` : chosen.pred],
-    chosen.set && ["prediction set", chosen.set.length ? chosen.set.join(", ") : "empty"],
-    chosen.label && ["annotated", chosen.label],
+    chosen.pred && ["predicted", titleOf(chosen.pred) + (chosen.abstained ? " (abstained)" : "")],
+    chosen.set && ["prediction set", chosen.set.length ? chosen.set.map(titleOf).join(", ") : "empty"],
+    chosen.label && ["annotated", titleOf(chosen.label)],
     chosen.ood !== null && chosen.ood !== undefined && ["out-of-distribution", chosen.ood ? "yes" : "no"],
     ...["patient_id", "subset", "doubt"].map((name) => chosen.columns?.[name] != null && [name.replace("_", " "), typeof chosen.columns[name] === "number" ? percent(chosen.columns[name]) : chosen.columns[name]]),
-    ...annotations.filter((annotation) => annotation.target === chosen.target).map((annotation) => ["annotation", `${annotation.disagree ? annotation.reason : annotation.label ?? annotation.verdict} (${annotation.who.join(", ")})`]),
+    ...annotations.filter((annotation) => annotation.target === chosen.target).map((annotation) => ["annotation", `${annotation.disagree ? annotation.reason : annotation.label ? titleOf(annotation.label) : annotation.verdict} (${annotation.who.join(", ")})`]),
   ].filter((fact) => fact && fact[1] !== null);
   $("facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   const onSheet = chosen.columns !== undefined;
@@ -325,17 +325,19 @@ function showPatch() {
   $("explain").hidden = !state.explains || chosen.region !== undefined;
   $("no-model").hidden = state.explains || chosen.region !== undefined;
   $("go-to-slide").hidden = !chosen.on_slide;
-  const names = classNames();
-  $("classes").replaceChildren(...names.map((name, index) => {
+  $("classes").replaceChildren(...classNames().map((name, index) => {
     const button = element("button", "");
-    button.append(element("kbd", index + 1), ` ${name}`);
+    button.append(element("kbd", index + 1), ` ${titleOf(name)}`);
     button.addEventListener("click", guarded(() => annotate({ label: name })));
     return button;
   }));
   $("patch").scrollIntoView({ block: "nearest" });
 }
 
-const classNames = () => (sheet && !$("sheet").hidden ? sheet.labels?.names : slide?.labels?.names) ?? [];
+const shownLabels = () => (sheet && !$("sheet").hidden ? sheet.labels : slide?.labels);
+const classNames = () => shownLabels()?.names ?? [];
+// A class as readers see it; requests and answers name it as the files do.
+const titleOf = (name) => shownLabels()?.titles[classNames().indexOf(name)] ?? name;
 const element = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
 
 async function explain() {
@@ -349,7 +351,7 @@ async function explain() {
     figure.append(Object.assign(new Image(), { src: source, alt: "" }), element("figcaption", caption));
     return figure;
   };
-  $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of class ${found.class}: yellow where a pixel changes its score most`, true));
+  $("explanation").replaceChildren(figure(found.image, "patch", true), figure(found.saliency, `saliency of ${titleOf(found.class)}: yellow where a pixel changes its score most`, true));
   for (const kind of found.ood ? ["colour", "feature"] : []) {  // from training, as multiples of the limit
     const distance = found.ood[`${kind}_distance`];
     if (distance != null) $("facts").append(element("dt", `${kind} distance`), element("dd", `${distance.toFixed(2)} × limit`));
@@ -360,7 +362,7 @@ async function explain() {
   if (!found.nearest) return;
   const nearest = await getJson(found.nearest);
   if (chosen !== asked) return;
-  waiting.replaceWith(...nearest.map((item) => figure(item.image, `nearest training patch: ${item.class}, patient ${item.patient_id ?? "?"}, distance ${item.distance.toFixed(2)}`)));
+  waiting.replaceWith(...nearest.map((item) => figure(item.image, `nearest training patch: ${titleOf(item.class)}, patient ${item.patient_id ?? "?"}, distance ${item.distance.toFixed(2)}`)));
   $("explanation").scrollIntoView({ block: "nearest" });
 }
 
@@ -468,7 +470,7 @@ async function loadPatches() {
   sheet.patches.push(...page.patches);
   $("sheet-count").textContent = `${page.total.toLocaleString()} patches`;
   $("sheet-help").textContent = page.total
-    ? `Below each patch: annotated class${page.columns.includes("pred") ? " → predicted class, where they differ in red; p is the probability of " + (page.labels.positive === null ? "the predicted class" : `class ${page.labels.names[page.labels.positive]}`) : ""}.${page.columns.includes("doubt") ? " Sort by doubt for probable label errors." : ""}`
+    ? `Below each patch: annotated class${page.columns.includes("pred") ? " → predicted class, where they differ in red; p is the probability of " + (page.labels.positive === null ? "the predicted class" : page.labels.titles[page.labels.positive]) : ""}.${page.columns.includes("doubt") ? " Sort by doubt for probable label errors." : ""}`
     : `No patch has ${$("filter-column").value} “${$("filter-value").value}”. Empty the field to see all patches.`;
   $("more").hidden = sheet.patches.length >= page.total;
   $("patches").append(...page.patches.map(makeTile));
@@ -476,7 +478,7 @@ async function loadPatches() {
 }
 
 function offerValues() {
-  $("filter-values").replaceChildren(...(sheet.values[$("filter-column").value] ?? []).map((value) => new Option(value)));
+  $("filter-values").replaceChildren(...(sheet.values[$("filter-column").value] ?? []).map((value) => new Option(titleOf(value), value)));
 }
 
 const reloadPatches = guarded(async () => {
@@ -491,7 +493,7 @@ function makeTile(patch) {
   tile.value = patch.row;
   tile.dataset.target = patch.patch_id;
   tile.append(Object.assign(new Image(), { src: `api/sheets/${sheet.key}/patches/${patch.row}.jpg`, loading: "lazy", alt: patch.patch_id }));
-  tile.append(element("span", patch.pred ? `${patch.label} → ${patch.pred}` : patch.label));
+  tile.append(element("span", [patch.label, patch.pred].filter(Boolean).map(titleOf).join(" → ")));
   if (patch.prob !== null && patch.prob !== undefined) tile.append(element("span", `p ${patch.prob.toFixed(3)}`));
   tile.addEventListener("click", guarded(() => choosePatch(sheet.key, patch.row)));
   return tile;

@@ -323,6 +323,11 @@ def recognise(archive: Archive) -> bool:
     )
 
 
+def is_slide(path: Path) -> bool:
+    """Return whether a path is a file that may be a slide, by its name."""
+    return path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES
+
+
 def open_slides(path: Path | str) -> FolderArchive:
     """Open a folder of slides, or one slide, with annotations elsewhere."""
     path = Path(path)

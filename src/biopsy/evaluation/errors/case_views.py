@@ -14,7 +14,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.files import refuse_inputs, update_directory
 from biopsy.core.results import Result, Table
 from biopsy.core.tables import write_csv
-from biopsy.core.text import file_name
+from biopsy.core.text import class_title, file_name
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.measure import (
     FOLDER,
@@ -56,7 +56,7 @@ class ErrorAnalysis(Result):
     path: Path
 
     def blocks(self) -> list[str | Table]:
-        counts, positive = self["counts"], self["positive_class"]
+        counts, positive = self["counts"], class_title(self["positive_class"])
         lines = [
             f"{self['subset']} subset: {counts['fn']:,} false negatives among "
             f"{counts['fn'] + counts['tp']:,} {positive} patches, {counts['fp']:,} false positives among "

@@ -6,7 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from biopsy.core.text import capitalize, count, plural
+from biopsy.core.text import capitalize, class_title, count, plural
 from biopsy.evaluation.errors.case_views import errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS, CaseView, ErrorRecord
 from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES
@@ -260,10 +260,9 @@ def _pictures(case_view: CaseView | None, entry: Mapping[str, Any]) -> list[tupl
     if case_view.overview is not None:
         pictures.append((_encode(case_view.overview), "on the slide"))
     for image, neighbour in zip(case_view.nearest, entry["nearest"], strict=True):
-        owner = neighbour["patient_id"] or neighbour["slide_id"] or ""
-        pictures.append(
-            (_encode(image), f"{neighbour['class']} {owner} {neighbour['distance']:.2f}".replace("  ", " "))
-        )
+        title, owner = class_title(neighbour["class"]), neighbour["patient_id"] or neighbour["slide_id"] or ""
+        caption = f"{title} {owner} {neighbour['distance']:.2f}".replace("  ", " ")
+        pictures.append((_encode(image), caption))
     return pictures
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, update_directory, write_json
-from biopsy.core.text import capitalize, file_name
+from biopsy.core.text import capitalize, class_title, file_name
 from biopsy.evaluation.stored_results import read_result
 from biopsy.models.classifier import Classifier
 from biopsy.plotting.patches import Overlay, draw_overlays, is_constant, lay_out_sheet, superimpose
@@ -77,7 +77,7 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
     rows = []
     for index in chosen:
         example = explained.examples.iloc[index]
-        true = f", true class {example['class']}" if example["class"] else ""
+        true = f", annotated {class_title(example['class'])}" if example["class"] else ""
         label = f"{capitalize(example['kind'])}{true}, p {example['prob']:.2f}, patch "
         label += shorten(example["patch_id"], min(32, max(10, LABEL_CHARACTERS - len(label))))
         maps = np.concatenate([part.maps[index] for part in parts])

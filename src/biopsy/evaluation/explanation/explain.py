@@ -15,7 +15,7 @@ from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import Result, Table, number
 from biopsy.core.seeds import make_rng
-from biopsy.core.text import count
+from biopsy.core.text import class_title, count
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.evaluation.explanation.examples import (
@@ -396,7 +396,7 @@ def _illustrate(explanation: Explanation, sizes: np.ndarray, classifier: Classif
             f", {len(titles)} of its {n_maps} channels: some that vary and differ." if n_maps > 1 else "."
         )
     if method.per_class and len(set(explanation.class_index)) == 1:
-        caption += f" The class is {classifier.info.class_names[explanation.class_index[0]]}."
+        caption += f" The class is {class_title(classifier.info.class_names[explanation.class_index[0]])}."
     cropped = [item[:, :height, :width] for item, (width, height) in zip(scaled, sizes, strict=True)]
     return Illustration(explanation.method, explanation.layer, titles, cropped, caption, method.signed)
 

@@ -15,7 +15,7 @@ from torch import nn
 from biopsy.core.errors import RecipeError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.seeds import derive, make_rng
-from biopsy.core.text import capitalize, count
+from biopsy.core.text import capitalize, class_title, count
 from biopsy.data.packs import Pack
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.explanation.methods import METHODS, find_method
@@ -384,7 +384,7 @@ def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarr
     if not len(rows):
         raise RunError(
             f"no full-size patch of the {run.evaluated_subset} subset is predicted "
-            f"{pack.info.positive_class}: faithfulness tests need at least one"
+            f"{class_title(pack.info.positive_class or '')}: faithfulness tests need at least one"
         )
     rows = make_rng(seed, "faithfulness").permutation(rows)
     turn = pd.Series(pack.group_ids[rows]).groupby(pack.group_ids[rows]).cumcount().to_numpy()

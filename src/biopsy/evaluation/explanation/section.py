@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import count_patches
+from biopsy.core.text import class_title, count_patches
 from biopsy.evaluation.explanation.examples import (
     Explained,
     count_constant,
@@ -104,7 +104,9 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
         return None
     settings, methods = result["settings"], result["methods"]
     baselines = {item["name"]: item for item in result["baselines"]}
-    patches = f"predicted {result['positive_class']}" if result["positive_class"] else "of any class"
+    patches = (
+        f"predicted {class_title(result['positive_class'])}" if result["positive_class"] else "of any class"
+    )
     size = count_patches(result["n_patches"], result["n_groups"], result["unit"])
     blocks: list[Block] = [
         Bullets([item["answer"] for item in methods]),
