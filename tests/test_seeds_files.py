@@ -188,7 +188,8 @@ def test_every_error_has_the_package_base_and_a_builtin_one():
 
 def test_missing_extra_says_how_to_install_it():
     assert str(MissingExtra("fetch", "biopsy fetch idc")) == (
-        "biopsy fetch idc needs the extra 'fetch': install it with `uv sync --extra fetch`"
+        "biopsy fetch idc needs the extra 'fetch': install it with "
+        "`pip install 'biopsy[fetch]'` or, in a checkout, `uv sync --extra fetch`"
     )
 
 

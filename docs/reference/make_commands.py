@@ -64,6 +64,7 @@ def render() -> str:
     """Return the page: the list of commands, the options all have, then each command."""
     text = build_app(quote="`").generate_docs().replace("```console", "```text")
     text = text[text.index("**Start**:") :]
+    text = re.sub(r"`[^`\n]+`", lambda code: code[0].replace("\\[", "["), text)  # escaped for the terminal
     common = re.search(r"\*\*Common options\*\*:\n\n(?:\* .*\n)+\n*", text)
     assert common is not None
     rest = text[common.end() :].replace(common[0], "").replace(common[0].rstrip(), "")

@@ -80,7 +80,7 @@ def serve(
     resumed when the server starts again. ``/openapi.json`` describes everything.
 
     Args:
-        models: Runs, classifiers or bundles; each is named as its folder.
+        models: Runs, classifiers, bundles or names of shipped classifiers; each is named as its folder.
         host: Address to listen on. One that other machines reach needs a token.
         port: Port (default: the first free one from 8780).
         token: Token that requests must bear, ``Authorization: Bearer TOKEN`` (default: the environment
@@ -91,7 +91,7 @@ def serve(
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
         mcp: Be a server of the Model Context Protocol instead: an assistant starts this command, and speaks
-            over stdin and stdout (extra ``mcp``). Patches and slides are named by paths below ``root``.
+            over stdin and stdout (extra "mcp"). Patches and slides are named by paths below ``root``.
 
     Raises:
         RunError: If a model is none of these.

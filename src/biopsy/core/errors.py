@@ -130,7 +130,10 @@ class MissingExtra(BiopsyError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the extra {extra!r}: install it with `uv sync --extra {extra}`")
+        super().__init__(
+            f"{purpose} needs the extra {extra!r}: install it with `pip install 'biopsy[{extra}]'` or, in a "
+            f"checkout, `uv sync --extra {extra}`"
+        )
 
 
 def first_line(error: BaseException) -> str:
