@@ -75,10 +75,10 @@ def test_each_class_needs_patients_who_have_it():
     target = (patients < 5).astype(int)
     fit = fit_conformal(both(prob), target, patients, 0.1, class_names=["not IDC", "IDC"])
     assert fit.quantiles is None and fit.n_patients == 20
-    assert fit.reason.endswith("at least 9 calibration patients with IDC; there are 5")
+    assert fit.reason.endswith("at least 9 calibration patients with patches of IDC; there are 5")
     assert fit_conformal(both(prob), target, patients, 0.1, guarantee="marginal").quantiles is not None
     one_class = fit_conformal(both(prob), np.zeros(400, int), patients, 0.1)
-    assert one_class.reason.endswith("at least 9 calibration patients with 1; there are 0")
+    assert one_class.reason.endswith("at least 9 calibration patients with patches of class 1; there are 0")
 
 
 def draw_scores(seed, n_patients=12):

@@ -63,7 +63,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
     @server.tool()
     @_named_errors(jobs.root)
     def predict_patches(paths: list[str], model: str | None = None) -> dict[str, Any]:
-        """Predict patches: images, folders or zips of images, packs. ``prob`` is that of the positive class."""
+        """Predict patches: images, folders or zips of them, packs. ``prob`` is that of the positive class."""
         classifier = classifiers[pick_model(classifiers, model)]
         with tempfile.TemporaryDirectory() as folder:
             found = [jobs.resolve(path) for path in paths]

@@ -16,7 +16,7 @@ from biopsy.core.files import check_outputs, refuse_inputs, update_directory, wr
 from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
-from biopsy.core.text import class_title
+from biopsy.core.text import class_title, plural
 from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
@@ -57,12 +57,10 @@ class Inspection(Result):
             lines.append(f"  {self['unit']}s: {groups['count']:,}, of one class {n_one_class:,}")
             if groups["unknown"]:
                 lines.append(f"  patches without a known {self['unit']}: {groups['unknown']:,}")
-        if split and split["may_overlap"] and split["patients_overlap"]:
-            reason = "as published" if split["is_published"] else "on purpose"
-            lines.append(
-                f"  PATIENTS OVERLAP in split {split['name']}, {reason}: {split['overlap']['count']:,}"
-            )
-        return [*lines, *(f"picture: {picture}" for picture in self["paths"]["pictures"])]
+        if split:
+            lines += _describe_split(split, self["unit"])
+        pictures = self["paths"]["pictures"]
+        return [*lines, f"pictures: {len(pictures)} in {pictures[0].parent}"]
 
     def problems(self) -> list[str]:
         return [f"blocking issue: {issue}" for issue in self["blocking_issues"]]
@@ -74,6 +72,18 @@ class Inspection(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per problem that would invalidate a result."""
         return pd.DataFrame({"blocking issue": self["blocking_issues"]})
+
+
+def _describe_split(split: Mapping[str, Any], unit: str) -> list[str]:
+    """Return what two subsets of a split share."""
+    shared = "" if unit == "patch" else f"{split['overlap']['count']:,} {plural(unit)}, "
+    shared += f"{split['duplicates_across_subsets']['count']:,} groups of exact and "
+    shared += f"{split['near_duplicates_across_subsets']['count']:,} pairs of near duplicates"
+    lines = [f"  in two subsets of split {split['name']}: {shared}"]
+    if split["may_overlap"] and split["patients_overlap"]:
+        reason = "as published" if split["is_published"] else "on purpose"
+        lines.append(f"  PATIENTS OVERLAP in split {split['name']}, {reason}")
+    return lines
 
 
 def _list_sizes(padded: Mapping[str, Any]) -> str:

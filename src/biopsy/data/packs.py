@@ -27,6 +27,7 @@ from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.core.loaders import map_array, validate
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
 from biopsy.core.tables import Kind, read_parquet_table
+from biopsy.core.text import class_title
 
 FORMAT: Final = "biopsy-pack/1"
 PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
@@ -277,18 +278,23 @@ class Pack(Output):
     def blocks(self) -> list[str | Table]:
         info = self.info
         mpp = "unknown" if info.mpp is None else f"{info.mpp:g}"
+        positive = (
+            "no positive class"
+            if info.positive_class is None
+            else f"positive: {class_title(info.positive_class)}"
+        )
         blocks: list[str | Table] = [
-            f"{self.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, positive: {info.positive_class}"
+            f"{self.path}: {info.dataset}, {info.patch_px} px at {mpp} um/px, {positive}"
         ]
         for name, value in info.counts.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{key} {n:,}" for key, n in value.items()) or "none"
+                value = ", ".join(f"{class_title(key)} {n:,}" for key, n in value.items()) or "none"
             blocks.append(f"  {_COUNTS.get(name, name.replace('_', ' '))}: {number(value)}")
         if self.tree is not None:
             folder, counts = self.tree
             rows = [[subset, *map(number, n.values())] for subset, n in counts.items()]
             blocks.append(f"{folder}: original files, class folders numbered in the order of the classes")
-            blocks.append(Table(["subset", *counts["training"]], rows))
+            blocks.append(Table(["subset", *map(class_title, counts["training"])], rows))
         return blocks
 
     def to_json(self) -> dict[str, object]:

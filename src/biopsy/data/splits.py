@@ -22,7 +22,7 @@ from biopsy.core.files import read_json, sha256_file, update_directory, write_js
 from biopsy.core.loaders import validate
 from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
-from biopsy.core.text import normalize_id, plural
+from biopsy.core.text import class_title, normalize_id, plural
 from biopsy.data.packs import Pack, Unit, group_by_unit
 from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SUBSETS, Cases, Request
 from biopsy.recipes import load_recipe
@@ -135,7 +135,7 @@ class Split(Output):
                     rows.append([*([str(fold)] if self.n_folds else []), subset, *map(number, values)])
         groups = [] if self.unit == "patch" else [plural(self.unit)]
         header = [*(["fold"] if self.n_folds else []), "subset", "patches", *groups]
-        return [*blocks, Table([*header, *sizes["per_class"]], rows)]
+        return [*blocks, Table([*header, *map(class_title, sizes["per_class"])], rows)]
 
     def to_json(self) -> dict[str, object]:
         names = ("name", "protocol", "unit", "seed", "parameters")
@@ -513,7 +513,7 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
         metrics = "AUROC, precision and recall"
         if pack.info.positive_class is not None:
             metrics = f"AUROC and {'sensitivity' if name == pack.info.positive_class else 'specificity'}"
-        text = f"{n_tested} of {present[name]} {pack.unit}s with {name} patches are tested"
+        text = f"{n_tested} of {present[name]} {pack.unit}s with {class_title(name)} patches are tested"
         text += f": no interval for {metrics}, which needs {MIN_GROUPS}"
         if present[name] < MIN_GROUPS:
             text += f"; nor does another split allow one, but leave-one-out reports each {pack.unit}"

@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
-from biopsy.core.text import plural
+from biopsy.core.text import class_title, plural
 from biopsy.statistics.resampling import (
     SHARE,
     Floats,
@@ -319,7 +319,7 @@ def fit_conformal(
         n = len(np.unique(groups[members]))
         if n < needed:
             suffix = (
-                f" with {[*class_names, *map(str, range(n_classes))][k]}"
+                f" with patches of {class_title([*class_names, *map(str, range(n_classes))][k])}"
                 if guarantee == "class-conditional"
                 else ""
             )
