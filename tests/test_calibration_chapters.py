@@ -17,7 +17,7 @@ from biopsy.evaluation.calibration.section import (
 from biopsy.evaluation.figures import draw_decision_curve
 from biopsy.evaluation.measure import measure_decisions
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.sections import describe_benefit, describe_decisions, describe_rule
+from biopsy.evaluation.sections import describe_benefit, describe_decisions, describe_rule, table_of_points
 from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
@@ -112,6 +112,12 @@ def test_the_decision_chapter(facts):
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
     assert prevalence.caption == "Predictive values at a prevalence of 2 %" and len(prevalence.rows) == 2
     assert "at threshold probabilities of" in texts(section)
+
+
+def test_points_on_the_subset_that_chose_them_have_no_drift(facts):
+    table = table_of_points(facts.metrics["operating_points"], "validation")
+    assert not any("drift" in column for column in table.columns) and len(table.rows) == 2
+    assert table.columns != table_of_points(facts.metrics["operating_points"], "test").columns
 
 
 def test_metrics_from_before_make_no_chapter():

@@ -157,7 +157,8 @@ def describe_decisions(facts: RunFacts) -> Section | None:
 
 def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
     rows = [[describe_rule(point["rule"]), point["threshold"]] for point in points]
-    if subset is None:
+    chosen_on = points[0]["chosen_on"]
+    if subset in (None, chosen_on):
         names = ("sensitivity", "specificity", "ppv", "npv")
         return make_table(
             ["rule", "threshold", *(metric_label(name) for name in names)],
@@ -165,10 +166,12 @@ def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
                 [*row, *(point["achieved"][name] for name in names)]
                 for row, point in zip(rows, points, strict=True)
             ],
-            caption="Operating point",
-            note="The threshold was given with the predictions, or is 0.5.",
+            caption="Operating points" if subset else "Operating point",
+            note=f"Every threshold was chosen on these {subset} patches: expect less on others."
+            if subset
+            else "The threshold was given with the predictions, or is 0.5.",
         )
-    chosen_on, columns = points[0]["chosen_on"], ["rule", "threshold"]
+    columns = ["rule", "threshold"]
     for name in ("sensitivity", "specificity"):
         columns += [f"{name} {chosen_on}", f"{name} {subset}", "drift"]
         for row, point in zip(rows, points, strict=True):
