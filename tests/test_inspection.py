@@ -66,7 +66,7 @@ def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts
     picture = inspect(pack, split=split)["paths"]["pictures"][-1]
     assert picture.name == f"split-{split.name}.svg" and picture.read_text().startswith("<svg")
     ((names_drawn, counts_drawn, classes),) = drawn
-    assert (names_drawn, classes) == (parts, pack.class_names) and counts_drawn.ravel().tolist() == counts
+    assert (names_drawn, classes) == (parts, ["non-IDC", "IDC"]) and counts_drawn.ravel().tolist() == counts
 
 
 def test_inspecting_does_not_change_what_the_pack_is(make_pack, monkeypatch):
@@ -84,7 +84,7 @@ def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, mon
     monkeypatch.setattr(inspection, "draw_class_sheet", lambda sheets: shown.update(sheets))
     monkeypatch.setattr(inspection, "png", lambda figure: b"")
     inspect(pack)
-    assert list(shown) == ["non_idc: 120 patches", "idc: 120 patches"]
+    assert list(shown) == ["non-IDC: 120 patches", "IDC: 120 patches"]
     patches = {patch.tobytes(): owner for patch, owner in zip(pack.patches, pack.group_ids, strict=True)}
     for title, sheet in shown.items():
         assert len({patches[patch.tobytes()] for patch in sheet}) == len(sheet) == 6, title

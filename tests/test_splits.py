@@ -227,7 +227,7 @@ def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) ->
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
     _, text, table = make_split(pack, protocol="patients", save=False).blocks()
     assert "--patients" in str(text) and isinstance(table, Table)
-    assert list(table.columns) == ["subset", "patches", *pack.class_names]
+    assert list(table.columns) == ["subset", "patches", "non-IDC", "IDC"]
     assert {len(row) for row in table.rows} == {len(table.columns)}
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from biopsy.core.errors import DataError, RunError, SlideError
+from biopsy.core.errors import ArchiveError, DataError, RunError, SlideError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped
 from biopsy.core.storage import stage
@@ -37,7 +37,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
-from biopsy.slide_io.backends import SLIDE_SUFFIXES
+from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -472,14 +472,20 @@ def _open_archive(path: Path, skipped: Skipped) -> ImageSource:
         raise DataError(f"{path} does not exist: give images, folders, zips or packs")
     if path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES:
         raise SlideError(f"{path} is a slide, not a patch: map it with `biopsy slide`")
-    archive = open_archive(path)
+    slides = SlideError(f"{path} holds slides, not patches: map them with `biopsy slide`")
+    try:
+        archive = open_archive(path)
+    except ArchiveError:
+        if path.is_dir() and list_slide_files(path):
+            raise slides from None
+        raise
     skipped += [
         {"source": f"{path}/{name}", "reason": "is a zip inside a folder: give it separately"}
         for name in archive.unread
     ]
     entries = [entry for entry in archive.entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
     if not entries and any(entry.name.lower().endswith(SLIDE_SUFFIXES) for entry in archive.entries):
-        raise SlideError(f"{path} holds slides, not patches: map them with `biopsy slide`")
+        raise slides
     return ImageSource(
         [Image(entry.name, printable(str(path)), partial(archive.read, entry)) for entry in entries]
     )
