@@ -318,15 +318,18 @@ def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: pytest.LogC
 
 def test_round_trip(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=6)
-    for protocol in ("patients", "leave-one-out"):
-        split = make_split(pack, protocol=protocol, name=f"my-{protocol}", seed=5, save=False)
+    named = {"test_patients": pack.group_ids[[0, -1]].tolist()}  # all others train in every fold
+    options = {"my-patients": {}, "my-leave-one-out": {}, "my-leave-one-out-named": named}
+    for name, chosen in options.items():
+        protocol = "patients" if name == "my-patients" else "leave-one-out"
+        split = make_split(pack, protocol=protocol, name=name, seed=5, save=False, **chosen)
         path = save_split(pack, split)
-        again = load_split(pack, f"my-{protocol}")
+        again = load_split(pack, name)
         assert again.table.equals(split.table)
         for field in ("name", "protocol", "unit", "seed", "parameters", "overlap", "pack_sha256", "n_folds"):
             assert getattr(again, field) == getattr(split, field)
         assert read_split(path).table.equals(split.table)
-    assert list_splits(pack) == ["my-leave-one-out", "my-patients"]
+    assert list_splits(pack) == sorted(options)
     assert not list(pack.path.rglob("*.partial"))
 
 

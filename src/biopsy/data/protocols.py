@@ -119,6 +119,7 @@ PUBLISHED_METHODS: dict[str, Callable[["Request"], "Plan"]] = {
 logger = logging.getLogger(__name__)
 
 ALWAYS_TRAIN = -1
+"""Fold number of patches that train in every fold."""
 
 # Number of random assignments compared; fewer for very many groups, which are balanced by chance.
 N_DRAWS = 20_000

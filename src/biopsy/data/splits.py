@@ -24,7 +24,16 @@ from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import class_title, normalize_id, plural
 from biopsy.data.packs import Pack, Unit, group_by_unit
-from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED, SUBSETS, Cases, Request
+from biopsy.data.protocols import (
+    ALWAYS_TRAIN,
+    LEAK_PROTOCOLS,
+    MAY_OVERLAP,
+    PROTOCOLS,
+    PUBLISHED,
+    SUBSETS,
+    Cases,
+    Request,
+)
 from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import MIN_GROUPS
 
@@ -403,7 +412,7 @@ def read_split(path: Path | str) -> Split:
         raise SplitError(str(error)) from None
     subsets = set(table["subset"].fillna("")) if "subset" in table else set()
     folds = table["fold"].fillna("") if "fold" in table else pd.Series(dtype=str)
-    are_folds = len(folds) > 0 and folds.str.fullmatch(f"{LEFT_OUT}|[0-9]{{1,6}}").all()
+    are_folds = len(folds) > 0 and folds.str.fullmatch(f"{ALWAYS_TRAIN}|{LEFT_OUT}|[0-9]{{1,6}}").all()
     if not subsets <= {*SUBSETS, ""} or not (subsets or are_folds):
         raise SplitError(
             f"{path} is not a split: it needs patch_id and subset (train, validation, test) or fold (numbers)"
