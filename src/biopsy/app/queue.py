@@ -242,7 +242,7 @@ def _describe(
         suggested = np.where(shown >= threshold, positive, 1 - positive)
         classes = [names[positive]] * len(shown)
     reasons = [
-        f"P({name}) {prob:.2f}" + (f"; out-of-distribution ({far:.1f} times the limit)" if far > 1 else "")
+        f"P({class_title(name)}) {prob:.2f}" + (f"; out-of-distribution ({far:.1f} times the limit)" if far > 1 else "")
         for name, prob, far in zip(classes, shown, ood_score, strict=True)
     ]
     return patches.assign(

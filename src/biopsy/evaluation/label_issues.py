@@ -188,7 +188,7 @@ def _describe_votes(issue: Any, suggested: str, n_models: int) -> str:
     """Describe the votes of neighbours and models."""
     parts = ["no coordinates" if pd.isna(issue.n_neighbours) else "no neighbours"]
     if not pd.isna(issue.n_neighbours) and issue.n_neighbours:
-        parts = [f"{issue.n_for} of {issue.n_neighbours} neighbours are {suggested}"]
+        parts = [f"{issue.n_for} of {issue.n_neighbours} neighbours are {class_title(suggested)}"]
     models = "a model that was" if n_models == 1 else f"the mean of {n_models} models that were"
-    prediction = f"{models} not trained on it gives {suggested} {issue.prob:.2f}"
+    prediction = f"{models} not trained on it gives {class_title(suggested)} {issue.prob:.2f}"
     return "; ".join([*parts, prediction if n_models else "every model was trained on it"])

@@ -160,8 +160,8 @@ def slide(
     slides are not mapped again.
 
     Args:
-        model: Finished run, classifier, bundle, folder of a WSInfer model, or the name of a shipped
-            classifier.
+        model: Finished run, classifier, bundle, folder of a WSInfer model, name of a shipped classifier, or
+            ``hf:ORG/NAME[@REVISION]`` on the Hugging Face hub.
         slides: Slides, folders of slides, csv files with columns ``slide[,mpp]``, and packs with
             coordinates; also addresses (``s3://``, ``https://``) of slides, folders and packs.
         out: Output folder, or its ``s3://`` address: one subfolder per slide, plus ``status.csv``. Required
