@@ -12,6 +12,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory
 from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
+from biopsy.core.text import class_title
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import IDENTITY
 from biopsy.data.tables import refuse_decided
@@ -242,7 +243,8 @@ def _describe(
         suggested = np.where(shown >= threshold, positive, 1 - positive)
         classes = [names[positive]] * len(shown)
     reasons = [
-        f"P({class_title(name)}) {prob:.2f}" + (f"; out-of-distribution ({far:.1f} times the limit)" if far > 1 else "")
+        f"P({class_title(name)}) {prob:.2f}"
+        + (f"; out-of-distribution ({far:.1f} times the limit)" if far > 1 else "")
         for name, prob, far in zip(classes, shown, ood_score, strict=True)
     ]
     return patches.assign(

@@ -11,6 +11,7 @@ from biopsy.core.errors import RunError
 from biopsy.core.files import refuse_inputs, update_directory, write_atomic
 from biopsy.core.results import Output
 from biopsy.core.tables import write_csv
+from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
 from biopsy.data.tables import refuse_decided
 from biopsy.evaluation.neighbours import SlideViews, count_neighbours, rank_label_issues
