@@ -30,6 +30,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 import biopsy
+from biopsy.core.files import plain, read_json
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 
@@ -129,7 +130,7 @@ def compare_values(
 
 def compare_run(run: Run) -> Iterator[Comparison]:
     """Yield the numbers of a run's ``metrics.json`` beside scikit-learn's."""
-    document, (frame, _) = run.metrics(), run.predictions("test")
+    document, (frame, _) = plain(run.metrics()), run.predictions("test")
     names = document["class_names"]
     positive = None if document["positive_class"] is None else names.index(document["positive_class"])
     yield from compare_values("run", document["patch"], measure(frame, names, positive))
@@ -220,8 +221,8 @@ def compare_report(
 def compare_pooled(study: Study) -> Iterator[Comparison]:
     """Yield the means over seeds of the pooled out-of-fold numbers."""
     pooled = pd.read_parquet(study.path / "predictions.parquet")
-    ((_, entry),) = study.summary()["recipes"].items()
-    names, positive = entry["pooled"]["class_names"], study.summary()["positive_class"]
+    ((_, entry),) = read_json(study.path / "metrics.json")["recipes"].items()
+    names, positive = entry["pooled"]["class_names"], read_json(study.path / "metrics.json")["positive_class"]
     index = None if positive is None else names.index(positive)
     seeds = [measure(frame, names, index) for _, frame in pooled.groupby("seed")]
     theirs = {

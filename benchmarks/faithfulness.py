@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from biopsy.core.files import plain
 from biopsy.data.prepare import prepare
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.explanation.faithfulness import (
@@ -51,7 +52,7 @@ def measure_run(path: Path) -> list[dict[str, object]]:
     """Test the maps of a run on the subset it was judged on."""
     run = Run.open(path)
     started = time.process_time()
-    found = measure_faithfulness(run)
+    found = plain(measure_faithfulness(run))
     return tabulate(run, found, run.open_pack(verify=False).path.name, time.process_time() - started)
 
 
@@ -64,7 +65,7 @@ def measure_phantom(folder: Path, seed: int) -> list[dict[str, object]]:
     print("AUROC", evaluate(run)["patch"]["auroc"])
 
     started = time.process_time()
-    found = measure_faithfulness(run)
+    found = plain(measure_faithfulness(run))
     pointing = measure_pointing(run, found["n_patches"], seed)
     for each in [*found["methods"], *found["baselines"]]:
         each["pointing"] = pointing.get(each["name"])

@@ -50,7 +50,7 @@ from PIL import Image
 
 import biopsy
 from biopsy.core.errors import BiopsyError
-from biopsy.core.files import sha256_file, warn_unsealed
+from biopsy.core.files import plain, sha256_file, warn_unsealed
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions, write_predictions
 from biopsy.data.protocols import read_cases
@@ -395,7 +395,7 @@ def read_run(folder: Path, name: str) -> Any:
     """Read all of a run that numbers rest on."""
     run = Run.open(folder / "in.run")
     pack = run.open_pack()
-    values = [run.info, recipe_toml(run.recipe), run.subsets(pack).tolist(), run.log(), run.metrics()]
+    values = [run.info, recipe_toml(run.recipe), run.subsets(pack).tolist(), run.log(), plain(run.metrics())]
     for subset in ("validation", "test"):
         frame, about = run.predictions(subset)
         values += [frame.astype(str).to_dict("list"), about]

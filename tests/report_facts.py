@@ -7,12 +7,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 
-from biopsy.core.files import plain
+from biopsy.evaluation.evaluate import measure
+from biopsy.evaluation.scored import ScoredPatches
+from biopsy.evaluation.study_tables import measure_pooled
 from biopsy.reporting.facts import RunFacts, StudyFacts
-from biopsy.statistics.intervals import describe_method, estimate_metrics, estimate_patient_metrics
-from biopsy.statistics.multiclass import classification_report
+from biopsy.statistics.intervals import estimate_metrics
 from biopsy.statistics.reliability import estimate_reliability
+from biopsy.statistics.resampling import Interval
 from biopsy.statistics.weighted_counts import sort_scores
+from biopsy.training.metrics import ColourBaseline, SplitUse, Subgroup
 
 NAMES = ["not IDC", "IDC"]
 THRESHOLD = 0.43
@@ -60,38 +63,24 @@ def reliability_bins(target, prob, **options):
 
 
 def make_metrics(table):
-    target, prob, groups = table["target"], table["prob"], table["patient_id"]
-    called = prob >= THRESHOLD
-    counts = {
-        "tp": int((called & (target == 1)).sum()),
-        "fp": int((called & (target == 0)).sum()),
-        "fn": int((~called & (target == 1)).sum()),
-        "tn": int((~called & (target == 0)).sum()),
-    }
-    patch = estimate_patch_metrics(target, prob, groups, THRESHOLD, seed=0)
-    patients = estimate_patient_metrics(target, prob, groups, THRESHOLD)
-    metrics = {
-        "subset": "test",
-        "positive_class": "IDC",
-        "n_patches": len(table),
-        "n_patients": groups.nunique(),
-        "split": {"name": "patients", "patients_overlap": False},
-        "threshold": {"value": THRESHOLD, "rule": "youden", "chosen_on": "validation"},
-        "confusion": counts,
-        "at_half": counts,
-        "classification_report": classification_report(
-            [[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], NAMES
-        ),
-        "patch": patch,
-        "patient": patients,
-        "interval": describe_method(groups.nunique(), seed=0),
-        "baseline": {"auroc": 0.612, "reason": None, "interval": {"value": 0.612, "low": 0.55, "high": 0.67}},
-        "subgroups": {
-            "scanner": {"A & B": {"n_patches": 9, "n_patients": 2, "patch": {"auroc": {"value": 0.777}}}}
-        },
-        "times_opened": {"times": 4, "runs": 2, "kept_with": "pack"},
-    }
-    return plain(metrics)
+    """The metrics of predictions, without calibrator, operating points and abstention."""
+    table = table.assign(**{f"prob_{NAMES[0]}": 1 - table["prob"], f"prob_{NAMES[1]}": table["prob"]})
+    scored = ScoredPatches.of_predictions(table, NAMES, "IDC", "patient")
+    threshold = {"value": THRESHOLD, "rule": "youden", "chosen_on": "validation"}
+    auroc = Interval(0.612, 0.55, 0.67)
+    baseline = ColourBaseline(name="colours", features=[], C=1.0, n_train=9, auroc=0.612, interval=auroc)
+    return replace(
+        measure(scored, pd.DataFrame(index=table.index), [threshold]),
+        subset="test",
+        split=SplitUse("patients", patients_overlap=False),
+        operating_points=None,
+        decision_curve=None,
+        baseline=baseline,
+        subgroups={"scanner": {"A & B": Subgroup(9, 2, {"auroc": Interval(0.777)})}},
+        warnings=[],
+        times_opened=4,
+        ledger={"times": 4, "runs": 2, "kept_with": "pack", "unreadable": 0},
+    )
 
 
 def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"), **changes):
@@ -102,12 +91,26 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
         run={
             "id": "cancernet-2020-s0-run",
             "seed": 7,
+            "recipe": "cancernet-2020",
+            "status": "finished",
+            "started": "2026-11-22T10:00:00+00:00",
+            "seconds": 99.0,
+            "weights": {"pretrained": False, "weights": None, "sha256": None},
             "split": {
                 "name": "patients",
                 "protocol": "patients",
-                "sides": {"test": {"patches": 384, "groups": 6}},
+                "fold": None,
+                "unit": "patient",
+                "as_published": False,
+                "patients_overlap": False,
+                "subsets": {},
             },
-            "pack": {"dataset": "idc", "n_patches": 8151, "path": f"/home/ann/{first}.pack"},
+            "pack": {
+                "dataset": "idc",
+                "n_patches": 8151,
+                "path": f"/home/ann/{first}.pack",
+                "content_sha256": "0" * 64,
+            },
             "command": f"biopsy train cancernet-2020 --data /home/ann/{first}.pack --test-patients "
             f"{second},{third}",
             "chosen_epoch": 2,
@@ -115,6 +118,7 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
             "environment": {"biopsy": "0.1.0", "cpu": "some processor"},
         },
         metrics=changes.pop("metrics", None) or make_metrics(table),
+        positive_class="IDC",
         predictions=table,
         class_names=NAMES,
         log=[{"epoch": e, "loss": 1 / e, "val_loss": 2 / e, "val_auroc": 0.8, "lr": 0.01} for e in (1, 2, 3)],
@@ -147,6 +151,7 @@ def make_study(patient_ids=("8863", "8865", "8867")):
     table = pd.concat(parts, ignore_index=True)
     table = table[table["patient_id"] != "none"].reset_index(drop=True)
     table["fold"] = table["patient_id"]
+    table = table.assign(**{f"prob_{NAMES[0]}": 1 - table["prob"], f"prob_{NAMES[1]}": table["prob"]})
     runs = pd.DataFrame(
         [
             {
@@ -161,10 +166,20 @@ def make_study(patient_ids=("8863", "8865", "8867")):
         ]
     )
     return StudyFacts(
-        study={"name": "left-out", "command": "biopsy study cancernet-2020", "seeds": [0, 1, 2]},
+        study={
+            "name": "left-out",
+            "command": "biopsy study cancernet-2020",
+            "seeds": [0, 1, 2],
+            "pack": {"name": "tiny.pack", "content_sha256": "0" * 64},
+            "split": None,
+            "environment": {"biopsy": "0.1.0"},
+        },
         table=runs,
         predictions=table,
-        metrics=make_metrics(table),
+        metrics=measure_pooled(
+            [ScoredPatches.of_predictions(part, NAMES, "IDC", "patient") for _, part in table.groupby("seed")]
+        ),
+        positive_class="IDC",
         class_names=NAMES,
         baselines={name: 0.65 for name in patient_ids},
         recipe={"title": "CancerNet, 2020"},

@@ -1,5 +1,7 @@
 """Abstention: shares and risk against coverage, laws and hand-worked tables; the entry and the chapter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,10 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from biopsy.core.errors import MetricError
-from biopsy.core.files import plain
 from biopsy.evaluation.abstention.measure import (
     BEFORE,
-    SetCounts,
     check_coverage,
     count_sets,
     measure_abstention,
@@ -36,9 +36,10 @@ from biopsy.statistics.abstention import (
     risk_coverage_curve,
 )
 from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import RiskAt, SetCounts
 from biopsy.training.postprocessing import fit_abstention
 from refusals import refuses
-from report_facts import NAMES, THRESHOLD, Page, make_facts, make_metrics, make_predictions, make_small_facts
+from report_facts import NAMES, THRESHOLD, Page, make_metrics, make_predictions, make_small_facts
 from simulated_cohorts import UnevenPatients
 
 
@@ -202,7 +203,7 @@ def judge(conformal, cohort, threshold=0.5, unit="patient"):
         positive_class="b",
         unit=unit,
     )
-    return plain(measure_abstention(conformal, scored))  # what a file gives back
+    return measure_abstention(conformal, scored)
 
 
 POPULATION = UnevenPatients()
@@ -211,18 +212,18 @@ NEW = POPULATION.draw(30, 40, seed=10)
 
 def test_a_guarantee_and_what_became_of_it():
     entry = judge(fit(POPULATION.draw(25, 40, seed=0), guarantee="marginal"), NEW)
-    assert (entry["alpha"], entry["target_coverage"], entry["reason"]) == (0.1, 0.9, None)
-    assert (entry["n_calibration_patients"], entry["n_calibration_patches"]) == (25, 1000)
+    assert (entry.alpha, entry.target_coverage, entry.reason) == (0.1, 0.9, None)
+    assert (entry.n_calibration_patients, entry.n_calibration_patches) == (25, 1000)
     for weight in ("patient", "patch"):
-        shares = {name: share["value"] for name, share in entry[weight].items()}
-        assert shares["coverage"] == pytest.approx(POPULATION.coverage(entry["quantiles"][0]), abs=0.05)
+        shares = {name: share.value for name, share in vars(getattr(entry, weight)).items()}
+        assert shares["coverage"] == pytest.approx(POPULATION.coverage(entry.quantiles[0]), abs=0.05)
         assert shares["error"] <= 1 - shares["coverage"] + 1e-12
         assert shares["error"] == pytest.approx(shares["error_among_kept"] * (1 - shares["abstained"]))
-        assert entry["per_patch"][weight]["abstained"]["value"] < shares["abstained"]
-    assert sum(entry["sets"].values()) == len(NEW.prob)
-    assert entry["sets"]["kept"] == round(len(NEW.prob) * (1 - entry["patch"]["abstained"]["value"]))
-    assert entry["verdict"] == check_coverage(0.9, [Interval(**entry["patient"]["coverage"])])
-    assert entry["risk_coverage"]["at"][0]["risk"]["value"] == entry["risk_coverage"]["error"]
+        assert getattr(entry.per_patch, weight).abstained.value < shares["abstained"]
+    assert sum(vars(entry.sets).values()) == len(NEW.prob)
+    assert entry.sets.kept == round(len(NEW.prob) * (1 - entry.patch.abstained.value))
+    assert entry.verdict == check_coverage(0.9, [entry.patient.coverage])
+    assert entry.risk_coverage.at[0].risk.value == entry.risk_coverage.error
 
 
 def test_a_guarantee_to_each_class_is_held_against_each():
@@ -231,9 +232,9 @@ def test_a_guarantee_to_each_class_is_held_against_each():
     sets = predict_sets(both(NEW.prob), conformal["quantiles"])
     for k, name in enumerate("ab"):
         each = [sets[(NEW.target == k) & (NEW.patient_ids == p), k].mean() for p in range(30)]
-        assert entry["by_class"][name]["coverage"]["value"] == pytest.approx(np.mean(each))
-    coverages = [Interval(**shares["coverage"]) for shares in entry["by_class"].values()]
-    assert entry["verdict"] == check_coverage(0.9, coverages)
+        assert entry.by_class[name].coverage.value == pytest.approx(np.mean(each))
+    coverages = [shares.coverage for shares in entry.by_class.values()]
+    assert entry.verdict == check_coverage(0.9, coverages)
 
 
 def test_the_sets_of_one_guarantee_lie_on_the_curve():
@@ -242,19 +243,19 @@ def test_the_sets_of_one_guarantee_lie_on_the_curve():
         entry = judge(conformal, NEW, threshold)
         pred = (NEW.prob >= threshold).astype(int)
         curve = risk_coverage_curve(pred != NEW.target, both(NEW.prob)[np.arange(len(pred)), pred])
-        kept = 1 - entry["patch"]["abstained"]["value"]
+        kept = 1 - entry.patch.abstained.value
         place = np.searchsorted(curve.coverage, kept - 1e-9)
         assert curve.coverage[place] == pytest.approx(kept)
-        assert curve.risk[place] == pytest.approx(entry["patch"]["error_among_kept"]["value"])
+        assert curve.risk[place] == pytest.approx(entry.patch.error_among_kept.value)
 
 
 def test_too_few_patients_guarantee_nothing():
     conformal = fit(POPULATION.draw(1, 400, seed=0))
     assert conformal["quantiles"] is None and conformal["per_patch_quantiles"] is not None
     entry = judge(conformal, NEW)
-    assert "needs at least 9 calibration patients; there is 1" in entry["reason"]
-    assert entry["patient"] is None and entry["verdict"] is None
-    assert entry["per_patch"]["patient"]["coverage"]["value"] > 0 and entry["risk_coverage"]["at"]
+    assert "needs at least 9 calibration patients; there is 1" in entry.reason
+    assert entry.patient is None and entry.verdict is None
+    assert entry.per_patch.patient.coverage.value > 0 and entry.risk_coverage.at
 
 
 def test_patients_on_several_subsets_guarantee_nothing():
@@ -268,15 +269,15 @@ def test_patients_on_several_subsets_guarantee_nothing():
 
 def test_a_classifier_from_before_says_so():
     entry = judge({}, NEW)
-    assert entry["alpha"] is None and entry["reason"] == BEFORE
-    assert entry["per_patch"] is None and entry["risk_coverage"]["area"]["value"] > 0
+    assert entry.alpha is None and entry.reason == BEFORE
+    assert entry.per_patch is None and entry.risk_coverage.area.value > 0
 
 
 def test_with_the_patch_as_the_unit_both_are_one():
     conformal = fit(POPULATION.draw(200, 1, seed=1), unit="patch")
     assert conformal["quantiles"] == conformal["per_patch_quantiles"]
     entry = judge(conformal, POPULATION.draw(80, 1, seed=2), unit="patch")
-    assert entry["patient"] == entry["patch"] == entry["per_patch"]["patch"]
+    assert entry.patient == entry.patch == entry.per_patch.patch
 
 
 def test_three_classes():
@@ -330,10 +331,10 @@ def test_a_verdict_needs_an_interval_to_be_against():
 def test_the_command_line_says_it_in_a_line():
     few, enough = (fit(POPULATION.draw(n, 40, seed=0)) for n in (8, 25))
     refused = judge(few, NEW)
-    assert refused["reason"] and refused["reason"] in abstention_summary(refused)
+    assert refused.reason and refused.reason in abstention_summary(refused)
     entry = judge(enough, NEW)
-    share = 100 * entry["patient"]["abstained"]["value"]
-    for part in (f"{share:.1f} %", "0.9", "per class", entry["verdict"]):
+    share = 100 * entry.patient.abstained.value
+    for part in (f"{share:.1f} %", "0.9", "per class", entry.verdict):
         assert part in abstention_summary(entry)
 
 
@@ -342,8 +343,8 @@ def test_the_command_line_says_it_in_a_line():
 
 def test_figures_show_what_they_are_given():
     wrong, confidence, _ = draw_calls(1)
-    bars = [{"coverage": 0.8, "value": 0.1, "low": 0.05, "high": 0.15}, {"coverage": 0.9, "low": None}]
-    figure = draw_risk_coverage(wrong, confidence, intervals=bars, kept=(0.7, 0.05))
+    bars = [RiskAt(0.8, 0.9, Interval(0.1, 0.05, 0.15)), RiskAt(0.9, 0.8, Interval(0.2))]
+    figure = draw_risk_coverage(wrong, confidence, points=bars, kept=(0.7, 0.05))
     line = figure.axes[0].lines[0]
     assert line.get_xdata()[-1] == 100 and line.get_ydata()[-1] == pytest.approx(100 * wrong.mean())
     figure = draw_coverage(np.array([0.9, 0.7]), np.array([0.6, 0.8]), 0.9)
@@ -357,8 +358,7 @@ def chapter(conformal, **changes):
     prob = table["prob"].to_numpy()
     predictions = table.assign(**{f"prob_{NAMES[0]}": 1 - prob, f"prob_{NAMES[1]}": prob})
     scored = ScoredPatches.of_predictions(predictions, NAMES, NAMES[1], "patient")
-    entry = plain(measure_abstention(conformal, scored))
-    metrics = make_metrics(table) | {"abstention": entry} | changes
+    metrics = replace(make_metrics(table), abstention=measure_abstention(conformal, scored), **changes)
     return make_small_facts(tuple("abcdefgh"), predictions=predictions, metrics=metrics)
 
 
@@ -400,8 +400,10 @@ def test_a_guarantee_missed_is_broken_or_open():
     section = describe_abstention(chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.2, 0.2]}))
     assert "The coverage guarantee was violated on these patients, by" in section.blocks[1].text
     assert section.blocks[1].tone == "warning"
-    found = {"guarantee": "marginal", "target_coverage": 0.9, "verdict": "inconclusive"}
-    found["patient"] = {"coverage": {"value": 0.88, "low": 0.8, "high": 0.91, "reason": None}}
+    marginal = fit(POPULATION.draw(25, 40, seed=0), guarantee="marginal")
+    found = chapter(marginal).metrics.abstention
+    shares = replace(found.patient, coverage=Interval(0.88, 0.8, 0.91))
+    found = replace(found, verdict="inconclusive", patient=shares)
     assert describe_verdict(found, "slide") == (
         "Inconclusive: coverage is 0.020 below target, within sampling error for so few slides. Coverage: "
         "0.880 (0.800 to 0.910); target 0.900."
@@ -414,7 +416,7 @@ def test_a_report_on_the_calibration_subset_says_it_tests_nothing():
 
 
 def test_no_chapter_for_runs_from_before():
-    assert describe_abstention(make_facts()) is None
+    assert describe_abstention(make_small_facts()) is None
     text = words(chapter({}))
     assert BEFORE in text
     assert THRESHOLD == 0.43

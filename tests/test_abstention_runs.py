@@ -45,7 +45,13 @@ def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained
     assert entry["reason"] == FEW and entry["n_calibration_patients"] == 5 and entry["verdict"] is None
     assert not run.predictions("test")[0]["abstained"].any()
     names, (table, _) = metrics["class_names"], run.predictions("test")
-    facts = RunFacts(run=run.info, metrics=metrics, predictions=table, class_names=names)
+    facts = RunFacts(
+        run=run.info,
+        metrics=run.metrics(),
+        positive_class=metrics["positive_class"],
+        predictions=table,
+        class_names=names,
+    )
     section = describe_abstention(facts)
     assert FEW in section.blocks[0].text and section.blocks[1].tone == "note"
 

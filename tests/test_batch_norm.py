@@ -71,9 +71,8 @@ def test_a_short_run_says_so_everywhere_and_is_the_same_when_resumed(pack, tmp_p
     (said,) = (text for text in run.info["warnings"] if "batch normalisation" in text)
     metrics = evaluate(run)
     assert said in metrics["warnings"]
-    facts = replace(
-        make_small_facts(), metrics=make_small_facts().metrics | {"warnings": metrics["warnings"]}
-    )
+    facts = make_small_facts()
+    facts = replace(facts, metrics=replace(facts.metrics, warnings=metrics["warnings"]))
     assert any(said[1:] in text for text in warn_reader(facts))
 
     def stop(*args, **options):

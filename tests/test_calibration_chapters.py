@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import MetricError
-from biopsy.core.files import plain
 from biopsy.evaluation.calibration.measure import MEASURED
 from biopsy.evaluation.calibration.section import (
     describe_calibration,
@@ -22,6 +21,8 @@ from biopsy.reporting.document import Picture, Pictures, Table, Text
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
 from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import DecisionCurve, NetBenefit, Reliability
 from refusals import refuses
 from report_facts import NAMES, estimate_patch_metrics
 from report_facts import make_small_facts as run_facts
@@ -42,12 +43,12 @@ FITTED = {
 
 def side(target, prob, groups):
     metrics = estimate_patch_metrics(target, prob, groups, seed=0)
-    return {
+    return Reliability(
         **{name: metrics[name] for name in MEASURED},
-        "ece_floor": ece_floor(prob, seed=0),
-        "brier_parts": decompose_brier(target, prob),
-        "bins": estimate_reliability(target, prob, groups, seed=0),
-    }
+        ece_floor=ece_floor(prob, seed=0),
+        brier_parts=decompose_brier(target, prob),
+        bins=estimate_reliability(target, prob, groups, seed=0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,7 @@ def facts():
         table.assign(**{"prob_not IDC": 1 - prob, "prob_IDC": prob}), NAMES, "IDC", "patient"
     )
     decisions = measure_decisions(scored, thresholds, prevalence=0.02)
-    metrics = {**bare.metrics, "calibration": found, **vars(decisions)}
-    return replace(bare, metrics=plain(metrics))
+    return replace(bare, metrics=replace(bare.metrics, calibration=found, **vars(decisions)))
 
 
 def texts(section):
@@ -78,7 +78,7 @@ def test_the_calibration_chapter(facts):
     assert section.id == "calibration" and FITTED["warning"].capitalize() in texts(section)
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.columns == ["measure", "before calibration", "after calibration"]
-    ece = facts.metrics["calibration"]["after"]["ece"]["value"]
+    ece = facts.metrics.calibration["after"].ece.value
     assert table.rows[0][2].startswith(f"{ece:.3f} (a)") and len(table.rows) == 9
     pictures = [one for block in section.blocks if isinstance(block, Pictures) for one in block.items]
     assert [one.caption.split(":")[0] for one in pictures] == ["Before calibration", "After calibration"]
@@ -86,28 +86,19 @@ def test_the_calibration_chapter(facts):
 
 
 def test_without_calibration_there_is_one_column(facts):
-    found = facts.metrics["calibration"]
+    found = facts.metrics.calibration
     plain = {"method": "none", "reason": "not calibrated: all 9 patches are of class 0"}
     plain |= {"before": found["after"], "after": found["after"]}
-    section = describe_calibration(replace(facts, metrics={**facts.metrics, "calibration": plain}))
+    section = describe_calibration(replace(facts, metrics=replace(facts.metrics, calibration=plain)))
     assert texts(section).startswith("Not calibrated: all 9 patches are of class 0.")
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.columns == ["measure", "not calibrated"]
 
 
-def test_more_than_two_classes_have_a_table_only(facts):
-    value = {"value": 0.5, "low": None, "high": None, "reason": "no interval is made"}
-    few = {"nll": value, "brier": value}
-    metrics = {**facts.metrics, "calibration": {**FITTED, "before": few, "after": few}}
-    section = describe_calibration(replace(facts, metrics=metrics))
-    assert not any(isinstance(block, Pictures) for block in section.blocks)
-
-
 def test_the_decision_chapter(facts):
     section = describe_decisions(facts)
     points, prevalence = (block for block in section.blocks if isinstance(block, Table))
-    first = facts.metrics["operating_points"][0]
-    reached = first["achieved"]["sensitivity"]["value"]
+    reached = facts.metrics.operating_points[0].achieved["sensitivity"].value
     assert points.rows[0][:3] == ["highest sensitivity + specificity", "0.430", "0.900"]
     assert points.rows[0][4] == f"{reached - 0.9:+.3f}" and points.rows[1][4] == "-"
     assert prevalence.caption == "Predictive values at a prevalence of 2 %" and len(prevalence.rows) == 2
@@ -115,13 +106,13 @@ def test_the_decision_chapter(facts):
 
 
 def test_points_on_the_subset_that_chose_them_have_no_drift(facts):
-    table = table_of_points(facts.metrics["operating_points"], "validation")
+    table = table_of_points(facts.metrics.operating_points, "validation")
     assert not any("drift" in column for column in table.columns) and len(table.rows) == 2
-    assert table.columns != table_of_points(facts.metrics["operating_points"], "test").columns
+    assert table.columns != table_of_points(facts.metrics.operating_points, "test").columns
 
 
-def test_metrics_from_before_make_no_chapter():
-    assert describe_calibration(run_facts()) is None and describe_decisions(run_facts()) is None
+def test_without_operating_points_there_is_no_chapter():
+    assert describe_decisions(run_facts()) is None
 
 
 @pytest.mark.parametrize(
@@ -142,11 +133,12 @@ def test_what_is_said_of_a_calibrator(change, text):
 
 
 def slope(value, low, high, intercept=(0, -1, 1)):
-    names = ("value", "low", "high")
-    return {
-        "calibration_slope": {**dict(zip(names, (value, low, high), strict=True)), "reason": "a reason"},
-        "calibration_intercept": dict(zip(names, intercept, strict=True)),
+    other = dict.fromkeys(("ece", "brier", "nll"), Interval(0.1))
+    intervals = {
+        "calibration_slope": Interval(value, low, high, "a reason"),
+        "calibration_intercept": Interval(*intercept),
     }
+    return Reliability(**other, **intervals, ece_floor=0.1, bins=[])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +148,7 @@ def slope(value, low, high, intercept=(0, -1, 1)):
         (slope(1.5, 1.3, 1.8), "The probabilities are underconfident"),
         (slope(1.1, 0.7, 1.5), "No over- or underconfidence was detected"),
         (slope(0.5, None, None), "has no interval: a reason"),
-        (slope(None, None, None), "slope is undefined: a reason"),
+        (slope(np.nan, None, None), "slope is undefined: a reason"),
         (slope(1.0, 0.9, 1.1, (1, 0.5, 1.5)), "on average they underestimate the frequency of IDC"),
         (slope(1.0, 0.9, 1.1, (-1, -2, -0.5)), "overestimate the frequency of IDC"),
     ],
@@ -178,10 +170,10 @@ def test_what_is_said_of_a_slope(after, text):
 def test_where_acting_pays_as_far_as_intervals_allow(gains, half, text):
     ends = [(None, None) if half is None else (gain - half, gain + half) for gain in gains]
     marked = [
-        {"threshold": at, "gain": {"value": gain, "low": low, "high": high, "reason": "a reason"}}
+        NetBenefit(0.0, threshold=at, gain=Interval(gain, low, high, "a reason"))
         for at, gain, (low, high) in zip([0.1, 0.2, 0.3, 0.4], gains, ends, strict=True)
     ]
-    assert text in describe_benefit({"marked": marked})
+    assert text in describe_benefit(DecisionCurve([], [], [], marked))
 
 
 def test_rules_in_words():
@@ -193,13 +185,13 @@ def test_rules_in_words():
 
 
 def test_figures_hold_the_numbers_they_are_given(facts):
-    found = facts.metrics["calibration"]
-    line = draw_calibration(found["after"]["bins"]).axes[0].lines[-1]
-    np.testing.assert_allclose(line.get_xdata(), [one["mean_prob"] for one in found["after"]["bins"]])
-    curve = facts.metrics["decision_curve"]
+    found = facts.metrics.calibration
+    line = draw_calibration(found["after"].bins).axes[0].lines[-1]
+    np.testing.assert_allclose(line.get_xdata(), [one.mean_prob for one in found["after"].bins])
+    curve = facts.metrics.decision_curve
     axes = draw_decision_curve(curve).axes[0]
-    np.testing.assert_allclose(axes.lines[-1].get_ydata(), curve["model"])
-    bare = {**curve, "marked": [{**one, "low": None, "high": None} for one in curve["marked"]]}
+    np.testing.assert_allclose(axes.lines[-1].get_ydata(), curve.model)
+    bare = replace(curve, marked=[replace(one, low=None, high=None) for one in curve.marked])
     assert len(draw_decision_curve(bare).axes[0].collections) == 0
 
 
@@ -207,4 +199,4 @@ def test_figures_refuse_nothing_to_draw():
     with refuses(MetricError, "bins"):
         draw_calibration([])
     with refuses(MetricError, "threshold"):
-        draw_decision_curve({"thresholds": []})
+        draw_decision_curve(DecisionCurve([], [], [], []))

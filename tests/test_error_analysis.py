@@ -157,7 +157,7 @@ def found(judged):
 
 
 def test_counts_and_kinds_are_those_of_the_evaluation(judged, found):
-    confusion = judged.metrics()["confusion"]
+    confusion = vars(judged.metrics().confusion)
     assert found.document["counts"] == {kind: confusion[kind] for kind in ("fn", "fp", "tp", "tn")}
     frame, _ = judged.predictions("test")
     assert found.table["patch_id"].tolist() == frame["patch_id"].tolist()

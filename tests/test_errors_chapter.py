@@ -1,12 +1,14 @@
 """The chapter on mistakes: the surest are shown and named, tables hold the record, ids can be hidden."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from biopsy.evaluation.errors.case_views import hide_errors
 from biopsy.evaluation.errors.section import describe_errors
+from biopsy.evaluation.hypotheses.measure import Hypothesis
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.facts import hide_run
@@ -62,13 +64,13 @@ def test_the_table_holds_the_record(facts):
 
 
 def test_the_conjectures_are_answered_by_name(facts):
-    hypotheses = [
-        {"name": name, "source": "the VGG16 post", "claim": f"{name}.", "answer": f"Held here: {name}."}
-        for name in ("less stained", "heterogeneous", "blue and yellow")
+    names = ("less stained", "heterogeneous", "blue and yellow")
+    answer = {"source": "the VGG16 post", "among": "", "verdict": "", "note": ""}
+    tested = [
+        Hypothesis(name=name, claim=f"{name}.", answer=f"Held here: {name}.", **answer) for name in names
     ]
-    text = render_chapter(
-        replace(facts, results={**facts.results, "hypotheses": {"hypotheses": hypotheses}})
-    ).text
+    found = SimpleNamespace(hypotheses=tested)  # of the record, only what is read here
+    text = render_chapter(replace(facts, results={**facts.results, "hypotheses": found})).text
     assert "The VGG16 post: “less stained.” Held here: less stained." in text
     assert "“heterogeneous.”" in text and "blue and yellow" not in text
 

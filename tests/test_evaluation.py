@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as theirs
 
 from biopsy.core.errors import DataError, RunError, SplitError
-from biopsy.core.files import SEAL, read_json, write_json
+from biopsy.core.files import SEAL, plain, read_json, write_json
 from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions
@@ -76,13 +76,13 @@ def test_a_metrics_json_with_an_invalid_entry_is_refused(judged, tmp_path, chang
     with refuses(RunError, f"metrics.json {where}: ", f"biopsy evaluate {run.path}"):
         run.metrics()
     write_json(path, document)
-    assert run.metrics() == document
+    assert plain(run.metrics()) == document
 
 
 def test_metrics_json_has_the_keys_of_the_formats_page(judged):
     metrics = json.loads((judged.path / "evaluation" / "metrics.json").read_text())
     assert metrics.pop(SEAL)
-    assert metrics == judged.metrics() and set(KEYS) <= metrics.keys()
+    assert metrics == plain(judged.metrics()) and set(KEYS) <= metrics.keys()
     assert metrics["format"] == "biopsy-metrics/1" and metrics["subset"] == "test"
     assert {"name", "patients_overlap"} <= metrics["split"].keys()
     assert {"value", "rule", "chosen_on"} == metrics["threshold"].keys()
@@ -120,7 +120,7 @@ def test_numbers_follow_from_the_predictions_file_as_scikit_learn_has_them(judge
         "brier": theirs.brier_score_loss(target, prob),
         "nll": theirs.log_loss(target, prob),
     }
-    metrics = judged.metrics()
+    metrics = plain(judged.metrics())
     found = values(metrics["patch"])
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     for key, called in (("confusion", pred), ("at_half", (prob >= 0.5).astype(int))):
@@ -134,9 +134,9 @@ def test_patients_count_alike_in_the_means_over_patients(judged):
     target, prob, frame, _ = read(judged)
     patients = frame["patient_id"].to_numpy(str)
     each = [theirs.roc_auc_score(target[patients == p], prob[patients == p]) for p in np.unique(patients)]
-    found = judged.metrics()["patient"]["auroc"]
-    assert found["n_defined"] == len(each) == 5
-    summary = (found["value"], found["median"], found["worst"])
+    found = judged.metrics().patient["auroc"]
+    assert found.n_defined == len(each) == 5
+    summary = (found.value, found.median, found.worst)
     assert summary == pytest.approx((np.mean(each), np.median(each), min(each)), abs=1e-12)
 
 
@@ -156,7 +156,7 @@ def test_the_threshold_was_chosen_on_validation_and_is_frozen(judged):
     target, prob, *_ = read(judged, "validation")
     chosen = choose_threshold(target, prob, "youden")
     wanted = {"value": chosen.value, "rule": "youden", "chosen_on": "validation"}
-    assert judged.info["threshold"] == wanted == judged.metrics()["threshold"]
+    assert judged.info["threshold"] == wanted == judged.metrics().threshold
     assert (
         json.loads((judged.path / "evaluation" / "metrics-validation.json").read_text())["threshold"]
         == wanted
@@ -175,10 +175,10 @@ def test_validation_is_predicted_as_training_left_it(trained_run, judged):
 
 def test_colour_alone_stands_beside_it(judged):
     pack = judged.open_pack()
-    baseline = judged.metrics()["baseline"]
+    baseline = plain(judged.metrics().baseline)
     assert baseline["auroc"] == colour_baseline(pack, judged.subsets(pack))[0].auroc
     assert baseline.keys() == {"name", "features", "C", "n_train", "auroc", "reason", "interval", "gain"}
-    ours = judged.metrics()["patch"]["auroc"]["value"]
+    ours = judged.metrics().patch["auroc"].value
     assert baseline["interval"]["value"] == pytest.approx(baseline["auroc"])
     assert baseline["gain"]["value"] == pytest.approx(ours - baseline["auroc"])
 
@@ -224,7 +224,7 @@ def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
     moved = shutil.move(copied.open_pack().path, tmp_path / "moved.pack")
     with refuses(RunError, "own.pack"):
         evaluate(copied)
-    found, wanted = evaluate(copied, data=moved), judged.metrics()
+    found, wanted = evaluate(copied, data=moved), plain(judged.metrics())
     assert {key: found[key] for key in wanted if key != "evaluated"} == {
         key: wanted[key] for key in wanted if key != "evaluated"
     }

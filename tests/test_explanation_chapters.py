@@ -8,12 +8,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.core.files import plain
 from biopsy.evaluation.explanation.examples import Explained, Illustration
-from biopsy.evaluation.explanation.faithfulness import describe_curves, describe_method_result
-from biopsy.evaluation.hypotheses.measure import check_blue_yellow, check_errors
+from biopsy.evaluation.explanation.faithfulness import (
+    Faithfulness,
+    RandomisedStep,
+    Settings,
+    describe_curves,
+    describe_method_result,
+)
+from biopsy.evaluation.hypotheses.measure import Hypotheses, check_blue_yellow, check_errors
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.html import render_report
+from biopsy.statistics.intervals import describe_method
 from report_facts import NAMES, Page, figures, make_facts, make_small_facts
 
 
@@ -52,14 +58,20 @@ def add_explanations(facts, n=4):
         {f"{c}_{w}": rng.random(n_all) for c in ("blue", "yellow") for w in ("area", "saliency")}
     )
     called, options = facts.predictions["prob"].to_numpy() > 0.5, {"seed": 0, "unit": "patient"}
-    hypotheses = {
-        "subset": "test",
-        "unit": "patient",
-        "seed": 11,
-        "n_patches": n_all,
-        "n_measured": n_all,
-        "n_predicted": 77,
-        "hypotheses": [
+    hypotheses = Hypotheses(
+        format="",
+        subset="test",
+        n_patches=n_all,
+        classifier_sha256="",
+        seed=11,
+        positive_class="IDC",
+        unit="patient",
+        n_groups=len(set(groups)),
+        n_measured=n_all,
+        n_predicted=77,
+        threshold=0.5,
+        interval=describe_method(len(set(groups)), **options),
+        hypotheses=[
             check_errors("less stained", properties, truth, called, groups, **options),
             check_errors("heterogeneous", properties, truth, called, groups, **options),
             check_blue_yellow(
@@ -71,8 +83,8 @@ def add_explanations(facts, n=4):
                 **options,
             ),
         ],
-    }
-    results = {"explanation": Explained(examples, patches, parts), "hypotheses": plain(hypotheses)}
+    )
+    results = {"explanation": Explained(examples, patches, parts), "hypotheses": hypotheses}
     return replace(facts, results={**facts.results, **results})
 
 
@@ -85,12 +97,12 @@ def test_the_report_shows_maps_and_answers():
     page = Page(text).text
     assert {"explanation", "hypotheses"} <= set(Page(text).sections)
     assert "saliency: it shows <what>." in page and "activation 8" in text
-    for entry in facts.results["hypotheses"]["hypotheses"]:
-        assert entry["claim"] in page and entry["answer"] in page
-        for measure in entry.get("measures", ()):
-            assert f"{measure['auroc']['value']:.3f}" in page
-    difference = facts.results["hypotheses"]["hypotheses"][2]["auroc"]["grey"]["difference"]
-    assert f"{difference['value']:.3f} ({difference['low']:.3f} to {difference['high']:.3f})" in page
+    for entry in facts.results["hypotheses"].hypotheses:
+        assert entry.claim in page and entry.answer in page
+        for measure in entry.measures:
+            assert f"{measure.auroc.value:.3f}" in page
+    difference = facts.results["hypotheses"].hypotheses[2].auroc["grey"]["difference"]
+    assert f"{difference.value:.3f} ({difference.low:.3f} to {difference.high:.3f})" in page
     assert "hypotheses about saliency on 77" in page and "(seed 11)" in page
     assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
     for name in facts.results["explanation"].examples["patch_id"]:
@@ -119,10 +131,10 @@ def test_the_report_says_whether_maps_mean_anything():
     text = render_report(report_of_run(facts, hide_ids=True))
     page = Page(text).text
     assert "Faithfulness of the saliency maps" in page and "has not been tested" not in page
-    for each in facts.results["faithfulness"]["methods"]:
-        assert each["answer"] in page
-        for gain in each["gain"].values():
-            assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in page
+    for each in facts.results["faithfulness"].methods:
+        assert each.answer in page
+        for gain in each.gain.values():
+            assert f"{gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})" in page
     assert "grad_cam needs feature maps" in page
     assert "deletion: lower is better" in text and "48 patches of 8 patients, predicted IDC" in page
 
@@ -134,27 +146,25 @@ def make_faithfulness():
         name: tuple(np.sort(rng.random((48, 13)), axis=1)[:, ::step] for step in (-1, 1))
         for name in ("saliency", "occlusion", "random", "edges")
     }
-    steps = [{"from_layer": name, "rank_correlation": 0.3, "ssim": 0.2} for name in ("head", "body.conv1_1")]
-    return plain(
-        {
-            "subset": "test",
-            "seed": 3,
-            "positive_class": "IDC",
-            "unit": "patient",
-            "n_patches": 48,
-            "n_groups": 8,
-            "settings": {"cells": 12, "n_randomised": 6},
-            "prob": {"untouched": 0.9, "blurred": 0.2},
-            "methods": [
-                describe_method_result(name, traced, steps, groups, **options)
-                for name in ("saliency", "occlusion")
-            ],
-            "baselines": [
-                {"name": name, **describe_curves(traced[name], groups, **options)}
-                for name in ("random", "edges")
-            ],
-            "refused": [{"name": "grad_cam", "reason": "grad_cam needs feature maps"}],
-        }
+    steps = [RandomisedStep(name, 0.3, 0.2) for name in ("head", "body.conv1_1")]
+    return Faithfulness(
+        format="",
+        subset="test",
+        classifier_sha256="",
+        seed=3,
+        positive_class="IDC",
+        unit="patient",
+        n_patches=48,
+        n_groups=8,
+        interval=describe_method(8, **options),
+        settings=Settings(cells=12, steps=12, blur=0.1, n_random=4, n_randomised=6),
+        prob={"untouched": 0.9, "blurred": 0.2},
+        methods=[
+            describe_method_result(name, traced, steps, groups, **options)
+            for name in ("saliency", "occlusion")
+        ],
+        baselines=[describe_curves(name, traced, groups, **options) for name in ("random", "edges")],
+        refused=[{"name": "grad_cam", "reason": "grad_cam needs feature maps"}],
     )
 
 

@@ -1,6 +1,7 @@
 """Tests of the tests of maps: methods that are right must win, maps that know nothing must not."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,10 +13,13 @@ from torch import nn
 
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
-from biopsy.core.files import read_json
+from biopsy.core.files import plain, read_json
 from biopsy.evaluation.explanation.faithfulness import (
     CELLS,
     STEPS,
+    AreaUnderCurve,
+    MethodResult,
+    RandomisedStep,
     all_deletion_insertion_curves,
     area_under,
     blur_patches,
@@ -120,8 +124,8 @@ def test_faithful_methods_find_the_corner_and_beat_both_baselines(corner, name):
     truth = np.zeros(patches.shape[:3], bool)
     truth[CORNER] = True
     found = judge(name, traced)
-    assert found["verdict"] == {"random": "higher", "edges": "higher"}
-    assert found["gain"]["random"].value > 0.1 and found["n_better"]["random"] == 16
+    assert found.verdict == {"random": "higher", "edges": "higher"}
+    assert found.gain["random"].value > 0.1 and found.n_better["random"] == 16
     pointing = judge_pointing(maps[name], truth, GROUPS, seed=0, unit="patient")
     assert pointing["mass"]["value"] > 2 * pointing["area"]["value"]
     if name not in ("occlusion", "grad_cam"):  # windows reach beyond, and a channel's weight has no place
@@ -135,14 +139,14 @@ def test_maps_that_know_nothing_do_not_win(corner):
     others = {"saliency": rng.random(patches.shape[:3]), "occlusion": find_edges(patches)}
     again = all_deletion_insertion_curves(ask_of(classifier), patches, others, seed=1)
     drawn = judge("saliency", again)
-    assert drawn["verdict"]["random"] != "higher" and abs(drawn["gain"]["random"].value) < 0.1
+    assert drawn.verdict["random"] != "higher" and abs(drawn.gain["random"].value) < 0.1
     edges = judge("occlusion", again)
-    assert edges["gain"]["edges"].value == 0 and edges["verdict"]["edges"] == "inconclusive"
+    assert edges.gain["edges"].value == 0 and edges.verdict["edges"] == "inconclusive"
     wrong = judge(
         "saliency",
         all_deletion_insertion_curves(ask_of(classifier), patches, {"saliency": -traced_map(corner)}, seed=0),
     )
-    assert wrong["verdict"]["random"] == "lower" and "is worse than random maps by 0." in wrong["answer"]
+    assert wrong.verdict["random"] == "lower" and "is worse than random maps by 0." in wrong.answer
 
 
 def traced_map(corner):
@@ -155,8 +159,8 @@ def test_a_network_that_forgets_changes_its_maps_and_an_edge_detector_does_not(c
     layers = dict.fromkeys(maps) | {"grad_cam": "conv"}
     found = compare_randomised(classifier, patches[:4], index, maps, layers, CPU, seed=0)
     for steps in found.values():
-        assert [step["from_layer"] for step in steps] == ["head", "conv"]
-        assert abs(steps[-1]["rank_correlation"]) < 0.5 and steps[-1]["ssim"] < 0.9
+        assert [step.from_layer for step in steps] == ["head", "conv"]
+        assert abs(steps[-1].rank_correlation) < 0.5 and steps[-1].ssim < 0.9
     edges = find_edges(patches)
     assert rank_correlation(edges, edges).min() == pytest.approx(1)
 
@@ -302,28 +306,37 @@ def test_a_gain_is_judged_by_its_interval(low, high, verdict):
 
 
 def test_answers_are_plain_sentences():
-    record = {
-        "title": "Grad-CAM",
-        "gain": {
-            "random": Interval(0.12, 0.05, 0.19),
-            "edges": Interval(-0.02, -0.06, 0.02),
-        },
-        "verdict": {"random": "higher", "edges": "not different"},
-        "randomised": [{"rank_correlation": 0.1}, {"rank_correlation": 0.71}],
-    }
+    area = AreaUnderCurve(0.5, curve=[])
+    record = MethodResult(
+        name="grad_cam",
+        deletion=area,
+        insertion=area,
+        title="Grad-CAM",
+        gain={"random": Interval(0.12, 0.05, 0.19), "edges": Interval(-0.02, -0.06, 0.02)},
+        n_better={},
+        verdict={"random": "higher", "edges": "not different"},
+        randomised=[RandomisedStep("head", 0.1, 0.2), RandomisedStep("conv", 0.71, 0.2)],
+    )
     assert describe_gain(record, 12, "patient") == (
         "Grad-CAM is better than random maps by 0.12 (0.05 to 0.19) and is not better than edges (-0.02, "
         "-0.06 to 0.02); its map hardly changes when all weights are random (rank correlation 0.71)."
     )
-    worse = record | {"verdict": {"random": "lower", "edges": "lower"}, "randomised": []}
-    worse["gain"] = dict.fromkeys(("random", "edges"), Interval(-0.2, -0.3, -0.1))
+    worse = replace(
+        record,
+        verdict={"random": "lower", "edges": "lower"},
+        randomised=[],
+        gain=dict.fromkeys(("random", "edges"), Interval(-0.2, -0.3, -0.1)),
+    )
     assert describe_gain(worse, 12, "patient") == (
         "Grad-CAM is worse than random maps by 0.20 (0.10 to 0.30) and is worse than edges by 0.20 (0.10 to "
         "0.30)."
     )
-    few = record | {"verdict": {"random": "inconclusive", "edges": "inconclusive"}}
     none = Interval(0.1, reason="only 1 patient")
-    few["gain"] = {"random": none, "edges": none}
+    few = replace(
+        record,
+        verdict={"random": "inconclusive", "edges": "inconclusive"},
+        gain={"random": none, "edges": none},
+    )
     assert describe_gain(few, 1, "patient").startswith(
         "Grad-CAM: inconclusive with 1 patient (only 1 patient)"
     )
@@ -343,20 +356,20 @@ def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
     options = {"methods": ["saliency", "grad_cam"], "n_patches": 6, "device": "cpu"}
     found = measure_faithfulness(judged, **options)
     path = judged.path / "explain" / "faithfulness.json"
-    assert found == read_json(path) == read_faithfulness(judged)
+    assert plain(found) == read_json(path) == plain(read_faithfulness(judged))
     n_called = int((judged.predictions("test")[0]["pred"] == 1).sum())
-    assert (found["subset"], found["n_patches"], found["positive_class"]) == ("test", min(6, n_called), "idc")
-    assert [each["name"] for each in found["methods"]] == ["saliency", "grad_cam"]
-    assert [each["name"] for each in found["baselines"]] == ["random", "edges"]
-    for each in [*found["methods"], *found["baselines"]]:
-        for name in ("deletion", "insertion"):
-            assert len(each[name]["curve"]) == STEPS + 1 and 0 <= each[name]["value"] <= 1
-        assert each["deletion"]["curve"][0] == pytest.approx(found["prob"]["untouched"], abs=1e-6)
-        assert each["insertion"]["curve"][0] == pytest.approx(found["prob"]["blurred"], abs=1e-6)
-    grad_cam = found["methods"][1]
-    assert grad_cam["layer"] and grad_cam["randomised"]
-    assert grad_cam["answer"].startswith("Grad-CAM")
-    assert measure_faithfulness(judged, **options) == found
+    assert (found.subset, found.n_patches, found.positive_class) == ("test", min(6, n_called), "idc")
+    assert [each.name for each in found.methods] == ["saliency", "grad_cam"]
+    assert [each.name for each in found.baselines] == ["random", "edges"]
+    for each in [*found.methods, *found.baselines]:
+        for area in (each.deletion, each.insertion):
+            assert len(area.curve) == STEPS + 1 and 0 <= area.value <= 1
+        assert each.deletion.curve[0] == pytest.approx(found.prob["untouched"], abs=1e-6)
+        assert each.insertion.curve[0] == pytest.approx(found.prob["blurred"], abs=1e-6)
+    grad_cam = found.methods[1]
+    assert grad_cam.layer and grad_cam.randomised
+    assert grad_cam.answer.startswith("Grad-CAM")
+    assert plain(measure_faithfulness(judged, **options)) == plain(found)
 
 
 def test_patches_are_called_positive_and_taken_from_patients_in_turn(judged):

@@ -47,7 +47,7 @@ def test_the_official_split_of_idc(run_protocol):
         listed = (folder / "data" / f"cases_{file}.txt").read_text().split()
         assert {patient for patient, value in subset.items() if value == name} == set(listed) != set()
     assert sum(value == "" for value in subset.values()) == 8  # in no list
-    assert run.metrics()["unit"] == "patient"
+    assert run.metrics().unit == "patient"
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_the_published_split_of_pcam(run_protocol):
     subsets = run.subsets(pack)
     prefix = pack.table["slide_id"].str.partition("_")[0]
     assert (prefix.replace("valid", "validation") == subsets).all()
-    assert run.metrics()["n_patches"] == (subsets == "test").sum()
+    assert run.metrics().n_patches == (subsets == "test").sum()
 
 
 @pytest.mark.slow

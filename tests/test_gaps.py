@@ -1,11 +1,13 @@
 """Sums of a reproduction: whole seeds only, pairs only, and what a row is worth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from biopsy.evaluation.study_tables import Spread
 from biopsy.experiments.reproduction_summary import COMPARED, CONTRASTS, summarise
+from biopsy.training.metrics import Spread
 
 BASELINE = {"published_updates": 100, "method_only": False, "missing": {}, "claim": {}, "corrected": {}}
 
@@ -25,7 +27,7 @@ def run_row(arm, place, seed, auroc, **more):
     )
 
 
-METRICS = {"positive_class": "idc", "unit": "patient", "class_names": ["non_idc", "idc"]}
+METRICS = SimpleNamespace(positive_class="idc", unit="patient", class_names=["non_idc", "idc"])
 
 
 def test_a_seed_that_lacks_a_slide_is_in_no_mean():

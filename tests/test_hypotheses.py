@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import RunError
-from biopsy.core.files import read_json
+from biopsy.core.files import plain, read_json
 from biopsy.evaluation import stored_results
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.hypotheses import measure as hypotheses
@@ -185,21 +185,21 @@ def judged(trained_run, tmp_path_factory):
 
 def test_a_run_is_measured_once_and_read_again(judged, monkeypatch):
     found = measure_hypotheses(judged, device="cpu")
-    assert found["format"] == "biopsy-hypotheses/2" and found["subset"] == "test"
-    assert (found["n_measured"], found["n_predicted"], found["n_groups"]) == (40, 40, 5)
-    assert [entry["name"] for entry in found["hypotheses"]] == [
+    assert found.format == "biopsy-hypotheses/2" and found.subset == "test"
+    assert (found.n_measured, found.n_predicted, found.n_groups) == (40, 40, 5)
+    assert [entry.name for entry in found.hypotheses] == [
         "less stained",
         "heterogeneous",
         "blue and yellow",
     ]
-    for entry in found["hypotheses"]:
-        assert entry["verdict"] in ("supported", "contradicted", "not supported", "inconclusive")
-        assert entry["answer"].endswith(".")
-    assert found == read_json(judged / "explain" / "hypotheses.json")
+    for entry in found.hypotheses:
+        assert entry.verdict in ("supported", "contradicted", "not supported", "inconclusive")
+        assert entry.answer.endswith(".")
+    assert plain(found) == read_json(judged / "explain" / "hypotheses.json")
     (judged / "explain" / "hypotheses.json").unlink()
-    assert measure_hypotheses(judged, device="cpu") == found, "the same twice"
+    assert plain(measure_hypotheses(judged, device="cpu")) == plain(found), "the same twice"
     monkeypatch.setattr(hypotheses, "_measure", None)  # from here on it may only be read
-    assert measure_hypotheses(judged) == found
+    assert plain(measure_hypotheses(judged)) == plain(found)
 
 
 def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeypatch):
@@ -214,16 +214,14 @@ def test_the_network_is_asked_about_few_patches_where_it_is_slow(judged, monkeyp
     monkeypatch.setattr(hypotheses, "affordable_patches", lambda network, input_px: 10)
     (judged / "explain" / "hypotheses.json").unlink(missing_ok=True)
     found = measure_hypotheses(judged, device="cpu")
-    assert (found["n_patches"], found["n_measured"], found["n_predicted"]) == (40, 15, 10)
+    assert (found.n_patches, found.n_measured, found.n_predicted) == (40, 15, 10)
     (judged / "explain" / "hypotheses.json").unlink()
 
 
 def test_a_test_subset_that_is_closed_stays_closed(trained_run, tmp_path):
     shutil.copytree(trained_run.path, tmp_path / "run")
     found = measure_hypotheses(tmp_path / "run", device="cpu")
-    assert (
-        found["subset"] == "validation" and not (tmp_path / "run" / "predictions" / "test.parquet").exists()
-    )
+    assert found.subset == "validation" and not (tmp_path / "run" / "predictions" / "test.parquet").exists()
 
 
 def test_more_than_two_classes_are_refused(trained_run, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.evaluation.comparison.compare import gather_models
 from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_models
 from biopsy.evaluation.comparison.page import ONE_SEED, describe_verdict
+from biopsy.statistics.intervals import IntervalMethod
 from biopsy.statistics.paired import (
     adjust_holm,
     estimate_differences,
@@ -27,8 +28,9 @@ from biopsy.statistics.paired import (
     satterthwaite,
     subtract,
 )
-from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.resampling import Interval, Resampler
 from biopsy.statistics.weighted_counts import sort_scores
+from biopsy.training.metrics import Metrics, Reliability
 from biopsy.training.runs import Run
 from biopsy.training.study import Study
 from command_line import call
@@ -78,16 +80,25 @@ def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", re
         },
     }
     write_json(path / "run.json", info)
-    metrics = {
-        "class_names": pack.class_names,
-        "positive_class": pack.info.positive_class,
-        "unit": pack.unit,
-        "n_patches": len(rows),
-        "n_patients": len(np.unique(pack.group_ids[rows])),
-        "patch": {},
-        "interval": {"unit": pack.unit, "method": "none"},
-    }
-    write_json(path / "evaluation" / "metrics.json", {"format": "biopsy-metrics/1", **metrics})
+    n_groups, none = len(np.unique(pack.group_ids[rows])), Interval(float("nan"))
+    reliability = Reliability(ece=none, brier=none, nll=none, ece_floor=0.0, bins=[])
+    metrics = Metrics(
+        class_names=pack.class_names,
+        positive_class=pack.info.positive_class,
+        unit=pack.unit,
+        n_patches=len(rows),
+        n_patients=n_groups,
+        threshold=None,
+        patch={},
+        classification_report=[],
+        calibration={"method": "none", "before": reliability, "after": reliability},
+        interval=IntervalMethod(pack.unit, 0.95, n_groups, "none"),
+        subgroups={},
+        subgroup_intervals=None,
+        warnings=[],
+        evaluated="",
+    )
+    write_json(path / "evaluation" / "metrics.json", metrics)
     return Run.open(path)
 
 
@@ -213,7 +224,8 @@ def test_variances_add_with_satterthwaites_degrees_of_freedom():
 def test_one_seed_a_recipe_speaks_of_trained_networks(pair, tmp_path):
     document = biopsy.compare(pair[0], out=tmp_path / "out")
     [one] = document["differences"]
-    assert one["compares"] == NETWORKS and ONE_SEED in describe_verdict(document, one)
+    verdict = describe_verdict(document.record, document.record.differences[0])
+    assert one["compares"] == NETWORKS and ONE_SEED in verdict
     assert ONE_SEED in Page((tmp_path / "out" / "report.html").read_text()).text
     assert one["metrics"]["ece"]["low"] is None and one["metrics"]["ece"]["p"] is None
 
@@ -234,7 +246,7 @@ def test_a_run_against_itself_is_exactly_zero(pair, tmp_path):
         assert (entry["value"], entry["p"], entry["p_holm"], entry["low"]) == (0.0, 1.0, 1.0, None)
     assert document["changed"]["turned_wrong"] == document["changed"]["turned_right"] == 0
     assert document["changed"]["mcnemar_p_if_patches_were_independent"] == 1.0
-    assert "identical AUROC" in describe_verdict(document, one)
+    assert "identical AUROC" in describe_verdict(document.record, document.record.differences[0])
     assert pd.read_csv(tmp_path / "same" / "changed.csv").empty
 
 

@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from biopsy.core.files import plain
-from biopsy.evaluation.measure import measure_performance
+from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.reporting.compose import report_of_run, state_verdict
@@ -31,6 +31,8 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import LONG_TABLE, describe_openings, make_table
 from biopsy.reporting.html import render_report
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import SplitUse
 from report_facts import (
     Page,
     figures,
@@ -75,12 +77,12 @@ def test_every_figure_is_valid_xml_and_has_a_caption_or_title(report):
 
 
 def test_summary_numbers_are_the_metrics(report):
-    metrics = make_facts().metrics["patch"]
+    metrics = make_facts().metrics.patch
     page = Page(report).text
     for label, name in (("AUROC", "auroc"), ("Sensitivity", "sensitivity"), ("Specificity", "specificity")):
         found = metrics[name]
-        interval = f"{found['low']:.3f} to {found['high']:.3f}"
-        shown = f"{label} {found['value']:.3f} 95 % interval {interval}, over patients"
+        interval = f"{found.low:.3f} to {found.high:.3f}"
+        shown = f"{label} {found.value:.3f} 95 % interval {interval}, over patients"
         assert shown in page
     assert "colour-only baseline: 0.612" in page and "Research use only" in page
     assert "On 6 patients not seen in training, the model distinguishes IDC from not IDC" in page
@@ -90,17 +92,17 @@ def test_summary_numbers_are_the_metrics(report):
 
 def test_tables_hold_what_was_measured(report):
     page, facts = Page(report).text, make_facts()
-    c = facts.metrics["confusion"]
-    recall, precision = c["tp"] / (c["tp"] + c["fn"]), c["tp"] / (c["tp"] + c["fp"])
+    c = facts.metrics.confusion
+    recall, precision = c.tp / (c.tp + c.fn), c.tp / (c.tp + c.fp)
     f1 = 2 * precision * recall / (precision + recall)
-    assert f"IDC {precision:.3f} {recall:.3f} {f1:.3f} {c['tp'] + c['fn']}" in page
-    recall0, precision0 = c["tn"] / (c["tn"] + c["fp"]), c["tn"] / (c["tn"] + c["fn"])
+    assert f"IDC {precision:.3f} {recall:.3f} {f1:.3f} {c.tp + c.fn}" in page
+    recall0, precision0 = c.tn / (c.tn + c.fp), c.tn / (c.tn + c.fn)
     assert f"not IDC {precision0:.3f} {recall0:.3f}" in page
-    for name, found in facts.metrics["patch"].items():
-        interval = "none" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-        assert f"{found['value']:.3f} {interval}" in page and (found["low"] is None) == (name == "ece"), name
+    for name, found in facts.metrics.patch.items():
+        interval = "none" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+        assert f"{found.value:.3f} {interval}" in page and (found.low is None) == (name == "ece"), name
     assert "scanner A & B 9 2 0.777" in page
-    assert "accuracy 0.837 - " + f"{facts.metrics['patch']['accuracy']['value']:.3f}" in page
+    assert "accuracy 0.837 - " + f"{facts.metrics.patch['accuracy'].value:.3f}" in page
     assert "15478 64 0 - - " in page, "a patient with one class has no AUROC"
     assert "odd sizes 8" in page and "patches divided" in page and "1,235,133" in page
     for heading in (
@@ -119,10 +121,11 @@ def test_four_slides_are_put_together_again(report):
 
 
 def with_auroc(facts, value, low, high, gain=None):
-    auroc = {"value": value, "low": low, "high": high, "reason": None if low else "only 3 patients"}
-    baseline = None if gain is None else {"auroc": 0.6, "gain": dict(zip(("low", "high"), gain, strict=True))}
-    metrics = {**facts.metrics, "patch": {**facts.metrics["patch"], "auroc": auroc}, "baseline": baseline}
-    return replace(facts, metrics=metrics)
+    auroc = Interval(value, low, high, None if low else "only 3 patients")
+    baseline = facts.metrics.baseline
+    baseline = gain and replace(baseline, auroc=0.6, interval=None, gain=Interval(value - 0.6, *gain))
+    patch = {**facts.metrics.patch, "auroc": auroc}
+    return replace(facts, metrics=replace(facts.metrics, patch=patch, baseline=baseline))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def with_auroc(facts, value, low, high, gain=None):
         ((0.8, 0.7, 0.9), (-0.3, -0.1), "but worse than a colour-only baseline (0.600)."),
         ((0.6, 0.4, 0.8), None, "not shown to distinguish IDC from not IDC patches better than chance"),
         ((0.9, None, None), None, "cannot be generalised to other patients (only 3 patients)."),
-        ((None, None, None), None, "AUROC is not defined: only 3 patients."),
+        ((np.nan, None, None), None, "AUROC is not defined: only 3 patients."),
     ],
 )
 def test_the_verdict_says_no_more_than_the_intervals(auroc, gain, words):
@@ -149,7 +152,7 @@ def test_names_of_classes_can_be_read(names):
     facts = replace(
         facts,
         class_names=names,
-        metrics={**facts.metrics, "positive_class": names[1]},
+        positive_class=names[1],
         predictions=facts.predictions.rename(columns=renamed),
     )
     shown = {"1": "class 1 from class 0", "idc": "IDC from non-IDC"}[names[1]]
@@ -159,18 +162,18 @@ def test_names_of_classes_can_be_read(names):
 
 def test_a_synthetic_cohort_is_named_beside_the_verdict():
     facts = make_small_facts()
-    drawn = replace(facts, run={**facts.run, "pack": {**facts.run.get("pack", {}), "synthetic": True}})
+    drawn = replace(facts, metrics=replace(facts.metrics, synthetic=True))
     told = report_of_run(drawn).summary.verdict.removeprefix(report_of_run(facts).summary.verdict)
     assert "synthetic" in told and "synthetic" not in report_of_run(facts).summary.verdict
 
 
 def test_overlap_and_other_warnings_come_first():
     facts = make_small_facts()
-    metrics = {
-        **facts.metrics,
-        "split": {"name": "as-published", "patients_overlap": True, "test_is_validation": True},
-        "baseline": {"auroc": 0.999},
-    }
+    metrics = replace(
+        facts.metrics,
+        split=SplitUse("as-published", patients_overlap=True, test_is_validation=True),
+        baseline=replace(facts.metrics.baseline, auroc=0.999, interval=None),
+    )
     text = Page(render_report(report_of_run(replace(facts, metrics=metrics)))).text
     body = text[text.index("Reproducibility") :]  # after the contents
     assert body.index("no result for new patients") < body.index("Patient overlap between subsets")
@@ -200,13 +203,11 @@ def test_the_classes_of_the_subsets_are_drawn(report):
 
 def test_missing_intervals_and_values_say_why():
     facts = make_small_facts(("8863", "8865", "8867"))
-    patch = {
-        **facts.metrics["patch"],
-        "auroc": {"value": None, "low": None, "high": None, "reason": "one class only"},
-    }
-    text = Page(render_report(report_of_run(replace(facts, metrics={**facts.metrics, "patch": patch})))).text
+    patch = {**facts.metrics.patch, "auroc": Interval(np.nan, reason="one class only")}
+    changed = replace(facts, metrics=replace(facts.metrics, patch=patch))
+    text = Page(render_report(report_of_run(changed))).text
     assert "AUROC not defined no interval: one class only" in text
-    reason = facts.metrics["patch"]["sensitivity"]["reason"]
+    reason = facts.metrics.patch["sensitivity"].reason
     assert reason and f"no interval: {reason}" in text, "on the reader's page"
     assert f" {reason}." in text and "none (b)" in text, "under the table"
 
@@ -247,7 +248,7 @@ def test_hidden_ids_are_nowhere(report, hidden):
 def test_hiding_changes_no_number_and_tells_patients_apart(hidden):
     facts, page = make_facts(HIDDEN_IDS), Page(hidden).text
     for name in ("auroc", "sensitivity", "specificity"):
-        assert f"{facts.metrics['patch'][name]['value']:.3f}" in page
+        assert f"{facts.metrics.patch[name].value:.3f}" in page
     rows = re.findall(r"(?<=\s)([1-6]) 64 (?:\d+) (?:-|0\.\d+|1\.000)", page)
     assert sorted(rows) == list("123456")
 
@@ -255,12 +256,8 @@ def test_hiding_changes_no_number_and_tells_patients_apart(hidden):
 def test_no_ids_at_all_still_make_a_report():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     metrics = make_metrics(table.assign(patient_id=np.arange(len(table)) // 10))
-    metrics = {
-        **metrics,
-        "patient": {},
-        "interval": {"unit": "patch", "method": "jackknife"},
-        "subgroups": {},
-    }
+    interval = replace(metrics.interval, unit="patch")
+    metrics = replace(metrics, patient=None, interval=interval, subgroups={})
     facts = make_small_facts(predictions=table, metrics=metrics, get_patch=lambda _: PATCH)
     for hide_ids in (False, True):
         text = Page(render_report(report_of_run(facts, hide_ids=hide_ids))).text
@@ -279,25 +276,15 @@ def test_three_classes_are_reported_under_their_usual_names():
     for k, name in enumerate(names):
         table[f"prob_{name}"] = probs[:, k]
     scored = ScoredPatches.of_predictions(table, names, None, "patient")
-    metrics = {
-        "subset": "test",
-        "positive_class": None,
-        "class_names": names,
-        "n_patches": len(table),
-        "n_patients": 6,
-        "threshold": None,
-        **plain(measure_performance(scored, None)),
-        "interval": {"unit": "patient"},
-        "baseline": None,
-    }
-    facts = make_small_facts(predictions=table, metrics=metrics, class_names=names)
+    metrics = measure(scored, pd.DataFrame(index=table.index), [])
+    facts = make_small_facts(predictions=table, metrics=metrics, positive_class=None, class_names=names)
     text = Page(render_report(report_of_run(facts))).text
-    shown = {name: metrics["patch"][name] for name in ("accuracy", "balanced_accuracy")}
+    shown = {name: metrics.patch[name] for name in ("accuracy", "balanced_accuracy")}
     for label, entry in zip(("Accuracy", "Balanced accuracy"), shown.values(), strict=True):
-        interval = f"{number(entry['low'])} to {number(entry['high'])}"
-        assert f"{label} {number(entry['value'])} 95 % interval {interval}" in text
-    one = metrics["one_vs_rest"]["in situ"]["auroc"]
-    assert f"in situ {number(one['value'])} ({number(one['low'])} to {number(one['high'])})" in text
+        interval = f"{number(entry.low)} to {number(entry.high)}"
+        assert f"{label} {number(entry.value)} 95 % interval {interval}" in text
+    one = metrics.one_vs_rest["in situ"]["auroc"]
+    assert f"in situ {number(one.value)} ({number(one.low)} to {number(one.high)})" in text
     assert "macro average" in text and "3 classes" in text and "highest probability" in text
 
 
@@ -356,8 +343,7 @@ def test_numbers_are_written_for_readers(value, shown):
 
 
 def test_tables_are_made_of_values():
-    few = {"value": 0.5, "low": None, "high": None, "reason": "only 3 patients"}
-    wide = {"value": 0.8423, "low": 0.79, "high": 0.891, "reason": None}
+    few, wide = Interval(0.5, reason="only 3 patients"), Interval(0.8423, 0.79, 0.891)
     rows = [["a", 8151, wide], ["b", None, few], ["c", np.float64("nan"), few]]
     table = make_table(["name", "n", "AUROC"], rows, caption="Table", note="Note.", fold_long=True)
     assert table.rows == [
@@ -365,7 +351,7 @@ def test_tables_are_made_of_values():
         ["b", "-", "0.500 (a)"],
         ["c", "-", "0.500 (a)"],
     ]
-    assert table.note.startswith("Note. (a)") and table.note.count(few["reason"]) == 1
+    assert table.note.startswith("Note. (a)") and table.note.count(few.reason) == 1
     assert (table.caption, table.fold) == ("Table", "")
     long = make_table(["n"], [[1]] * (LONG_TABLE + 1), caption="Table", fold_long=True)
     assert (long.caption, long.fold) == ("", "Table")

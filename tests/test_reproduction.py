@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from biopsy.core.errors import MetricError, RecipeError, RunError, SplitError
+from biopsy.core.files import read_json
 from biopsy.core.results import to_text
 from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.splits import split as make_split
@@ -16,7 +17,7 @@ from biopsy.experiments import reproduction
 from biopsy.experiments.reports import report
 from biopsy.experiments.reproduction import Reproduction, Speed, choose_papers, reproduce
 from biopsy.experiments.reproduction_page import draw_reproduction, table_of_lengths, table_of_papers
-from biopsy.experiments.reproduction_summary import COMPARED, list_rows
+from biopsy.experiments.reproduction_summary import COMPARED, ReproductionSummary, tabulate
 from biopsy.recipes import load_recipe
 from biopsy.training.study import Study
 from conftest import write_pack
@@ -155,7 +156,7 @@ def test_arms_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finish
 
 def test_numbers_follow_from_the_predictions(finished):
     made, _ = finished
-    entry = made.summary()["papers"]["tiny-paper"]
+    entry = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]
     scores = {}
     for run in made.runs():
         frame = run.predictions("test")[0]
@@ -194,8 +195,8 @@ def test_the_table_has_a_row_a_metric(finished):
     assert table["colour_alone"].notna().tolist() == [False, False, True]
     runs = pd.read_csv(made.path / "runs.csv", keep_default_na=False)
     assert len(runs) == 23 and set(runs["arm"]) == {"published", "apart", *LEAK_PROTOCOLS}
-    papers = made.summary()["papers"]
-    assert len(list_rows(made.summary())) == 3
+    papers = made.summary(ReproductionSummary).papers
+    assert len(tabulate(made.summary(ReproductionSummary))) == 3
     rows = table_of_papers(papers).rows
     assert [row[:3] for row in rows] == [
         ["tiny-paper", "accuracy", "0.800"],
@@ -208,7 +209,7 @@ def test_the_table_has_a_row_a_metric(finished):
 
 def test_its_report_is_one_page_that_can_hide_ids(finished, tmp_path):
     made, _ = finished
-    entry = made.summary()["papers"]["tiny-paper"]
+    entry = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]
     for hide_ids in (False, True):
         (path,) = report(made, out=tmp_path / "report.html", hide_ids=hide_ids)
         text = path.read_text()
@@ -226,13 +227,17 @@ def test_asking_again_trains_nothing_and_seeds_and_recipes_may_be_added(finished
     place = tmp_path / "study"
     first = ask(paper, pack, place, budget=None)
     kept = {run.path.name: (run.path / "run.json").read_text() for run in first.runs()}
-    assert len(kept) == 3 and first.summary()["papers"]["tiny-paper"]["leak"]["reason"] == "not asked for"
+    assert (
+        len(kept) == 3
+        and read_json(first.path / "metrics.json")["papers"]["tiny-paper"]["leak"]["reason"]
+        == "not asked for"
+    )
     ask(paper, pack, place, on_epoch=lambda record: pytest.fail("trained again"))
     other = changed(paper, tmp_path, "other", ('"tiny-paper"', '"other"'), ("updates = 100", "updates = 101"))
     ask(other, pack, place)
     more = ask(paper, pack, place, seeds=(1,))
     assert kept.items() <= {r.path.name: (r.path / "run.json").read_text() for r in more.runs()}.items()
-    papers = more.summary()["papers"]
+    papers = read_json(more.path / "metrics.json")["papers"]
     assert list(papers) == ["tiny-paper", "other"] and papers["tiny-paper"]["published"]["seeds"] == [0, 1]
     assert (papers["tiny-paper"]["label"], papers["other"]["label"]) == ("", "smoke")
     assert papers["tiny-paper"]["published"]["auroc"]["sd"] is not None and more.info["seeds"] == [0, 1]
@@ -247,8 +252,8 @@ def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ask(paper, pack, tmp_path / "study", on_epoch=interrupt_at(3))
     assert len(Study.open(tmp_path / "study").evaluated_runs()) == 1
-    whole = ask(paper, pack, tmp_path / "study").summary()["papers"]["tiny-paper"]
-    uninterrupted = made.summary()["papers"]["tiny-paper"]
+    whole = read_json(ask(paper, pack, tmp_path / "study").path / "metrics.json")["papers"]["tiny-paper"]
+    uninterrupted = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]
     assert whole["apart"] == uninterrupted["apart"] and whole["published"] == uninterrupted["published"]
 
 
@@ -269,7 +274,9 @@ def test_a_budget_is_shared_out_once_and_kept(finished, paper, pack, tmp_path, m
     plan = made.info["papers"]["tiny-paper"]["plan"]
     assert plan["updates"] < plan["full_updates"] == 10 and plan["measured"]["update_s"] == 1.0
     assert {run.log()[-1]["step"] for run in made.runs()} == {plan["updates"]}
-    assert made.summary()["papers"]["tiny-paper"]["label"] == ("smoke" if plan["updates"] < 10 else "")
+    assert read_json(made.path / "metrics.json")["papers"]["tiny-paper"]["label"] == (
+        "smoke" if plan["updates"] < 10 else ""
+    )
     monkeypatch.setattr(reproduction, "measure_speed", lambda *args, **options: pytest.fail("measured again"))
     again = ask(paper, pack, tmp_path / "study", budget=60, seeds=(0, 1))
     assert again.info["papers"]["tiny-paper"]["plan"] == plan
@@ -282,7 +289,7 @@ def test_without_patients_the_gap_is_not_measurable(make_pack, paper, tmp_path):
     nobody = {"patient_id": None, "slide_id": None}
     pack = make_pack(n_patients=4, patches_per_patient=12, columns=nobody)
     made = ask(paper, pack, tmp_path / "study", test_patients=(), leak_seeds=(0,))
-    entry = made.summary()["papers"]["tiny-paper"]
+    entry = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]
     said = "not measurable: tiny.pack has neither patient nor slide ids"
     assert entry["leak"]["reason"] == entry["apart"]["reason"] == said
     assert entry["published"]["auroc"]["mean"] is not None
@@ -293,7 +300,7 @@ def test_without_patients_the_gap_is_not_measurable(make_pack, paper, tmp_path):
 def test_own_subsets_are_one_arm_and_five_patients_give_an_interval(make_pack, paper, tmp_path):
     pack = make_pack(n_patients=15, patches_per_patient=8, official_subsets=("train", "validation", "test"))
     made = ask(paper, pack, tmp_path / "study", test_patients=(), seeds=(0, 1))
-    entry = made.summary()["papers"]["tiny-paper"]["apart"]
+    entry = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]["apart"]
     assert len(entry["folds"]) == 1 and entry["seeds"] == [0, 1]
     interval = entry["interval"]["auroc"]
     assert interval["value"] == pytest.approx(entry["auroc"]["mean"])
@@ -345,19 +352,19 @@ def test_papers_are_found_by_data_set(make_pack):
 
 
 def test_the_figure_shows_both_arms_and_every_seed_of_the_leak(finished):
-    papers = finished[0].summary()["papers"]
+    papers = finished[0].summary(ReproductionSummary).papers
     figure = draw_reproduction(papers)
     assert len(figure.axes) == 4
     assert [axes.get_yticklabels()[0].get_text() for axes in figure.axes[:3]] == ["tiny-paper"] * 3
     accuracy = {line.get_label(): line.get_xdata()[0] for line in figure.axes[0].lines}
     assert accuracy["published"] == 0.8
-    assert accuracy["patients apart"] == pytest.approx(papers["tiny-paper"]["apart"]["accuracy"]["mean"])
+    assert accuracy["patients apart"] == pytest.approx(papers["tiny-paper"].apart.accuracy.mean)
     dots = [line for line in figure.axes[3].lines if line.get_marker() == "o"]
     drawn = [
         line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata()
         for line in dots
     ]
-    assert drawn == [slide["auroc"]["values"] for slide in papers["tiny-paper"]["leak"]["slides"]]
+    assert drawn == [slide.auroc.values for slide in papers["tiny-paper"].leak.slides]
     with pytest.raises(MetricError, match="without a recipe"):
         draw_reproduction({})
 

@@ -12,12 +12,15 @@ KEY = {"format": "biopsy-test/1", "subset": "test", "n_patches": 3}
 
 
 def test_a_result_is_read_with_its_key_only(tmp_path):
-    assert read_result(tmp_path / "none.json", KEY) is None
+    def read(path, key):
+        return read_result(path, key, dict[str, str | int])
+
+    assert read(tmp_path / "none.json", KEY) is None
     write_json(tmp_path / "result.json", {**KEY, "value": 1})
-    assert read_result(tmp_path / "result.json", KEY) == {**KEY, "value": 1}
-    assert read_result(tmp_path / "result.json", {**KEY, "subset": "validation"}) is None
-    assert read_result(tmp_path / "result.json", {**KEY, "format": "biopsy-test/2"}) is None
-    assert read_result(tmp_path / "result.json", {**KEY, "seed": 0}) is None
+    assert read(tmp_path / "result.json", KEY) == {**KEY, "value": 1}
+    assert read(tmp_path / "result.json", {**KEY, "subset": "validation"}) is None
+    assert read(tmp_path / "result.json", {**KEY, "format": "biopsy-test/2"}) is None
+    assert read(tmp_path / "result.json", {**KEY, "seed": 0}) is None
 
 
 def test_rows_are_drawn_once_each_in_order():

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from biopsy.experiments.study_page import name_folds, report_of_study, spread_over_seeds
 from biopsy.reporting.html import render_report
+from biopsy.training.metrics import FoldMean
 from report_facts import Page, figures, make_study
 
 
@@ -24,7 +25,7 @@ def test_study_report_keeps_seeds_apart_from_patients():
         in page
     )
     assert "a mean AUROC of 0.760 (3 folds and 3 seeds); a colour-only baseline reaches 0.650." in page
-    assert f"no interval: {facts.metrics['patch']['auroc']['reason']}" in page
+    assert f"no interval: {facts.metrics.patch['auroc'].reason}" in page
     assert "3 folds, 3 seeds, 9 runs" in page and "8867 2 64 0.820 0.650" in page
     for drawn in figures(text):
         ElementTree.fromstring(drawn)
@@ -82,15 +83,11 @@ def test_folds_that_test_equally_many_patients_stay_apart():
 
 def test_pooled_numbers_stand_beside_the_means_within_folds():
     facts = make_study()
-    within = {"auroc": {"mean": 0.925, "min": 0.893, "max": 0.951, "n_folds": 3}}
-    page = Page(
-        render_report(report_of_study(replace(facts, metrics={**facts.metrics, "within_folds": within})))
-    )
+    within = {"auroc": FoldMean(0.925, 0.893, 0.951, 3)}
+    page = Page(render_report(report_of_study(replace(facts, within_folds=within))))
     assert "mean within folds" in page.text and "0.925 0.893 0.951" in page.text
-    alone = {"auroc": {"mean": 0.9, "min": 0.9, "max": 0.9, "n_folds": 1}}
-    page = Page(
-        render_report(report_of_study(replace(facts, metrics={**facts.metrics, "within_folds": alone})))
-    )
+    alone = {"auroc": FoldMean(0.9, 0.9, 0.9, 1)}
+    page = Page(render_report(report_of_study(replace(facts, within_folds=alone))))
     assert "mean within folds" not in page.text
 
 

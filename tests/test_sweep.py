@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biopsy.core.errors import MetricError, MissingExtra, RecipeError, RunError
+from biopsy.core.files import read_json
 from biopsy.evaluation.study_tables import SHOWN
 from biopsy.experiments import run_specs, sweeps
 from biopsy.experiments.reports import report
@@ -146,10 +148,10 @@ def test_every_combination_and_seed_has_a_row(finished):
 
 def test_numbers_are_those_of_the_runs(finished):
     made, _ = finished
-    table, summary = made.table(), made.summary()
+    table, summary = made.table(), read_json(made.path / "metrics.json")
     for row, run in zip(table.itertuples(), made.runs(), strict=True):
         assert row.val_auroc == pytest.approx(run.log()[run.info["chosen_epoch"] - 1]["val_auroc"])
-        assert row.auroc == pytest.approx(run.metrics()["patch"]["auroc"]["value"])
+        assert row.auroc == pytest.approx(run.metrics().patch["auroc"].value)
     assert summary["chosen_by"] == "val_auroc" and len(summary["combinations"]) == 4
     for entry in summary["combinations"]:
         rows = table
@@ -157,7 +159,7 @@ def test_numbers_are_those_of_the_runs(finished):
             rows = rows[rows[key] == value]
         assert entry["n_seeds"] == 2
         spread = rows["auroc"].agg(["mean", "std", "min", "max"]).rename({"std": "sd"})
-        assert entry["auroc"] == pytest.approx(spread.to_dict())
+        assert entry["metrics"]["auroc"] == pytest.approx(spread.to_dict())
     best = max(summary["combinations"], key=lambda entry: entry["val_auroc"]["mean"])
     assert summary["best"] == best
     assert (summary["ledger"]["times"], summary["ledger"]["runs"]) == (8, 8)
@@ -168,27 +170,27 @@ def row(lr, seed, val_auroc, test_auroc, val_loss=0.5):
     return {"train.lr": lr, "seed": seed, "val_auroc": val_auroc, "val_loss": val_loss, **shown}
 
 
-METRICS = {"positive_class": "idc", "unit": "patient", "ledger": None}
+METRICS = SimpleNamespace(positive_class="idc", unit="patient", ledger=None)
 
 
 def test_validation_chooses_and_test_does_not():
     rows = [row(0.1, 0, 0.7, 0.99), row(0.1, 1, 0.7, 0.99), row(0.2, 0, 0.9, 0.5), row(0.2, 1, 0.8, 0.6)]
     summary = summarise(rows, ["train.lr"], [METRICS])
-    assert summary["best"]["values"] == {"train.lr": 0.2}
-    assert summary["best"]["auroc"].mean == pytest.approx(0.55)
-    chosen = summary["best"]["val_auroc"]
+    assert summary.best.values == {"train.lr": 0.2}
+    assert summary.best.metrics["auroc"].mean == pytest.approx(0.55)
+    chosen = summary.best.val_auroc
     assert (chosen.mean, chosen.sd) == pytest.approx((0.85, np.sqrt(0.005)))
 
 
 def test_a_combination_that_lacks_a_seed_is_not_the_best():
     rows = [row(0.1, 0, 0.7, 0.9), row(0.1, 1, 0.7, 0.9), row(0.2, 0, 0.95, 0.9)]
-    assert summarise(rows, ["train.lr"], [METRICS])["best"]["values"] == {"train.lr": 0.1}
+    assert summarise(rows, ["train.lr"], [METRICS]).best.values == {"train.lr": 0.1}
 
 
 def test_without_auroc_on_validation_the_loss_chooses():
     rows = [row(0.1, 0, None, 0.9, val_loss=0.7), row(0.2, 0, None, 0.5, val_loss=0.3)]
     summary = summarise(rows, ["train.lr"], [METRICS])
-    assert (summary["chosen_by"], summary["best"]["values"]["train.lr"]) == ("val_loss", 0.2)
+    assert (summary.chosen_by, summary.best.values["train.lr"]) == ("val_loss", 0.2)
 
 
 @pytest.mark.slow
@@ -224,7 +226,7 @@ def test_its_report_is_one_page(finished, tmp_path):
     (path,) = report(made, out=tmp_path / "report.html")
     text = path.read_text()
     page = Page(text).text
-    best = made.summary()["best"]
+    best = read_json(made.path / "metrics.json")["best"]
     assert f"{best['val_auroc']['mean']:.3f}" in page and "evaluated 8 times, by 8 runs" in page
     assert "train.lr" in page and text.count('role="img"') == 1
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
@@ -382,7 +384,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, 
     assert len(tables[0]) == 4 and not any((run.path / "evaluation").exists() for run in made.runs())
     assert not {"auroc", "sensitivity"} & set(tables[0])
     best = tables[0].loc[tables[0]["val_auroc"].idxmax()]
-    assert made.summary()["best"]["values"]["train.lr"] == best["train.lr"]
+    assert read_json(made.path / "metrics.json")["best"]["values"]["train.lr"] == best["train.lr"]
     more = look_for(pack, tmp_path / "search", trials=5)
     pd.testing.assert_frame_equal(more.table().drop(columns="seconds")[:4], tables[0], check_exact=True)
     with refuses(RunError, "another search"):

@@ -193,7 +193,7 @@ def pick_model(classifiers: Mapping[str, Classifier], name: str | None) -> str:
     return name
 
 
-def describe_models(classifiers: Mapping[str, Classifier]) -> list[dict[str, Any]]:
+def describe_models(classifiers: Mapping[str, Classifier]) -> list[dict[str, object]]:
     """Describe models; ``threshold`` is that of single patches, the other one of slides."""
     return [
         {

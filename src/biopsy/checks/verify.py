@@ -173,7 +173,7 @@ def _verify_subset(
 
 def _read_predictions(path: Path, run: Run) -> pd.DataFrame:
     frame, metadata = read_predictions(path)
-    run.require_same_classifier(path, metadata)
+    run.require_same_classifier(path, metadata.get("classifier_sha256"))
     return frame
 
 

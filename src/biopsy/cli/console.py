@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biopsy.core.errors import UserFileError
 from biopsy.core.results import Output, number, to_text
+
+if TYPE_CHECKING:
+    from biopsy.training.runs import EpochRecord
 
 MAX_MESSAGE = 900  # characters of an error or warning
 
@@ -146,7 +149,7 @@ class EpochLines:
     def __init__(self) -> None:
         self.run: str | None = None
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
+    def __call__(self, record: "EpochRecord") -> None:
         """Print one record."""
         if record["run"] != self.run:
             self.run = record["run"]
@@ -154,7 +157,7 @@ class EpochLines:
         log.info("%s", epoch_line(record))
 
 
-def epoch_line(record: Mapping[str, Any]) -> str:
+def epoch_line(record: "EpochRecord") -> str:
     """Return an epoch's record as one line: loss, metrics, learning rate, speed, time left.
 
     That of a logistic regression has loss and metrics only.

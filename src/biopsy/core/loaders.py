@@ -15,10 +15,10 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from biopsy.core.errors import BiopsyError, FileFormatError
@@ -31,6 +31,8 @@ MAX_ARRAY_HEADER = 10_000  # characters, numpy's default
 _INT64 = range(-(2**63), 2**63)
 
 Model = TypeVar("Model")
+FloatOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float, of which NaN is null in JSON documents."""
 
 
 def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.BufferedReader:

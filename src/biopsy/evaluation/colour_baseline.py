@@ -3,7 +3,7 @@
 A network that does not outperform it may rely on staining only.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -14,31 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.slide_io.stain import FEATURE_NAMES, colour_features
-from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import ColourBaseline
 
 C = 1.0  # inverse strength of the L2 penalty on standardised features
 MAX_TRAIN_PATCHES = 50_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColourBaseline:
-    """The colour-only baseline: the ``baseline`` entry of ``metrics.json``.
-
-    Attributes:
-        auroc: AUROC of the positive class; for more than two classes, the macro average of one-vs-rest,
-            which needs every class; None with a ``reason``.
-        interval: The AUROC with its interval, for two classes.
-        gain: AUROC of the evaluated model minus that of the baseline, paired, for two classes.
-    """
-
-    name: str = "logistic regression on colour statistics"
-    features: list[str] = field(default_factory=lambda: list(FEATURE_NAMES))
-    C: float = C
-    n_train: int
-    auroc: float | None = None
-    reason: str | None = None
-    interval: Interval | None = None
-    gain: Interval | None = None
 
 
 def colour_baseline(
@@ -56,17 +35,23 @@ def colour_baseline(
     train, index = np.flatnonzero(subsets == "train"), np.flatnonzero(subsets == subset)
     if len(train) > MAX_TRAIN_PATCHES:
         train = np.sort(make_rng(seed, "colour baseline").choice(train, MAX_TRAIN_PATCHES, replace=False))
+    baseline = ColourBaseline(
+        name="logistic regression on colour statistics",
+        features=list(FEATURE_NAMES),
+        C=C,
+        n_train=len(train),
+    )
     classes = np.unique(pack.target[train])
     probs = np.zeros((len(index), len(pack.class_names)))
     if len(classes) < 2 or not len(index):
         reason = f"train has {len(classes)} classes and {subset} {len(index)} patches"
-        return ColourBaseline(n_train=len(train), reason=reason), probs[:0]
+        return replace(baseline, reason=reason), probs[:0]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="newton-cholesky"))
     model.fit(colour_features(pack.patches, pack.sizes, index=train), pack.target[train])
     probs[:, classes] = model.predict_proba(colour_features(pack.patches, pack.sizes, index=index))
     auroc = _auroc(pack.target[index], probs, pack.positive_index)
     undefined = "the scored subset lacks a class" if auroc is None else None
-    return ColourBaseline(n_train=len(train), auroc=auroc, reason=undefined), probs
+    return replace(baseline, auroc=auroc, reason=undefined), probs
 
 
 def _auroc(target: np.ndarray, probs: np.ndarray, positive_index: int | None) -> float | None:

@@ -1,11 +1,10 @@
 """Evaluation of a run on one subset: metrics with intervals over patients, recorded in the pack's ledger."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,18 +13,14 @@ from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.storage import stage
 from biopsy.core.text import count
-from biopsy.data.ledger import count_openings, record_opening
+from biopsy.data.ledger import OpeningCount, count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
 from biopsy.data.splits import find_split
-from biopsy.evaluation.abstention.measure import Abstention, measure_abstention
+from biopsy.evaluation.abstention.measure import measure_abstention
 from biopsy.evaluation.calibration.measure import measure_calibration, measure_reliability
-from biopsy.evaluation.colour_baseline import ColourBaseline, colour_baseline
+from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.measure import (
-    Decisions,
-    Performance,
-    Subgroup,
-    SubgroupIntervals,
     measure_decisions,
     measure_performance,
     measure_subgroups,
@@ -33,65 +28,27 @@ from biopsy.evaluation.measure import (
 )
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Threshold, freeze
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
 from biopsy.statistics.decisions import check_prevalence
-from biopsy.statistics.intervals import IntervalMethod, describe_method, estimate_metrics
+from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.weighted_counts import sort_scores
-from biopsy.training.metrics import FORMAT
+from biopsy.training.metrics import FORMAT, Calibration, ColourBaseline, Metrics, SplitUse, SubgroupIntervals
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.runs import Run
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SplitUse:
-    """The evaluated split, and limitations of its results."""
-
-    name: str | None = None
-    fold: int | None = None
-    patients_overlap: bool | None = None
-    test_is_validation: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics(Performance, Decisions):
-    """Content of ``metrics.json``; see the file formats page."""
-
-    format: str = FORMAT
-    title: str | None = None
-    subset: str | None = None
-    synthetic: bool = False
-    positive_class: str | None
-    class_names: list[str]
-    n_patches: int
-    n_patients: int
-    unit: str
-    split: SplitUse = SplitUse()
-    threshold: Mapping[str, Any] | None
-    classifier_sha256: str | None = None
-    calibration: Mapping[str, Any]
-    abstention: Abstention | None = None
-    interval: IntervalMethod
-    baseline: ColourBaseline | None = None
-    subgroups: dict[str, dict[str, Subgroup]]
-    subgroup_intervals: SubgroupIntervals | None
-    warnings: list[str]
-    times_opened: int | None = None
-    ledger: Mapping[str, Any] | None = None
-    evaluated: str
-
-
 def measure(
     scored: ScoredPatches,
     columns: pd.DataFrame,
-    thresholds: Sequence[Mapping[str, Any]],
+    thresholds: Sequence[Threshold],
     *,
     prevalence: float | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
     warnings: Sequence[str] = (),
 ) -> Metrics:
     """Return the metrics of patches with probabilities.
@@ -115,7 +72,7 @@ def measure(
         n_patches=len(scored),
         n_patients=scored.n_groups,
         unit=scored.unit,
-        threshold=threshold and {key: threshold[key] for key in ("value", "rule", "chosen_on")},
+        threshold=threshold and freeze(threshold),
         **vars(measure_performance(scored, threshold["value"] if threshold else None)),
         calibration=calibration,
         **vars(measure_decisions(scored, thresholds, prevalence=prevalence)),
@@ -234,7 +191,7 @@ class PredictedRows:
     software: tuple[str, str]
 
     def measure(
-        self, thresholds: Sequence[Mapping[str, Any]], prevalence: float | None, warnings: Sequence[str] = ()
+        self, thresholds: Sequence[Threshold], prevalence: float | None, warnings: Sequence[str] = ()
     ) -> Metrics:
         """Measure the predictions and the classifier's calibrator."""
         return measure(
@@ -394,7 +351,7 @@ def _warn_of_lost_openings(path: Path, pack: Pack, times: int) -> None:
         )
 
 
-def _open_ledger(run: Run, pack: Pack, split: SplitUse, subset: str) -> Mapping[str, Any]:
+def _open_ledger(run: Run, pack: Pack, split: SplitUse, subset: str) -> OpeningCount:
     name = split.name or "all patches"
     entry = {
         "run": run.info["id"],

@@ -28,7 +28,8 @@ from biopsy.plotting.style import (
     shorten,
     styled,
 )
-from biopsy.training.metrics import Curve
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import DecisionCurve
 
 
 @styled
@@ -129,7 +130,7 @@ def draw_roc(
     false_positive_rate, sensitivity, _ = roc_curve(target, prob)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="chance")
     axes.plot(false_positive_rate, sensitivity, color=MODEL, label="this model")
-    if operating_point is not None:
+    if operating_point is not None and np.isfinite(operating_point).all():
         reached, specificity = operating_point
         axes.plot([1 - specificity], [reached], "o", color=INK, markersize=6, label="decision threshold")
     _frame_unit_square(axes, "1 - specificity", "Sensitivity")
@@ -189,8 +190,7 @@ def draw_patient_metric(
     n_patches: np.ndarray,
     *,
     metric: str,
-    overall: float | None = None,
-    interval: tuple[float, float] | None = None,
+    overall: Interval | None = None,
 ) -> Figure:
     """Draw a metric per patient, best first; larger dots for more patches.
 
@@ -198,8 +198,7 @@ def draw_patient_metric(
         values: The metric, shape ``(n_patients,)``; NaN if undefined for a patient.
         n_patches: Number of patches of each patient, shown next to the dot.
         metric: Name of the metric, on the axis.
-        overall: The pooled value, a vertical line.
-        interval: Its interval, a band behind the dots.
+        overall: The pooled value, a vertical line, and its interval, a band behind the dots.
 
     Raises:
         MetricError: If the numbers of values, counts and patients differ.
@@ -213,10 +212,14 @@ def draw_patient_metric(
     defined = np.isfinite(values[order])
     rows = np.arange(len(order))
     figure, axes = open_rows(len(order))
-    if interval is not None:
-        axes.axvspan(*interval, color=MUTED, alpha=0.14, linewidth=0, label="95 % interval")
-    if overall is not None:
-        axes.axvline(overall, color=INK, linewidth=1, linestyle=DASHED, label=f"all patches {overall:.3f}")
+    shown = values[np.isfinite(values)].tolist()
+    if overall is not None and overall.low is not None and overall.high is not None:
+        axes.axvspan(overall.low, overall.high, color=MUTED, alpha=0.14, linewidth=0, label="95 % interval")
+        shown += [overall.low, overall.high]
+    if overall is not None and np.isfinite(overall.value):
+        label = f"all patches {overall.value:.3f}"
+        axes.axvline(overall.value, color=INK, linewidth=1, linestyle=DASHED, label=label)
+        shown.append(overall.value)
     size = 14 + 60 * n_patches[order] / max(int(n_patches.max(initial=1)), 1)
     axes.scatter(values[order][defined], rows[defined], s=size[defined], color=MODEL, zorder=3, linewidth=0)
     if len(order) <= NAMED_ROWS:
@@ -227,7 +230,6 @@ def draw_patient_metric(
             annotate(axes, f"{count:,}", (1.0, row), (4, 0), va="center", xycoords=beside)
         annotate(axes, "patches", (1.0, 1.0), (4, 3), xycoords="axes fraction")
     axes.set_xlabel(metric)
-    shown = [*values[np.isfinite(values)], *(interval or ()), *([] if overall is None else [overall])]
     axes.set_xlim(min(shown, default=0.0) - 0.04, max([1.0, *shown]) + 0.02)
     name_rows(axes, [patient_ids[index] for index in order])
     legend_above(axes, 2)
@@ -277,7 +279,7 @@ def draw_patient_probs(
 
 
 @styled
-def draw_decision_curve(curve: Curve) -> Figure:
+def draw_decision_curve(curve: DecisionCurve) -> Figure:
     """Draw net benefit against the threshold probability, with treating all and treating none.
 
     Args:
@@ -287,15 +289,15 @@ def draw_decision_curve(curve: Curve) -> Figure:
     Raises:
         MetricError: If the curve has no point.
     """
-    at = np.asarray(curve["thresholds"], float)
+    at = np.asarray(curve.thresholds, float)
     if not len(at):
         raise MetricError("the decision curve has no threshold: give at least one")
-    model, treat_all = (np.asarray(curve[name], float) for name in ("model", "treat_all"))
+    model, treat_all = (np.asarray(values, float) for values in (curve.model, curve.treat_all))
     figure, axes = new_figure(height_in=3.6)
-    bounded = [point for point in curve["marked"] if point["low"] is not None]
+    bounded = [point for point in curve.marked if point.low is not None]
     if bounded:
-        low, high = np.array([(point["low"], point["high"]) for point in bounded], float).T
-        marks = [point["threshold"] for point in bounded]
+        low, high = np.array([(point.low, point.high) for point in bounded], float).T
+        marks = [point.threshold for point in bounded]
         axes.fill_between(marks, low, high, color=MODEL, alpha=0.16, linewidth=0, label="95 % interval")
     axes.plot(at, treat_all, color=INK, linewidth=1.2, linestyle=DASHED, label="act on all patches")
     axes.axhline(0, color=BASELINE, linewidth=1.2, label="act on none")

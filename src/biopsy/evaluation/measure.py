@@ -1,14 +1,13 @@
 """Measurements of scored patches: metrics, operating points, net benefit, subgroups."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from biopsy.data.packs import COLUMNS
 from biopsy.evaluation.scored import ScoredPatches, confusion_matrix
+from biopsy.models.classifier import Threshold
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.decisions import (
     DecisionCounts,
@@ -20,14 +19,19 @@ from biopsy.statistics.decisions import (
     net_benefit,
     parse_rule,
 )
-from biopsy.statistics.intervals import (
-    PatientSummary,
-    estimate_metrics,
-    estimate_one_vs_rest,
-    estimate_patient_metrics,
+from biopsy.statistics.intervals import estimate_metrics, estimate_one_vs_rest, estimate_patient_metrics
+from biopsy.statistics.multiclass import ClassSample, classification_report
+from biopsy.training.metrics import (
+    AtPrevalence,
+    Confusion,
+    DecisionCurve,
+    Decisions,
+    NetBenefit,
+    OperatingPoint,
+    Performance,
+    PredictiveValues,
+    Subgroup,
 )
-from biopsy.statistics.multiclass import ClassReport, ClassSample, classification_report
-from biopsy.statistics.resampling import Interval
 
 CURVE = np.arange(1, 100) / 100  # threshold probabilities of the decision curve
 MARKED = np.arange(1, 20) / 20  # threshold probabilities with an interval
@@ -40,37 +44,6 @@ PCAM = ("coord_x", "coord_y", "tumor_patch", "center_tumor_patch")  # duplicate 
 OWN_COLUMNS = {*COLUMNS, "official_subset", "row", "label_share", *RELABELLED, *PCAM}
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """True and false positives and negatives."""
-
-    tp: int
-    fp: int
-    fn: int
-    tn: int
-
-    @classmethod
-    def of(cls, matrix: np.ndarray, positive: int) -> "Confusion":
-        """Return the counts of a confusion matrix ``(2, 2)``, true class by row."""
-        (tp, fn), (fp, tn) = np.roll(matrix, -positive, axis=(0, 1)).tolist()
-        return cls(tp, fp, fn, tn)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Performance:
-    """Metrics of performance; None where undefined for the number of classes."""
-
-    patch: dict[str, Interval]
-    classification_report: list[ClassReport]
-    confusion: Confusion | None = None
-    at_half: Confusion | None = None
-    prevalence: float | None = None
-    ece_floor: float | None = None
-    patient: dict[str, PatientSummary] | None = None
-    confusion_matrix: np.ndarray | None = None
-    one_vs_rest: dict[str, dict[str, Interval]] | None = None
-
-
 def measure_performance(scored: ScoredPatches, threshold: float | None) -> Performance:
     """Return the metrics over patches and over patients, at a threshold (0.5 if None) and at 0.5."""
     sample, matrix = scored.sample(), scored.confusion()
@@ -80,7 +53,7 @@ def measure_performance(scored: ScoredPatches, threshold: float | None) -> Perfo
         return Performance(
             patch=pooled,
             classification_report=report,
-            confusion_matrix=matrix,
+            confusion_matrix=matrix.tolist(),
             one_vs_rest=estimate_one_vs_rest(sample, **scored.resampling),
         )
     truth, prob, value = scored.is_positive, scored.prob, 0.5 if threshold is None else threshold
@@ -98,66 +71,8 @@ def measure_performance(scored: ScoredPatches, threshold: float | None) -> Perfo
     )
 
 
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A threshold: the target of its rule, and the rates where it was chosen and on these patches."""
-
-    rule: str
-    threshold: float
-    chosen_on: str | None
-    target: dict[str, float] | None
-    where_chosen: dict[str, float | None]
-    achieved: dict[str, Interval]
-    drift: dict[str, float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetBenefit(Interval):
-    """Net benefit at a threshold probability, and its gain over acting on all or on no patches."""
-
-    threshold: float
-    gain: Interval
-
-
-@dataclass(frozen=True)
-class DecisionCurve:
-    """Net benefit per patch of the model and of treating all; that of treating none is 0."""
-
-    thresholds: np.ndarray
-    model: np.ndarray
-    treat_all: np.ndarray
-    marked: list[NetBenefit]
-
-
-@dataclass(frozen=True)
-class PredictiveValues:
-    """PPV and NPV at a threshold and a given prevalence."""
-
-    rule: str
-    threshold: float
-    ppv: Interval
-    npv: Interval
-
-
-@dataclass(frozen=True)
-class AtPrevalence:
-    """Predictive values of each threshold at a given prevalence."""
-
-    prevalence: float
-    points: list[PredictiveValues]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """Operating points and net benefit of the classifier's thresholds, for two classes."""
-
-    operating_points: list[OperatingPoint] | None = None
-    decision_curve: DecisionCurve | None = None
-    at_prevalence: AtPrevalence | None = None
-
-
 def measure_decisions(
-    scored: ScoredPatches, thresholds: Sequence[Mapping[str, Any]], *, prevalence: float | None = None
+    scored: ScoredPatches, thresholds: Sequence[Threshold], *, prevalence: float | None = None
 ) -> Decisions:
     """Return operating points, decision curve and, with a prevalence, predictive values, for two classes.
 
@@ -190,18 +105,18 @@ def measure_decisions(
         )
         for k, value in enumerate(MARKED, start=len(thresholds))
     ]
-    treat_all = net_benefit(truth, np.ones(len(truth)), CURVE)
+    model, treat_all = (net_benefit(truth, values, CURVE).tolist() for values in (prob, np.ones(len(truth))))
     return Decisions(
         operating_points=[_operating_point(calls, k, threshold) for k, threshold in enumerate(thresholds)],
-        decision_curve=DecisionCurve(CURVE, net_benefit(truth, prob, CURVE), treat_all, marked),
+        decision_curve=DecisionCurve(CURVE.tolist(), model, treat_all, marked),
         at_prevalence=values,
     )
 
 
-def _operating_point(calls: DecisionCounts, k: int, threshold: Mapping[str, Any]) -> OperatingPoint:
+def _operating_point(calls: DecisionCounts, k: int, threshold: Threshold) -> OperatingPoint:
     rates, rule = estimate_rates(calls, k), threshold["rule"]
     name = rule.partition("=")[0]
-    chosen = {name: threshold.get(name) for name in ("sensitivity", "specificity")}
+    chosen = {"sensitivity": threshold.get("sensitivity"), "specificity": threshold.get("specificity")}
     return OperatingPoint(
         rule=rule,
         threshold=threshold["value"],
@@ -211,24 +126,6 @@ def _operating_point(calls: DecisionCounts, k: int, threshold: Mapping[str, Any]
         achieved=rates,
         drift={name: None if value is None else rates[name].value - value for name, value in chosen.items()},
     )
-
-
-@dataclass(frozen=True)
-class Subgroup:
-    """The metrics within one value of a column."""
-
-    n_patches: int
-    n_patients: int
-    patch: dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class SubgroupIntervals:
-    """Number of subgroups; their intervals are not simultaneous."""
-
-    level: float
-    n_subgroups: int
-    corrected: bool = False
 
 
 def pick_columns(table: pd.DataFrame) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from biopsy.data.splits import find_split
 from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_subset
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Threshold
 from biopsy.models.engine import Engine
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.multiclass import SUM_TOLERANCE
@@ -148,7 +148,9 @@ def evaluate_predictions(
         patch_table.assign(target=target), names, positive_index, None, probs, threshold=cutoff
     )
     rule = "0.5" if threshold is None else "given"
-    thresholds = [] if cutoff is None else [{"value": cutoff, "rule": rule, "chosen_on": None}]
+    thresholds: list[Threshold] = []
+    if cutoff is not None:
+        thresholds = [{"value": cutoff, "rule": rule, "chosen_on": None}]
     metrics = measure(scored, pd.DataFrame(subgroup_values), thresholds, prevalence=prevalence)
     return Evaluation(plain(metrics), frame)
 

@@ -1,13 +1,14 @@
 """Sections of the report on data, baseline, training, recipe and reproducibility."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from biopsy.core.text import plural
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.protocols import SUBSETS
+from biopsy.models.classifier import StartWeights
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (
     Block,
@@ -28,6 +29,8 @@ from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.metrics import METRICS
 from biopsy.training.figures import QUANTITIES, draw_network, draw_training
+from biopsy.training.runs import PatchCounts, RunInfo
+from biopsy.training.study import StudyInfo
 
 MAX_CLASS_COLUMNS = 4
 NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the audit
@@ -36,20 +39,23 @@ NOT_SHOWN = ("format", "pack_sha256", "dataset", "unit", "counts")  # of the aud
 @section("baseline", order=130)
 def describe_baseline(facts: RunFacts) -> Section | None:
     """Return the comparison with the colour-only baseline."""
-    theirs, ours = facts.baseline, facts.pooled.get("auroc", {})
-    if theirs.get("value") is None or ours.get("value") is None:
+    theirs, ours = facts.baseline, facts.pooled["auroc"]
+    if theirs is None or math.isnan(ours.value):
         return None
     rows = [
-        [name, number(m["value"]), interval_of(m)]
+        [name, number(m.value), interval_of(m)]
         for name, m in (("this model", ours), ("colour-only baseline", theirs))
     ]
-    paired_gain = (facts.metrics.get("baseline") or {}).get("gain") or {}
-    gain = ours["value"] - theirs["value"]
-    if paired_gain.get("low") is not None:
-        rows.append(["difference, paired", number(gain), interval_of(paired_gain)])
+    gain = ours.value - theirs.value
+    if facts.gain is not None and facts.gain.low is not None:
+        rows.append(["difference, paired", number(gain), interval_of(facts.gain)])
     verdict = (
         f"The AUROC of the model is {number(gain)} higher than that of the baseline"
-        + ("." if (paired_gain.get("low") or 0) > 0 else "; that it is higher on others is not established.")
+        + (
+            "."
+            if facts.gain is not None and facts.gain.compare(0) == "higher"
+            else "; that it is higher on others is not established."
+        )
         if gain > 0
         else f"The AUROC of the model is not higher than that of the baseline ({number(gain)}); the model "
         "may rely on staining rather than morphology."
@@ -64,60 +70,51 @@ def describe_baseline(facts: RunFacts) -> Section | None:
 @section("data", order=140)
 def describe_data(facts: RunFacts) -> Section:
     """Return pack, split, audit, class balance, and the evaluations of the test subset."""
-    if not facts.is_run:
+    if facts.run is None:
         return Section("data", "Data", [Pictures(_draw_classes_by_group(facts))])
-    pack, split = facts.run.get("pack", {}), facts.run.get("split", {})
+    pack, split = facts.run["pack"], facts.run["split"]
     blocks: list[Block] = [
         Facts(
             _format_known(
-                ("data set", pack.get("dataset")),
-                ("patches in the pack", pack.get("n_patches")),
+                ("data set", pack["dataset"]),
+                ("patches in the pack", pack["n_patches"]),
                 ("patients in the pack", pack.get("n_patients")),
                 ("resolution", None if facts.mpp is None else f"{facts.mpp:g} µm per pixel"),
-                ("content hash (SHA-256)", pack.get("content_sha256")),
-                ("split", split.get("name")),
-                ("protocol", split.get("protocol")),
-                ("fold", split.get("fold")),
-                (f"{plural(facts.unit)} in several subsets", split.get("patients_overlap")),
+                ("content hash (SHA-256)", pack["content_sha256"]),
+                ("split", split["name"]),
+                ("protocol", split["protocol"]),
+                ("fold", split["fold"]),
+                (f"{plural(facts.unit)} in several subsets", split["patients_overlap"]),
                 ("test subset used for validation", split.get("test_is_validation") or None),
             )
         )
     ]
-    if split.get("subsets"):
-        blocks.append(_table_of_subsets(split["subsets"], facts))
-    pictures = [*_draw_subsets(split.get("subsets") or {}, facts), *_draw_classes_by_group(facts)]
+    blocks.append(_table_of_subsets(split["subsets"], facts))
+    pictures = [*_draw_subsets(split["subsets"], facts), *_draw_classes_by_group(facts)]
     blocks += [Pictures(pictures)] if pictures else []
     if facts.audit is not None:
         shown = {key: value for key, value in facts.audit.items() if key not in NOT_SHOWN}
         blocks.append(Facts(flatten(shown), fold="Data audit"))
-    blocks.append(Text(describe_openings(facts.ledger or facts.metrics.get("times_opened"))))
+    blocks.append(Text(describe_openings(facts.metrics.ledger)))
     return Section("data", "Data", blocks)
 
 
-def _table_of_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> Table:
-    rows = []
-    for subset, counts in subsets.items():
-        if isinstance(counts, Mapping):
-            per_class = counts.get("per_class") or {}
-            groups = counts.get("groups", counts.get("patients"))
-            shown = [per_class.get(name) for name in facts.class_names]
-            rows.append([subset, counts.get("patches"), groups, *shown])
-        else:
-            rows.append([subset, counts, None, *[None] * len(facts.class_names)])
+def _table_of_subsets(subsets: Mapping[str, PatchCounts], facts: RunFacts) -> Table:
+    rows: list[list[object]] = [
+        [subset, counts["patches"], counts["groups"], *map(counts["per_class"].get, facts.class_names)]
+        for subset, counts in subsets.items()
+    ]
     columns = ["subset", "patches", plural(facts.unit), *facts.class_titles]
     if len(facts.class_names) > MAX_CLASS_COLUMNS:  # transposed, to fit the page
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     return make_table(columns, rows, caption="Subsets of the split")
 
 
-def _draw_subsets(subsets: Mapping[str, Any], facts: RunFacts) -> list[Picture]:
+def _draw_subsets(subsets: Mapping[str, PatchCounts], facts: RunFacts) -> list[Picture]:
     per_subset = {
         subset: counts["per_class"]
         for subset, counts in subsets.items()
-        if subset in SUBSETS
-        and isinstance(counts, Mapping)
-        and counts.get("per_class")
-        and counts.get("patches")
+        if subset in SUBSETS and counts["patches"]
     }
     if not per_subset:
         return []
@@ -145,10 +142,11 @@ def _draw_classes_by_group(facts: RunFacts) -> list[Picture]:
 @section("training", order=150)
 def describe_training(facts: RunFacts) -> Section | None:
     """Return training curves, of two epochs or more, and the network."""
-    if not facts.is_run:
+    run = facts.run
+    if run is None:
         return None
     blocks: list[Block] = []
-    chosen = facts.run.get("chosen_epoch")
+    chosen = run.get("chosen_epoch")
     drawn = [
         quantity
         for quantity, (series, _) in QUANTITIES.items()
@@ -164,7 +162,7 @@ def describe_training(facts: RunFacts) -> Section | None:
         ]
         blocks.append(Pictures(pictures))
     speed = [record["images_per_s"] for record in facts.log if record.get("images_per_s")]
-    parameters = facts.run.get("parameters", {})
+    parameters = run.get("parameters", {})
     blocks.append(
         Facts(
             _format_known(
@@ -172,11 +170,11 @@ def describe_training(facts: RunFacts) -> Section | None:
                 ("epoch kept", chosen),
                 ("parameters", parameters.get("total")),
                 ("trainable parameters", parameters.get("trainable")),
-                ("initial weights", _describe_initial_weights(facts.run.get("weights"))),
-                ("device", facts.run.get("device")),
-                ("precision", facts.run.get("precision")),
+                ("initial weights", _describe_initial_weights(run["weights"])),
+                ("device", run.get("device")),
+                ("precision", run.get("precision")),
                 ("images per second, median", round(float(np.median(speed))) if speed else None),
-                ("training time", _duration(facts.run.get("seconds"))),
+                ("training time", _duration(run["seconds"])),
             )
         )
     )
@@ -187,18 +185,16 @@ def describe_training(facts: RunFacts) -> Section | None:
     return Section("training", "Training and architecture", blocks)
 
 
-def _describe_initial_weights(record: Mapping[str, Any] | None) -> str | None:
+def _describe_initial_weights(record: StartWeights) -> str:
     """Describe the initial weights of a run."""
-    if record is None:
-        return None
     initial = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
-    return f"{initial}; {record['note']}" if record["note"] else initial
+    return f"{initial}; {record['note']}" if record.get("note") else initial
 
 
 @section("recipe", order=160)
 def describe_recipe(facts: RunFacts) -> Section | None:
     """Return the published metrics, their known flaws, and all settings."""
-    if not facts.is_run:
+    if facts.run is None:
         return None
     origin = facts.recipe.get("origin") or {}
     blocks: list[Block] = []
@@ -211,7 +207,7 @@ def describe_recipe(facts: RunFacts) -> Section | None:
                 metric_label(name),
                 number(published.get(name)),
                 number(corrected.get(name)),
-                number(facts.pooled.get(name, {}).get("value")),
+                number(facts.pooled[name].value) if name in facts.pooled else "-",
                 interval_of(facts.pooled.get(name)),
             ]
             for name in names
@@ -223,7 +219,7 @@ def describe_recipe(facts: RunFacts) -> Section | None:
                 rows,
                 caption="Published and observed metrics",
                 note=f"Source: {source}. Comparable only on the same data and split; this run used the split "
-                f"{facts.run.get('split', {}).get('name', 'not stated')!r}.",
+                f"{facts.run['split']['name']!r}.",
             )
         )
     if origin.get("flaws"):
@@ -242,15 +238,13 @@ def describe_recipe(facts: RunFacts) -> Section | None:
 @section("reproduction", order=170)
 def describe_run_reproduction(facts: RunFacts) -> Section | None:
     """Return the section on reproducibility; None for predictions without a run."""
-    return describe_reproduction(facts.run) if facts.is_run else None
+    return None if facts.run is None else describe_reproduction(facts.run)
 
 
-def describe_reproduction(record: Mapping[str, Any]) -> Section:
+def describe_reproduction(record: RunInfo | StudyInfo) -> Section:
     """Return command, seed and environment; ``record`` is the content of ``run.json`` or ``study.json``."""
-    blocks: list[Block] = []
-    if record.get("command"):
-        command = record["command"]
-        blocks.append(Listing(command if isinstance(command, str) else " ".join(map(str, command))))
+    command = record.get("command")
+    blocks: list[Block] = [Listing(str(command))] if command else []
     facts = _format_known(
         ("name", record.get("name") or record.get("id")),
         ("seed", record.get("seed", record.get("seeds"))),
@@ -258,11 +252,11 @@ def describe_reproduction(record: Mapping[str, Any]) -> Section:
         ("status", record.get("status")),
         ("transform (not part of the command)", record.get("transform")),
     )
-    blocks += [Facts(facts), Facts(flatten(record.get("environment") or {}), fold="Environment")]
+    blocks += [Facts(facts), Facts(flatten(record["environment"]), fold="Environment")]
     return Section("reproduce", "Reproducibility", blocks)
 
 
-def flatten(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def flatten(document: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return a nested record as names and formatted values; long lists are counted."""
     return [(key.replace("_", " "), _format(value)) for key, value in document.items() if value is not None]
 

@@ -1,17 +1,19 @@
 """The result of an evaluation: metrics with intervals, as a table, as JSON and as figures."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from biopsy.core.errors import MetricError
+from biopsy.core.loaders import validate
 from biopsy.core.results import Result, Table, number
 from biopsy.core.text import class_title, count, count_patches
+from biopsy.training.metrics import Abstention, Metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +32,15 @@ class Evaluation(Result):
     predictions: pd.DataFrame
     run: Path | None = None
 
+    @cached_property
+    def metrics(self) -> Metrics:
+        """The content of ``metrics.json``."""
+        return validate("metrics.json", Metrics, self.document)
+
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of ``target``."""
-        return list(self.document["class_names"])
+        return self.metrics.class_names
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row per metric: ``value``, ``low``, ``high`` and ``reason`` if one is undefined."""
@@ -61,76 +68,76 @@ class Evaluation(Result):
         )
         from biopsy.reporting.elements import table_of_meanings, table_of_metrics
 
-        unit, subset = self["unit"], self["subset"]
+        m = self.metrics
+        unit, subset = m.unit, m.subset
         blocks: list[str | Table] = [*self._describe_data(), *self._describe_model()]
         on_subset = f" on the {subset} subset" if subset else ""
-        blocks += [table_of_metrics(self, unit, on_subset, brief=True), table_of_meanings(self)]
-        blocks.append(table_of_classes(self["classification_report"]))
-        if self["positive_class"] is not None:
-            blocks.append(table_of_points(self["operating_points"], subset))
-            if self["at_prevalence"]:
-                blocks.append(table_at_prevalence(self["at_prevalence"]))
-        if self["subgroups"]:
-            blocks.append(table_of_subgroups(self["subgroups"], len(self.class_names), unit))
+        blocks += [table_of_metrics(m, on_subset, brief=True), table_of_meanings(m)]
+        blocks.append(table_of_classes(m.classification_report))
+        if m.operating_points:
+            blocks.append(table_of_points(m.operating_points, subset))
+        if m.at_prevalence:
+            blocks.append(table_at_prevalence(m.at_prevalence))
+        if m.subgroups:
+            blocks.append(table_of_subgroups(m.subgroups, len(m.class_names), unit))
         return blocks
 
     def _describe_data(self) -> list[str]:
         """Return what was evaluated, and what limits the results."""
-        split, opened, subset = self["split"], self["ledger"], self["subset"]
-        lines = [self["title"]] if self.get("title") else []
-        if self.get("synthetic"):
+        m = self.metrics
+        lines = [m.title] if m.title else []
+        if m.synthetic:
             lines.append("The patients are synthetic: these results say nothing about real tissue.")
-        if split["patients_overlap"]:
+        if m.split.patients_overlap:
             lines.append("PATIENTS OVERLAP on this split: these results do not apply to new patients.")
-        lines += [f"WARNING: {warning}" for warning in self.get("warnings", [])]
-        named = f"{subset} subset of split {split['name']}: " if subset else ""
-        lines.append(named + count_patches(self["n_patches"], self["n_patients"], self["unit"]))
-        if opened:
-            times, runs = count(opened["times"], "time"), count(opened["runs"], "run")
+        lines += [f"WARNING: {warning}" for warning in m.warnings]
+        named = f"{m.subset} subset of split {m.split.name}: " if m.subset else ""
+        lines.append(named + count_patches(m.n_patches, m.n_patients, m.unit))
+        if m.ledger:
+            times, runs = count(m.ledger["times"], "time"), count(m.ledger["runs"], "run")
             lines.append(f"this test subset has been evaluated {times}, by {runs}")
         return lines
 
     def _describe_model(self) -> list[str]:
         """Return the baseline, abstention, and the counts at the threshold."""
-        lines = []
-        if baseline := self["baseline"]:
-            gain = baseline.get("gain") or {}
-            text = f"colour-only baseline: AUROC {number(baseline['auroc'])}"
-            if gain.get("low") is not None:
-                interval = f"{gain['low']:+.3f} to {gain['high']:+.3f}"
-                text += f"; gain of the model {gain['value']:+.3f} ({interval})"
+        lines, m = [], self.metrics
+        if m.baseline:
+            text, gain = f"colour-only baseline: AUROC {number(m.baseline.auroc)}", m.baseline.gain
+            if gain is not None and gain.low is not None:
+                interval = f"{gain.low:+.3f} to {gain.high:+.3f}"
+                text += f"; gain of the model {gain.value:+.3f} ({interval})"
             lines.append(text)
-        if self.get("abstention"):
-            lines.append(abstention_summary(self["abstention"]))
-        if self["positive_class"] is not None:
-            threshold, confusion = self["threshold"], self["confusion"]
-            counts = "  ".join(f"{name.upper()} {confusion[name]:,}" for name in ("tp", "fp", "fn", "tn"))
-            lines.append(f"positive class {class_title(self['positive_class'])}: {counts}")
-            chosen_on = threshold["chosen_on"]
-            chosen = f" ({threshold['rule']}, chosen on {chosen_on})" if chosen_on else ""
-            lines.append(f"at threshold {threshold['value']:.3f}{chosen}")
+        if m.abstention:
+            lines.append(abstention_summary(m.abstention))
+        if m.positive_class and m.confusion and m.threshold:
+            counts = "  ".join(f"{name.upper()} {value:,}" for name, value in vars(m.confusion).items())
+            lines.append(f"positive class {class_title(m.positive_class)}: {counts}")
+            rule, chosen_on = m.threshold["rule"], m.threshold["chosen_on"]
+            chosen = f" ({rule}, chosen on {chosen_on})" if chosen_on else ""
+            lines.append(f"at threshold {m.threshold['value']:.3f}{chosen}")
         return lines
 
     def plot_roc(self) -> "Figure":
         """Draw the ROC curve with the threshold marked; two classes only."""
         from biopsy.evaluation.figures import draw_roc
 
-        point = self._values("sensitivity", "specificity")
+        patch = self.metrics.patch
+        point = patch["sensitivity"].value, patch["specificity"].value
         return draw_roc(*self._binary("ROC curve"), operating_point=point)
 
     def plot_precision_recall(self) -> "Figure":
         """Draw precision against recall with the threshold marked; two classes only."""
         from biopsy.evaluation.figures import draw_precision_recall
 
-        point = self._values("sensitivity", "ppv")
+        patch = self.metrics.patch
+        point = patch["sensitivity"].value, patch["ppv"].value
         return draw_precision_recall(*self._binary("precision-recall curve"), operating_point=point)
 
     def plot_calibration(self) -> "Figure":
         """Draw observed frequency against predicted probability (multi-class: of the predicted class)."""
         from biopsy.evaluation.calibration.section import draw_calibration
 
-        bins = self.document["calibration"]["after"]["bins"]
-        positive = self.document["positive_class"]
+        bins, positive = self.metrics.calibration["after"].bins, self.metrics.positive_class
         return draw_calibration(bins, positive=positive and class_title(positive))
 
     def plot_confusion(self) -> "Figure":
@@ -142,23 +149,18 @@ class Evaluation(Result):
 
     def _binary(self, curve: str) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each patch is positive, and its probability."""
-        positive = self.document["positive_class"]
+        positive = self.metrics.positive_class
         if positive is None:
             raise MetricError(f"a {curve} needs two classes; this evaluation has {len(self.class_names)}")
         is_positive = self.predictions["target"].to_numpy(int) == self.class_names.index(positive)
         return is_positive.astype(int), self.predictions["prob"].to_numpy(float)
 
-    def _values(self, first: str, second: str) -> tuple[float, float] | None:
-        patch = self.document["patch"]
-        values = patch.get(first, {}).get("value"), patch.get(second, {}).get("value")
-        return None if None in values else values
 
-
-def abstention_summary(abstention: Mapping[str, Any]) -> str:
+def abstention_summary(abstention: Abstention) -> str:
     """Return how many patches a model abstains on, and whether its coverage guarantee is met."""
-    if abstention["quantiles"] is None:
-        return f"no abstention: {abstention['reason']}"
-    share = abstention["patient"]["abstained"]["value"]
-    scope = "per class" if abstention["guarantee"] == "class-conditional" else "over all classes"
-    target = f"target coverage {abstention['target_coverage']:g} {scope}"
-    return f"abstains on {100 * share:.1f} % of patches; {target}: {abstention['verdict']}"
+    if abstention.patient is None:
+        return f"no abstention: {abstention.reason}"
+    share = abstention.patient.abstained.value
+    scope = "per class" if abstention.guarantee == "class-conditional" else "over all classes"
+    target = f"target coverage {abstention.target_coverage:g} {scope}"
+    return f"abstains on {100 * share:.1f} % of patches; {target}: {abstention.verdict}"

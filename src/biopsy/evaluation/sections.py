@@ -1,7 +1,6 @@
 """Sections of the report on performance: metrics, curves, decisions, patients, slides."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,26 +34,25 @@ from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
 from biopsy.statistics.intervals import measure_groups
-from biopsy.training.metrics import ClassRow, Curve, Estimate, Point, Prevalence, SubgroupMetrics
+from biopsy.statistics.multiclass import ClassReport
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import AtPrevalence, DecisionCurve, OperatingPoint, Subgroup
 
 
 @section("numbers", order=10)
 def describe_numbers(facts: RunFacts) -> Section:
     """Return every metric with its interval, the classification report, and the confusion."""
     blocks: list[Block] = [
-        table_of_metrics(facts.metrics, facts.unit, facts.on_subset),
+        table_of_metrics(facts.metrics, facts.on_subset),
         table_of_meanings(facts.metrics),
+        table_of_classes(facts.metrics.classification_report, _describe_decision_rule(facts)),
     ]
-    if facts.metrics.get("classification_report"):
-        blocks.append(
-            table_of_classes(facts.metrics["classification_report"], _describe_decision_rule(facts))
-        )
-    if facts.is_binary:
+    if facts.metrics.confusion_matrix is None:
         blocks.append(Pictures(_confusion_pictures(facts)))
     else:
         blocks += [
-            _table_of_one_against_rest(facts.metrics.get("one_vs_rest", {})),
-            picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_titles),
+            _table_of_one_against_rest(facts.metrics.one_vs_rest or {}),
+            picture_of_confusion(facts.metrics.confusion_matrix, facts.class_titles),
         ]
     return Section("numbers", "Performance", blocks)
 
@@ -68,12 +66,9 @@ def picture_of_confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[
     return picture(svg(draw_confusion_matrix(np.asarray(matrix), class_names), "confusion"), caption)
 
 
-def table_of_classes(report: Sequence[ClassRow], note: str = "") -> Table:
+def table_of_classes(report: Sequence[ClassReport], note: str = "") -> Table:
     """Return the classification report: precision, recall and F1 of each class, and their averages."""
-    rows = [
-        [class_title(row["name"]), *(row[key] for key in ("precision", "recall", "f1", "n"))]
-        for row in report
-    ]
+    rows = [[class_title(row.name), row.precision, row.recall, row.f1, row.n] for row in report]
     columns = ["class", "precision", "recall", "F1", "patches"]
     return make_table(columns, rows, caption="Classification report", note=note)
 
@@ -88,14 +83,11 @@ def _describe_decision_rule(facts: RunFacts) -> str:
     )
 
 
-def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Estimate]]) -> Table:
+def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Interval]]) -> Table:
     names = ("auroc", "sensitivity", "specificity", "ppv", "f1")
     return make_table(
         ["class", *(metric_label(key) for key in names)],
-        [
-            [class_title(name), *(metrics.get(key, {}) for key in names)]
-            for name, metrics in per_class.items()
-        ],
+        [[class_title(name), *(metrics[key] for key in names)] for name, metrics in per_class.items()],
         caption="Each class against the rest",
         note="The class is taken as positive, all others together as negative. 95 % intervals in brackets.",
     )
@@ -103,12 +95,17 @@ def _table_of_one_against_rest(per_class: Mapping[str, Mapping[str, Estimate]]) 
 
 def _confusion_pictures(facts: RunFacts) -> list[Picture]:
     kind = "decision threshold" if facts.is_run else "threshold"
-    captions = {"confusion": f"At the {kind}, {number(facts.threshold)}.", "at_half": "At threshold 0.5."}
-    names: dict[str, Any] = {"negative": facts.negative, "positive": facts.positive}
+    parts = (
+        ("confusion", f"At the {kind}, {number(facts.threshold)}.", facts.metrics.confusion),
+        ("at_half", "At threshold 0.5.", facts.metrics.at_half),
+    )
     return [
-        Picture(caption, svg(draw_confusion(**facts.metrics[key], **names), key))
-        for key, caption in captions.items()
-        if facts.metrics.get(key)
+        Picture(
+            caption,
+            svg(draw_confusion(**vars(counts), negative=facts.negative, positive=facts.positive), name),
+        )
+        for name, caption, counts in parts
+        if counts
     ]
 
 
@@ -119,18 +116,18 @@ def describe_curves(facts: RunFacts) -> Section | None:
     if not facts.is_binary or not 0 < target.sum() < len(target):
         return None
     prob = facts.predictions["prob"].to_numpy(float)
-    achieved = [facts.pooled.get(name, {}).get("value") for name in ("sensitivity", "specificity", "ppv")]
-    roc_point = None if None in achieved[:2] else (achieved[0], achieved[1])
-    pr_point = None if None in (achieved[0], achieved[2]) else (achieved[0], achieved[2])
+    sensitivity, specificity, ppv = (
+        facts.pooled[name].value for name in ("sensitivity", "specificity", "ppv")
+    )
     pictures = [
         Picture(
             "ROC curve: sensitivity against the false positive rate (1 - specificity) at every threshold.",
-            svg(draw_roc(target, prob, operating_point=roc_point), "roc"),
+            svg(draw_roc(target, prob, operating_point=(sensitivity, specificity)), "roc"),
         ),
         Picture(
             f"Precision-recall curve of {facts.positive}. A model without skill has the precision of the "
             "dashed line, the prevalence.",
-            svg(draw_precision_recall(target, prob, operating_point=pr_point), "pr"),
+            svg(draw_precision_recall(target, prob, operating_point=(sensitivity, ppv)), "pr"),
         ),
     ]
     return Section("curves", "Discrimination", [Pictures(pictures)])
@@ -139,12 +136,12 @@ def describe_curves(facts: RunFacts) -> Section | None:
 @section("decisions", order=40)
 def describe_decisions(facts: RunFacts) -> Section | None:
     """Return operating points and their drift, predictive values at a prevalence, and the decision curve."""
-    points, curve = facts.metrics.get("operating_points"), facts.metrics.get("decision_curve")
+    points, curve = facts.metrics.operating_points, facts.metrics.decision_curve
     if not points or not curve:
         return None
-    blocks: list[Block] = [table_of_points(points, facts.metrics.get("subset"))]
-    if facts.metrics.get("at_prevalence"):
-        blocks.append(table_at_prevalence(facts.metrics["at_prevalence"]))
+    blocks: list[Block] = [table_of_points(points, facts.metrics.subset)]
+    if facts.metrics.at_prevalence:
+        blocks.append(table_at_prevalence(facts.metrics.at_prevalence))
     caption = (
         f"Decision curve (Vickers and Elkin 2006) for {facts.positive} at the prevalence of these patches. "
         "Net benefit: true positives minus false positives, weighted by the odds of the threshold "
@@ -155,15 +152,15 @@ def describe_decisions(facts: RunFacts) -> Section | None:
     return Section("decisions", "Decision thresholds and net benefit", blocks)
 
 
-def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
-    rows = [[describe_rule(point["rule"]), point["threshold"]] for point in points]
-    chosen_on = points[0]["chosen_on"]
+def table_of_points(points: Sequence[OperatingPoint], subset: str | None) -> Table:
+    rows: list[list[object]] = [[describe_rule(point.rule), point.threshold] for point in points]
+    chosen_on = points[0].chosen_on
     if subset in (None, chosen_on):
         names = ("sensitivity", "specificity", "ppv", "npv")
         return make_table(
             ["rule", "threshold", *(metric_label(name) for name in names)],
             [
-                [*row, *(point["achieved"][name] for name in names)]
+                [*row, *(point.achieved[name] for name in names)]
                 for row, point in zip(rows, points, strict=True)
             ],
             caption="Operating points" if subset else "Operating point",
@@ -175,7 +172,7 @@ def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
     for name in ("sensitivity", "specificity"):
         columns += [f"{name} {chosen_on}", f"{name} {subset}", "drift"]
         for row, point in zip(rows, points, strict=True):
-            row += [point["where_chosen"][name], point["achieved"][name], signed(point["drift"][name])]
+            row += [point.where_chosen[name], point.achieved[name], signed(point.drift[name])]
     return make_table(
         columns,
         rows,
@@ -185,30 +182,28 @@ def table_of_points(points: Sequence[Point], subset: str | None) -> Table:
     )
 
 
-def table_at_prevalence(at_prevalence: Prevalence) -> Table:
+def table_at_prevalence(at_prevalence: AtPrevalence) -> Table:
     return make_table(
         ["rule", "positive predictive value", "negative predictive value"],
-        [[describe_rule(point["rule"]), point["ppv"], point["npv"]] for point in at_prevalence["points"]],
-        caption=f"Predictive values at a prevalence of {100 * at_prevalence['prevalence']:g} %",
+        [[describe_rule(point.rule), point.ppv, point.npv] for point in at_prevalence.points],
+        caption=f"Predictive values at a prevalence of {100 * at_prevalence.prevalence:g} %",
         note="By Bayes' rule from sensitivity and specificity above. 95 % intervals in brackets.",
     )
 
 
-def describe_benefit(curve: Curve) -> str:
+def describe_benefit(curve: DecisionCurve) -> str:
     """Return the threshold probabilities at which net benefit exceeds that of acting on all or on none."""
-    points = [(point["threshold"], point["gain"]) for point in curve["marked"]]
-    spans = _join_thresholds([(at, gain["low"] is not None and gain["low"] > 0) for at, gain in points])
+    points = [(point.threshold, point.gain) for point in curve.marked]
+    spans = _join_thresholds([(at, gain.compare(0) == "higher") for at, gain in points])
     if spans:
         return (
             "Net benefit is higher than that of acting on all or on no patches, with the whole 95 % interval "
             f"of the difference above 0, at threshold probabilities of {spans}."
         )
-    higher = _join_thresholds([(at, (gain["value"] or 0) > 0) for at, gain in points])
+    higher = _join_thresholds([(at, gain.value > 0) for at, gain in points])
     if not higher:
         return "At no threshold probability is net benefit higher than that of acting on all or no patches."
-    reason = next(
-        (gain["reason"] for _, gain in points if (gain["value"] or 0) > 0 and gain["low"] is None), None
-    )
+    reason = next((gain.reason for _, gain in points if gain.value > 0 and gain.low is None), None)
     return (
         f"Net benefit is estimated to be higher than that of acting on all or on no patches at {higher}, but "
         + (
@@ -249,8 +244,8 @@ def describe_patients(facts: RunFacts) -> Section | None:
         has_group = groups.notna().to_numpy()
         describe = _blocks_by_group if facts.is_binary else _classes_by_group
         blocks += describe(facts, groups[has_group].astype(str).to_numpy(), has_group)
-    if facts.metrics.get("subgroups"):
-        blocks.append(table_of_subgroups(facts.metrics["subgroups"], len(facts.class_names), facts.unit))
+    if facts.metrics.subgroups:
+        blocks.append(table_of_subgroups(facts.metrics.subgroups, len(facts.class_names), facts.unit))
     if not blocks:
         return None
     heading = "Per-slide results" if facts.unit == "slide" else "Per-patient results"
@@ -261,14 +256,13 @@ def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarr
     target, prob = facts.is_positive[has_group], facts.predictions["prob"].to_numpy(float)[has_group]
     names, values = measure_groups(target, prob, group_ids, facts.threshold)
     counts = pd.Series(target).groupby(group_ids).agg(["size", "sum"]).loc[names]
-    auroc = facts.pooled.get("auroc", {})
+    auroc = facts.pooled["auroc"]
     aurocs = draw_patient_metric(
         names.tolist(),
         values["auroc"],
         counts["size"].to_numpy(),
         metric="AUROC",
-        overall=auroc.get("value"),
-        interval=None if auroc.get("low") is None else (auroc["low"], auroc["high"]),
+        overall=auroc,
     )
     classes = (facts.negative, facts.positive)
     probs = draw_patient_probs(
@@ -320,13 +314,11 @@ def table_by_group(
     return make_table(columns, rows, caption=caption, note=note, text_columns=text_columns, fold_long=True)
 
 
-def table_of_subgroups(
-    subgroups: Mapping[str, Mapping[str, SubgroupMetrics]], n_classes: int, unit: str
-) -> Table:
+def table_of_subgroups(subgroups: Mapping[str, Mapping[str, Subgroup]], n_classes: int, unit: str) -> Table:
     results = [
         (column, value, result) for column, values in subgroups.items() for value, result in values.items()
     ]
-    metrics = list(results[0][2]["patch"])[:3]
+    metrics = list(results[0][2].patch)[:3]
     return make_table(
         [
             "column",
@@ -336,8 +328,7 @@ def table_of_subgroups(
             *(metric_label(name, n_classes) for name in metrics),
         ],
         [
-            [column, str(value), result.get("n_patches"), result.get("n_patients")]
-            + [result["patch"].get(name, {}) for name in metrics]
+            [column, value, result.n_patches, result.n_patients, *(result.patch[name] for name in metrics)]
             for column, value, result in results
         ],
         caption="Subgroups",

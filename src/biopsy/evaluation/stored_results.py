@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,9 @@ from torch import nn
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json
+from biopsy.core.loaders import Model, validate
 from biopsy.core.seeds import make_rng
+from biopsy.data.predictions import PredictionsInfo
 from biopsy.models.networks import describe
 from biopsy.training.runs import Run
 
@@ -20,8 +21,8 @@ MAX_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
 
 
 def result_key(
-    run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: Mapping[str, Any]
-) -> dict[str, Any]:
+    run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: PredictionsInfo
+) -> dict[str, str | int]:
     """Return the entries that identify the predictions from which a result was computed.
 
     Args:
@@ -37,13 +38,14 @@ def result_key(
     }
 
 
-def read_result(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(path: Path, key: Mapping[str, str | int], record: type[Model]) -> Model | None:
     """Return a stored result with all entries of a key; None if there is none."""
     try:
-        result = read_json(path, format=key["format"])
+        result = read_json(path, format=str(key["format"]))
+        is_current = all(result.get(name) == value for name, value in key.items())
+        return validate(path, record, result) if is_current else None
     except DataError:
         return None
-    return result if all(result.get(name) == value for name, value in key.items()) else None
 
 
 def affordable_patches(

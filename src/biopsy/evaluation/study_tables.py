@@ -1,8 +1,6 @@
 """Results of a study: pooled predictions, one row per run, and the variability over seeds."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,17 +9,23 @@ from biopsy.core.files import write_json
 from biopsy.core.text import plural
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import write_predictions
-from biopsy.evaluation.measure import Confusion
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.statistics.intervals import IntervalMethod, average, describe_method, estimate_metric, replicate
+from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
 from biopsy.statistics.metrics import measure, registry
-from biopsy.statistics.multiclass import ClassReport, classification_report
-from biopsy.statistics.resampling import Interval, Resampler
-from biopsy.training.metrics import MetricsDocument
+from biopsy.statistics.multiclass import classification_report
+from biopsy.statistics.resampling import Resampler
+from biopsy.training.metrics import (
+    Confusion,
+    FoldMean,
+    Metrics,
+    PooledMetrics,
+    RecipeSummary,
+    Spread,
+    StudySummary,
+)
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study
 
-SUMMARY_FORMAT = "biopsy-study-metrics/1"
 SHOWN = (
     "auroc",
     "auprc",
@@ -36,30 +40,6 @@ SHOWN = (
 )
 SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
 SUMMARISED = tuple(dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, standard deviation, minimum and maximum of values; None without values."""
-
-    mean: float | None = None
-    sd: float | None = None
-    min: float | None = None
-    max: float | None = None
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Spread":
-        """Summarise values, ignoring None; all fields are None if a value is not finite.
-
-        Example:
-            >>> Spread.of([0.5, 0.75]).mean
-            0.625
-        """
-        finite = np.array([value for value in values if value is not None], dtype=float)
-        if not len(finite) or not np.isfinite(finite).all():
-            return cls()
-        sd = float(finite.std(ddof=1)) if len(finite) > 1 else None
-        return cls(float(finite.mean()), sd, float(finite.min()), float(finite.max()))
 
 
 def write_tables(study: Study) -> None:
@@ -86,7 +66,7 @@ def write_tables(study: Study) -> None:
     write_json(study.path / "metrics.json", summarise(table, pooled, runs[0].metrics()))
 
 
-def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: MetricsDocument) -> dict[str, Any]:
+def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: Metrics) -> StudySummary:
     """Return, per recipe, the pooled metrics, their variability over seeds, and the results of each fold.
 
     Intervals are over patients and do not include the variability over seeds. Seeds without all folds of the
@@ -97,42 +77,36 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: MetricsDocumen
         pooled: All test predictions, with ``recipe``, ``fold`` and ``seed``.
         metrics: ``metrics.json`` of any run, for class names and unit.
     """
-    document: dict[str, Any] = {
-        "format": SUMMARY_FORMAT,
-        "positive_class": metrics["positive_class"],
-        "recipes": {},
-    }
+    recipes = {}
     for recipe, rows in table.groupby("recipe"):
-        entry: dict[str, Any] = {"folds": _summarise_folds(rows)}
         seeds = [
-            ScoredPatches.of_predictions(
-                frame, metrics["class_names"], metrics["positive_class"], metrics["unit"]
-            )
+            ScoredPatches.of_predictions(frame, metrics.class_names, metrics.positive_class, metrics.unit)
             for frame in pool_by_seed(pooled[pooled["recipe"] == recipe])
         ]
-        entry["pooled"] = measure_pooled(seeds)
-        entry["within_folds"] = _average_folds(rows)
-        entry["over_seeds"] = _spread([measure(scored.sample().count()) for scored in seeds])
-        document["recipes"][recipe] = entry
-    return document
+        recipes[str(recipe)] = RecipeSummary(
+            folds=_summarise_folds(rows),
+            pooled=measure_pooled(seeds),
+            within_folds=_average_folds(rows),
+            over_seeds=_spread([measure(scored.sample().count()) for scored in seeds]),
+        )
+    return StudySummary(positive_class=metrics.positive_class, recipes=recipes)
 
 
 def describe_run(run: Run) -> dict[str, object]:
     """Return the row of a run in ``table.csv``."""
     metrics, (frame, _) = run.metrics(), run.predictions("test")
-    groups = np.unique(group_by_unit(frame, metrics["unit"]))
-    metric_names = SHOWN_OF_CLASSES if metrics["positive_class"] is None else SHOWN
+    baseline = metrics.baseline and metrics.baseline.auroc
+    groups = np.unique(group_by_unit(frame, metrics.unit))
+    metric_names = SHOWN_OF_CLASSES if metrics.positive_class is None else SHOWN
     return {
         "recipe": run.info["recipe"],
         "fold": run.info["split"]["fold"],
         "seed": run.info["seed"],
-        "tested": " ".join(sorted(groups))
-        if len(groups) <= 3
-        else f"{len(groups)} {plural(metrics['unit'])}",
-        "n_patches": metrics["n_patches"],
-        "n_positive": metrics["confusion"] and metrics["confusion"]["tp"] + metrics["confusion"]["fn"],
-        **{name: _or_nan(metrics["patch"][name]["value"]) for name in metric_names},
-        "baseline_auroc": _or_nan((metrics["baseline"] or {}).get("auroc")),
+        "tested": " ".join(sorted(groups)) if len(groups) <= 3 else f"{len(groups)} {plural(metrics.unit)}",
+        "n_patches": metrics.n_patches,
+        "n_positive": metrics.confusion and metrics.confusion.tp + metrics.confusion.fn,
+        **{name: metrics.patch[name].value for name in metric_names},
+        "baseline_auroc": float("nan") if baseline is None else baseline,
         **training_columns(run),
     }
 
@@ -153,17 +127,13 @@ def training_columns(run: Run) -> dict[str, object]:
     }
 
 
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
 def _mean_of_last(log: list[EpochRecord], n_epochs: int = 5) -> float | None:
     """Return the mean validation AUROC of the last epochs, which single epochs estimate poorly."""
     values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
     return float(np.mean(values)) if values else None
 
 
-def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, object]]:
     """Return mean and SD over seeds for every fold, and the gain over the colour-only baseline."""
     result = []
     for fold, fold_rows in rows.groupby("fold", dropna=False):
@@ -186,15 +156,12 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return result
 
 
-def _average_folds(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return mean, minimum and maximum over folds of the metrics within each fold (means over seeds).
-
-    Pooled metrics rank predictions of different models together; these do not.
-    """
+def _average_folds(rows: pd.DataFrame) -> dict[str, FoldMean]:
+    """Return the metrics within folds, of those that are defined in every fold."""
     metric_names = [name for name in SUMMARISED if name in rows]
     by_fold = rows.groupby("fold", dropna=False)[metric_names].mean()
     return {
-        name: {"mean": values.mean(), "min": values.min(), "max": values.max(), "n_folds": len(values)}
+        str(name): FoldMean(values.mean(), values.min(), values.max(), len(values))
         for name, values in by_fold.items()
         if values.notna().all()
     }
@@ -207,21 +174,6 @@ def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:
     common = max(counts, key=lambda finished: (counts[finished], len(finished)))
     seeds = [seed for seed, finished in folds.items() if finished == common]
     return [pooled[pooled["seed"] == seed] for seed in seeds]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledMetrics:
-    """Metrics of out-of-fold predictions: means over seeds, with intervals over patients; counts are sums."""
-
-    n_patches: int
-    n_patients: int
-    n_seeds: int
-    class_names: list[str]
-    patch: dict[str, Interval]
-    classification_report: list[ClassReport]
-    interval: IntervalMethod
-    confusion: Confusion | None
-    confusion_matrix: np.ndarray | None
 
 
 def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
@@ -248,7 +200,7 @@ def measure_pooled(seeds: Sequence[ScoredPatches]) -> PooledMetrics:
         classification_report=classification_report(matrix, first.class_names),
         interval=describe_method(resampler.n_groups, seed=0, unit=first.unit),
         confusion=confusion,
-        confusion_matrix=None if confusion else matrix,
+        confusion_matrix=None if confusion else matrix.tolist(),
     )
 
 

@@ -178,9 +178,8 @@ def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
     um = None if pack.info.mpp is None else pack.info.patch_px * pack.info.mpp
     row: dict[str, Any] = {"encoder": name.partition("=")[0]}
     for metric in SHOWN:
-        estimate: Mapping[str, Any] = metrics["patch"].get(metric) or {}
-        row |= {metric: estimate.get("value")}
-        row |= {f"{metric}_{end}": estimate.get(end) for end in ("low", "high")}
+        estimate = metrics.patch[metric]
+        row |= {metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
     return row | {
         "knn_auroc": _neighbours(run, pack, record),
         "difference": None,

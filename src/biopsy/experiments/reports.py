@@ -9,13 +9,15 @@ import pandas as pd
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import check_outputs, read_json, write_atomic, write_output
+from biopsy.core.loaders import validate
+from biopsy.data.audit import Audit
 from biopsy.data.packs import Pack
 from biopsy.evaluation.results import Evaluation
-from biopsy.evaluation.study_tables import SUMMARY_FORMAT
 from biopsy.experiments import reproduction, sweeps
 from biopsy.experiments.reproduction_page import report_of_reproduction
+from biopsy.experiments.reproduction_summary import ReproductionSummary
 from biopsy.experiments.study_page import report_of_study
-from biopsy.experiments.sweep_page import report_of_sweep
+from biopsy.experiments.sweep_page import SweepSummary, report_of_sweep
 from biopsy.models.networks import build_network, describe
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.reporting.compose import report_of_run
@@ -24,8 +26,9 @@ from biopsy.reporting.facts import RunFacts, StudyFacts, make_pseudonymizer
 from biopsy.reporting.html import render_report
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.reporting.registry import list_results
+from biopsy.training.metrics import StudySummary
 from biopsy.training.runs import Run
-from biopsy.training.study import Study, is_study
+from biopsy.training.study import Study, StudyInfo, is_study
 
 PAGE = "report.html"
 
@@ -84,7 +87,10 @@ def _compose(item: Reported, hide_ids: bool, *, complete: bool) -> list[tuple[st
     """Return the pages of a run, study or evaluation as file name and HTML."""
     if isinstance(item, Evaluation):
         facts = RunFacts(
-            run={}, metrics=item.document, predictions=item.predictions, class_names=item.class_names
+            metrics=item.metrics,
+            positive_class=item.metrics.positive_class,
+            predictions=item.predictions,
+            class_names=item.class_names,
         )
         return [(PAGE, render_report(report_of_run(facts, hide_ids=hide_ids)))]
     if isinstance(item, Study) or (not isinstance(item, Run) and is_study(item)):
@@ -114,13 +120,14 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         RunError: If the run has not been evaluated.
     """
     metrics = run.metrics()
-    predictions, _ = run.predictions(metrics["subset"] or "test")
+    predictions, _ = run.predictions(metrics.subset or "test")
     recipe, pack = run.recipe, run.open_pack(verify=False)
     side = recipe.preprocessing.input_px
     results, missing = _load_results(run, complete=complete)
     return RunFacts(
         run=run.info,
         metrics=metrics,
+        positive_class=metrics.positive_class,
         predictions=predictions,
         class_names=pack.class_names,
         log=run.log(),
@@ -132,7 +139,6 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         patch_px=pack.info.patch_px,
         mpp=pack.info.mpp,
         audit=_find_audit(pack),
-        ledger=metrics.get("ledger"),
         results=results,
         missing=missing,
     )
@@ -144,10 +150,11 @@ def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
     return describe(network, side)
 
 
-def _find_audit(pack: Pack) -> dict[str, Any] | None:
+def _find_audit(pack: Pack) -> Audit | None:
     """Return the pack's audit; None without one."""
     try:
-        return read_json(pack.path / "audit.json", format="biopsy-audit/1")
+        path = pack.path / "audit.json"
+        return validate(path, Audit, read_json(path, format="biopsy-audit/1"))
     except DataError:
         return None
 
@@ -174,10 +181,10 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
         RunError: If none of its runs has been evaluated.
     """
     runs = study.require_evaluated_runs()
-    summary = read_json(study.path / "metrics.json", format=SUMMARY_FORMAT)
-    table, predictions, first = study.table(), study.predictions(), runs[0].metrics()
+    summary = study.summary(StudySummary)
+    table, predictions = study.table(), study.predictions()
     facts = {}
-    for name, entry in summary["recipes"].items():
+    for name, entry in summary.recipes.items():
         recipe = load_recipe(next(run for run in runs if run.info["recipe"] == name).recipe)
         rows = table[table["recipe"] == name].copy()
         rows["fold"] = rows["fold"].fillna(0).astype(int)
@@ -185,13 +192,10 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
             study={**study.info, "environment": runs[0].info["environment"]},
             table=rows,
             predictions=predictions[predictions["recipe"] == name],
-            metrics={
-                **entry.get("pooled", {}),
-                "positive_class": first["positive_class"],
-                "split": study.info["split"],
-                "within_folds": entry.get("within_folds", {}),
-            },
-            class_names=first["class_names"],
+            metrics=entry.pooled,
+            within_folds=entry.within_folds,
+            positive_class=summary.positive_class,
+            class_names=entry.pooled.class_names,
             baselines=_baseline_by_group(rows),
             recipe=recipe.model_dump() | {"title": recipe.heading},
             recipe_toml=recipe_toml(recipe),
@@ -215,12 +219,12 @@ def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocu
         study.require_evaluated_runs()
     kind, pseudonymizer = study.info["question"], _make_pseudonymizer(study) if hide_ids else None
     if kind == sweeps.KIND:
-        info = {**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]}
-        figure = sweeps.draw_study(study)
-        return [(PAGE, report_of_sweep(info, study.summary(), study.table(), figure, pseudonymizer))]
+        info: StudyInfo = {**study.info, "environment": sweeps.shown_runs(study)[0].info["environment"]}
+        figure, summary = sweeps.draw_study(study), study.summary(SweepSummary)
+        return [(PAGE, report_of_sweep(info, summary, study.table(), figure, pseudonymizer))]
     if kind == reproduction.KIND:
         info = {**study.info, "environment": study.evaluated_runs()[0].info["environment"]}
-        return [(PAGE, report_of_reproduction(info, study.summary(), pseudonymizer))]
+        return [(PAGE, report_of_reproduction(info, study.summary(ReproductionSummary), pseudonymizer))]
     facts = gather_study(study)
     names = [PAGE] if len(facts) == 1 else [f"report-{recipe}.html" for recipe in facts]
     pages = [report_of_study(fact, hide_ids=hide_ids) for fact in facts.values()]
@@ -232,4 +236,4 @@ def _make_pseudonymizer(study: Study) -> Pseudonymizer:
     columns = [f"{kind}_id" for kind in KINDS]
     frames = [run.predictions("test")[0] for run in study.evaluated_runs()] or [pd.DataFrame(columns=columns)]
     ids = pd.concat(frames)[columns].drop_duplicates()
-    return make_pseudonymizer(ids, study.info["pack"])
+    return make_pseudonymizer(ids, study.info["pack"]["content_sha256"])

@@ -27,7 +27,7 @@ from biopsy.experiments.leakage import (
     why_no_leak,
 )
 from biopsy.experiments.reproduction_page import draw_reproduction, table_of_lengths, table_of_papers
-from biopsy.experiments.reproduction_summary import write_tables
+from biopsy.experiments.reproduction_summary import ReproductionSummary, write_tables
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
@@ -199,12 +199,12 @@ class Reproduction(Study):
     """The study of a reproduction, which is printed as its table of metrics."""
 
     def blocks(self) -> list[str | Table]:
-        papers = self.summary()["papers"]
+        papers = self.summary(ReproductionSummary).papers
         tables = table_of_papers(papers), table_of_lengths(papers, self.info["papers"])
         return [*tables, str(self.path)]
 
     def to_json(self) -> dict[str, object]:
-        return {"path": self.path, **self.summary()}
+        return {"path": self.path, **vars(self.summary(ReproductionSummary))}
 
 
 def reproduce(
@@ -316,7 +316,7 @@ def reproduce(
 
 
 def _draw(study: Study) -> Figure:
-    return draw_reproduction(study.summary()["papers"])
+    return draw_reproduction(study.summary(ReproductionSummary).papers)
 
 
 def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Recipe]:

@@ -1,5 +1,6 @@
 """The report of a reproduction: published and reproduced metrics, and the effect of patient leakage."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.provenance_sections import describe_reproduction
-from biopsy.experiments.reproduction_summary import CONTRASTS
+from biopsy.experiments.reproduction_summary import CONTRASTS, PaperSummary, ReproductionSummary
 from biopsy.experiments.sweep_page import mean_sd
 from biopsy.plotting.style import (
     BASELINE,
@@ -41,12 +42,16 @@ from biopsy.reporting.document import (
 from biopsy.reporting.elements import synthetic_warning, written_by
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import Spread
+from biopsy.training.study import Paper, StudyInfo
 
+Papers = Mapping[str, PaperSummary]
 PANELS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 
 
 def report_of_reproduction(
-    study: Mapping[str, Any], summary: Mapping[str, Any], pseudonymizer: Pseudonymizer | None = None
+    study: StudyInfo, summary: ReproductionSummary, pseudonymizer: Pseudonymizer | None = None
 ) -> ReportDocument:
     """Return the report of a reproduction.
 
@@ -55,7 +60,7 @@ def report_of_reproduction(
         summary: The content of ``metrics.json``.
         pseudonymizer: Pseudonyms that replace the ids of patients, slides and patches.
     """
-    papers, unit = summary["papers"], summary["unit"]
+    papers, unit = summary.papers, summary.unit
     if pseudonymizer is not None:
         study, papers = pseudonymizer.nested(study), pseudonymizer.nested(papers)
     sections = [
@@ -68,36 +73,39 @@ def report_of_reproduction(
     return ReportDocument(
         title=f"Published recipes on {study['pack']['name']}",
         subtitle=f"Reproduction {study['name']}: {count(len(papers), 'recipe')}, "
-        f"{count(sum(entry['n_runs'] for entry in papers.values()), 'run')}",
-        summary=_summarise(papers, study["pack"], unit, hide_ids=pseudonymizer is not None),
+        f"{count(sum(entry.n_runs for entry in papers.values()), 'run')}",
+        summary=_summarise(
+            papers, unit, is_synthetic=study["pack"].get("synthetic"), hide_ids=pseudonymizer is not None
+        ),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(papers, unit),
         footer=written_by(study),
     )
 
 
-def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *, hide_ids: bool) -> Summary:
+def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None, hide_ids: bool) -> Summary:
     """Return the summary, with headlines of the recipe with the largest effect of leakage."""
-    leaks = {name: entry["leak"]["auroc"]["mean"] for name, entry in papers.items() if _leaks({name: entry})}
+    means = {name: entry.leak.auroc.mean for name, entry in papers.items()}
+    leaks = {name: mean for name, mean in means.items() if mean is not None}
     headlines = []
     if leaks:
         name = max(leaks, key=lambda key: leaks[key])
         headlines = [
             Headline(
                 f"AUROC, {arm} the tested {unit} in training",
-                {"value": _mean_of_slides(papers[name], key)},
+                Interval(_mean_of_slides(papers[name], key)),
                 beside=name,
             )
             for arm, key in (("with", "arm"), ("without", "reference"))
         ]
     return Summary(
-        verdict=_state_verdict(papers, leaks, unit) + synthetic_warning(pack),
+        verdict=_state_verdict(papers, leaks, unit) + synthetic_warning(is_synthetic),
         headlines=headlines,
         unit="",
         findings=[
             *(
                 f"{name}: training on patches of the tested {unit} changes the AUROC on other patches of it "
-                f"by {mean_sd(papers[name]['leak']['auroc'], '+')}{_name_reference(papers[name], unit)} "
+                f"by {mean_sd(papers[name].leak.auroc, '+')}{_name_reference(papers[name], unit)} "
                 f"(mean over {plural(unit)}, ± standard deviation over seeds)."
                 for name in leaks
             ),
@@ -108,13 +116,13 @@ def _summarise(papers: Mapping[str, Any], pack: Mapping[str, Any], unit: str, *,
     )
 
 
-def _name_reference(entry: Mapping[str, Any], unit: str) -> str:
-    if entry["leak"]["reference"] != CONTRASTS["leak"][1]:
+def _name_reference(entry: PaperSummary, unit: str) -> str:
+    if entry.leak.reference != CONTRASTS["leak"][1]:
         return ""
     return f", compared with as many patches of another {unit} with both classes"
 
 
-def _state_verdict(papers: Mapping[str, Any], leaks: Mapping[str, float], unit: str) -> str:
+def _state_verdict(papers: Papers, leaks: Mapping[str, float], unit: str) -> str:
     """Return the result in one sentence: the largest and smallest effect of leakage on the AUROC."""
     recipes = count(len(papers), "published recipe")
     if not leaks:
@@ -130,30 +138,30 @@ def _state_verdict(papers: Mapping[str, Any], leaks: Mapping[str, float], unit: 
     return f"{text}."
 
 
-def _mean_of_slides(entry: Mapping[str, Any], arm: str) -> float | None:
-    means = [slide[arm]["auroc"]["mean"] for slide in entry["leak"]["slides"]]
-    return None if None in means else sum(means) / len(means)
+def _mean_of_slides(entry: PaperSummary, arm: str) -> float:
+    means = [getattr(slide, arm).auroc.mean for slide in entry.leak.slides]
+    return math.nan if None in means else sum(means) / len(means)
 
 
-def _leaks(papers: Mapping[str, Any]) -> bool:
-    return any(entry["leak"]["auroc"]["mean"] is not None for entry in papers.values())
+def _leaks(papers: Papers) -> bool:
+    return any(entry.leak.auroc.mean is not None for entry in papers.values())
 
 
-def _warn_reader(papers: Mapping[str, Any], unit: str) -> list[str]:
+def _warn_reader(papers: Papers, unit: str) -> list[str]:
     warnings = []
-    smoke = [name for name, entry in papers.items() if "smoke" in entry["label"]]
+    smoke = [name for name, entry in papers.items() if "smoke" in entry.label]
     if smoke:
         warnings.append(
             f"Smoke test only, less than a tenth of the published updates: {', '.join(smoke)}. These rows "
             "show that the recipe runs, not its performance."
         )
-    without = [name for name, entry in papers.items() if "method only" in entry["label"]]
+    without = [name for name, entry in papers.items() if "method only" in entry.label]
     if without:
         warnings.append(
             "Method only, with random initial weights where the publication used pretrained ones: "
             f"{', '.join(without)}."
         )
-    tested = [name for name, entry in papers.items() if entry["published"]["test_is_validation"]]
+    tested = [name for name, entry in papers.items() if entry.published.test_is_validation]
     if tested:
         warnings.append(
             f"As published, the test subset is also the validation subset: {', '.join(tested)}. Results are "
@@ -164,40 +172,40 @@ def _warn_reader(papers: Mapping[str, Any], unit: str) -> list[str]:
     return warnings
 
 
-def _describe_table(papers: Mapping[str, Any]) -> Section:
+def _describe_table(papers: Papers) -> Section:
     caption = (
         "Lines: 95 % interval over patients where available, otherwise range over seeds. Diamonds: published "
         "metric, corrected where the publication allows it."
     )
     figure = Picture(caption, svg(draw_reproduction(papers), "reproduction"))
     reasons = [
-        f"{name}, {title}: {entry[arm]['reason']}"
+        f"{name}, {title}: {getattr(entry, arm).reason}"
         for name, entry in papers.items()
         for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
-        if entry[arm]["reason"]
+        if getattr(entry, arm).reason
     ]
     blocks: list[Block] = [Pictures([figure], across=1), table_of_papers(papers)]
     blocks += [Bullets(reasons)] if reasons else []
     return Section("claims", "Published and reproduced metrics", blocks)
 
 
-def table_of_papers(papers: Mapping[str, Any]) -> Table:
+def table_of_papers(papers: Papers) -> Table:
     """Return the published and reproduced metrics of each recipe, and the effect of leakage."""
     rows = []
     for name, entry in papers.items():
         for metric, label in PANELS.items():
-            interval = (entry["apart"]["interval"] or {}).get(metric)
+            interval = getattr(entry.apart.interval, metric, None)
             rows.append(
                 [
                     name,
                     label,
-                    number(entry["claim"].get(metric)),
-                    number(entry["corrected"].get(metric)),
-                    mean_sd(entry["published"][metric]),
-                    mean_sd(entry["apart"][metric]),
+                    number(entry.claim.get(metric)),
+                    number(entry.corrected.get(metric)),
+                    mean_sd(getattr(entry.published, metric)),
+                    mean_sd(getattr(entry.apart, metric)),
                     interval_of(interval),
-                    number(entry["apart"]["colour_auroc"]) if metric == "auroc" else "-",
-                    mean_sd(entry["leak"][metric], "+"),
+                    number(entry.apart.colour_auroc) if metric == "auroc" else "-",
+                    mean_sd(getattr(entry.leak, metric), "+"),
                 ]
             )
     columns = (
@@ -222,22 +230,22 @@ TITLES = {
 }
 
 
-def _describe_leak(papers: Mapping[str, Any], unit: str) -> Section:
+def _describe_leak(papers: Papers, unit: str) -> Section:
     tables: list[Block] = []
     for contrast, title in TITLES.items():
         rows = [
             [
                 name,
-                str(slide["tested"]),
-                mean_sd(slide["arm"]["auroc"]),
-                mean_sd(slide["reference"]["auroc"]),
-                mean_sd(slide["auroc"], "+"),
-                mean_sd(slide["balanced_accuracy"], "+"),
-                number(sum(slide["n_patches"]) / len(slide["n_patches"]), 0),
-                number(len(slide["seeds"])),
+                slide.tested,
+                mean_sd(slide.arm.auroc),
+                mean_sd(slide.reference.auroc),
+                mean_sd(slide.auroc, "+"),
+                mean_sd(slide.balanced_accuracy, "+"),
+                number(sum(slide.n_patches) / len(slide.n_patches), 0),
+                number(len(slide.seeds)),
             ]
             for name, entry in papers.items()
-            for slide in entry[contrast]["slides"]
+            for slide in getattr(entry, contrast).slides
         ]
         if rows:
             tables.append(Table(_leak_columns(unit), rows, caption=capitalize(title), text_columns=2))
@@ -255,17 +263,17 @@ def _leak_columns(unit: str) -> list[str]:
     return ["recipe", unit, *auroc, "difference, balanced accuracy", "tested patches", "seeds"]
 
 
-def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
+def _describe_slides(papers: Papers, unit: str) -> Section | None:
     rows = [
         [
             name,
-            str(fold["tested"]),
-            *(mean_sd(fold[metric]) for metric in PANELS),
-            number(fold["colour_auroc"]),
+            fold.tested,
+            *(mean_sd(getattr(fold, metric)) for metric in PANELS),
+            number(fold.colour_auroc),
         ]
         for name, entry in papers.items()
-        for fold in entry["apart"]["folds"]
-        if len(entry["apart"]["folds"]) > 1
+        for fold in entry.apart.folds
+        if len(entry.apart.folds) > 1
     ]
     if not rows:
         return None
@@ -273,7 +281,7 @@ def _describe_slides(papers: Mapping[str, Any], unit: str) -> Section | None:
     return Section("apart", f"Per-{unit} results, split by {unit}", [table])
 
 
-def table_of_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> Table:
+def table_of_lengths(papers: Papers, entries: Mapping[str, Paper]) -> Table:
     """Return the length of the runs of each recipe; ``entries`` are those of ``study.json``."""
     rows = []
     for name, entry in papers.items():
@@ -281,12 +289,12 @@ def table_of_lengths(papers: Mapping[str, Any], entries: Mapping[str, Any]) -> T
         rows.append(
             [
                 name,
-                f"{number(entry['updates'])} of {number(entry['published_updates'])}",
+                f"{number(entry.updates)} of {number(entry.published_updates)}",
                 f"{number(plan['epochs'])} x {number(plan['steps_per_epoch'])}",
-                number(entry["published"]["n_train"] or entry["apart"]["n_train"]),
-                number(entry["n_runs"]),
-                number(entry["minutes"], 1),
-                entry["label"] or "-",
+                number(entry.published.n_train or entry.apart.n_train),
+                number(entry.n_runs),
+                number(entry.minutes, 1),
+                entry.label or "-",
             ]
         )
     columns = [
@@ -315,7 +323,7 @@ MARKS: Mapping[str, dict[str, Any]] = {
 
 
 @styled
-def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
+def draw_reproduction(papers: Papers) -> Figure:
     """Draw published and reproduced values of three metrics per recipe, and the leakage of each slide.
 
     Args:
@@ -327,9 +335,9 @@ def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
     if not papers:
         raise MetricError("a reproduction without a recipe cannot be drawn")
     leaks = {
-        (name, str(slide["tested"])): slide["auroc"]["values"]
+        (name, slide.tested): slide.auroc.values
         for name, entry in papers.items()
-        for slide in entry["leak"]["slides"]
+        for slide in entry.leak.slides
     }
     heights = [0.55 + ROW_IN * len(papers)] * len(PANELS)
     heights += [0.55 + ROW_IN * 0.8 * len(leaks)] if leaks else []
@@ -349,19 +357,19 @@ def draw_reproduction(papers: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _draw_arms(axes: Axes, papers: Mapping[str, Mapping[str, Any]], metric: str) -> None:
+def _draw_arms(axes: Axes, papers: Papers, metric: str) -> None:
     """Draw one row per recipe: published values as diamonds, reproduced ones as dots with intervals."""
     for row, entry in enumerate(papers.values()):
         if row:
             axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
-        apart, published = entry["apart"], entry["published"]
-        interval = (apart["interval"] or {}).get(metric) or {}
-        claimed = entry["corrected"].get(metric, entry["claim"].get(metric))
+        apart, published = getattr(entry.apart, metric), getattr(entry.published, metric)
+        interval = getattr(entry.apart.interval, metric, None)
+        claimed = entry.corrected.get(metric, entry.claim.get(metric))
         _mark(axes, "published", claimed, row - 0.22)
-        _mark(axes, "as published", published[metric]["mean"], row - 0.07, _reach(published[metric]))
-        _mark(axes, "patients apart", apart[metric]["mean"], row + 0.1, _reach(apart[metric], interval))
+        _mark(axes, "as published", published.mean, row - 0.07, _reach(published))
+        _mark(axes, "patients apart", apart.mean, row + 0.1, _reach(apart, interval))
         if metric == "auroc":
-            _mark(axes, "colour alone", apart["colour_auroc"], row + 0.26)
+            _mark(axes, "colour alone", entry.apart.colour_auroc, row + 0.26)
     _frame(axes, [shorten(name, 22) for name in papers], PANELS[metric])
     axes.set_xlim(right=1.0)
 
@@ -376,15 +384,11 @@ def _mark(
     axes.plot([value], [row], linestyle="none", markersize=5.5, label=kind, **MARKS[kind])
 
 
-def _reach(
-    spread: Mapping[str, float | None], interval: Mapping[str, float | None] | None = None
-) -> tuple[float, float] | None:
+def _reach(spread: Spread, interval: Interval | None = None) -> tuple[float, float] | None:
     """Return the interval over patients or, without one, the range over seeds."""
-    for result, low, high in ((interval or {}, "low", "high"), (spread, "min", "max")):
-        ends = result.get(low), result.get(high)
-        if ends[0] is not None and ends[1] is not None:
-            return ends[0], ends[1]
-    return None
+    if interval is not None and interval.low is not None and interval.high is not None:
+        return interval.low, interval.high
+    return None if spread.min is None or spread.max is None else (spread.min, spread.max)
 
 
 def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) -> None:

@@ -8,16 +8,17 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import write_json
+from biopsy.core.loaders import FloatOrNan
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.study_tables import Spread, describe_run, measure_pooled
+from biopsy.evaluation.study_tables import describe_run, measure_pooled
 from biopsy.experiments.leakage import APART, PUBLISHED
 from biopsy.statistics.intervals import IntervalMethod
 from biopsy.statistics.resampling import Interval
-from biopsy.training.metrics import MetricsDocument
+from biopsy.training.metrics import Metrics, Spread
 from biopsy.training.runs import Run
-from biopsy.training.study import Study
+from biopsy.training.study import Paper, Study
 
 SUMMARY_FORMAT = "biopsy-reproduction-metrics/2"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
@@ -47,8 +48,9 @@ def write_tables(study: Study) -> None:
         for run in runs
         if study.info["runs"][run.path.name]["arm"] == APART
     }
-    write_json(study.path / "metrics.json", summarise(study.info["papers"], table, frames, runs[0].metrics()))
-    study.write_table(pd.DataFrame(list_rows(study.summary())))
+    summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
+    write_json(study.path / "metrics.json", summary)
+    study.write_table(tabulate(summary))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,16 @@ class FoldSummary(ComparedMetrics):
     colour_auroc: float | None
 
 
+@dataclass(frozen=True)
+class ArmIntervals:
+    """Intervals over patients of the means over seeds."""
+
+    accuracy: Interval
+    balanced_accuracy: Interval
+    auroc: Interval
+    about: IntervalMethod
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary(ComparedMetrics):
     """Results over seeds, means over folds; ``reason`` if there are none."""
@@ -80,14 +92,14 @@ class ArmSummary(ComparedMetrics):
     colour_auroc: float | None
     test_is_validation: bool
     folds: list[FoldSummary]
-    interval: Mapping[str, Interval | IntervalMethod] | None = None
+    interval: ArmIntervals | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedSpread(Spread):
     """Differences paired by seed, and their variability."""
 
-    values: list[float]
+    values: list[FloatOrNan]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +158,7 @@ class ReproductionSummary:
 
 
 def summarise(
-    papers: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: MetricsDocument
+    papers: Mapping[str, Paper], table: pd.DataFrame, frames: Frames, metrics: Metrics
 ) -> ReproductionSummary:
     """Return the results of each recipe that has been run.
 
@@ -157,8 +169,8 @@ def summarise(
         metrics: ``metrics.json`` of any run, for class names and unit.
     """
     return ReproductionSummary(
-        positive_class=metrics["positive_class"],
-        unit=metrics["unit"],
+        positive_class=metrics.positive_class,
+        unit=metrics.unit,
         papers={
             name: _summarise_paper(paper, table[table["recipe"] == name], frames, metrics)
             for name, paper in papers.items()
@@ -167,9 +179,7 @@ def summarise(
     )
 
 
-def _summarise_paper(
-    paper: Mapping[str, Any], table: pd.DataFrame, frames: Frames, metrics: MetricsDocument
-) -> PaperSummary:
+def _summarise_paper(paper: Paper, table: pd.DataFrame, frames: Frames, metrics: Metrics) -> PaperSummary:
     arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART)}
     missing, updates = paper["missing"], int(table["updates"].min())
     interval = _estimate(arms[APART], frames, metrics)
@@ -198,7 +208,7 @@ def _spreads(table: pd.DataFrame) -> dict[str, Spread]:
 
 
 def _summarise_arm(
-    rows: pd.DataFrame, reason: str | None, interval: Mapping[str, Interval | IntervalMethod] | None = None
+    rows: pd.DataFrame, reason: str | None, interval: ArmIntervals | None = None
 ) -> ArmSummary:
     """Return the results of an arm: per fold over seeds, and the mean over folds over seeds."""
     folds = [
@@ -231,18 +241,16 @@ def _select_complete(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
     return rows[rows["seed"].isin(counts.index[counts == n_folds])]
 
 
-def _estimate(
-    rows: pd.DataFrame, frames: Frames, metrics: MetricsDocument
-) -> Mapping[str, Interval | IntervalMethod] | None:
+def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Metrics) -> ArmIntervals | None:
     """Return intervals over patients of the means over seeds, if one subset of at least five was tested."""
     tested = [frames[run] for run in rows["run"]]
-    if not tested or rows["place"].notna().any() or metrics["positive_class"] is None:
+    if not tested or rows["place"].notna().any() or metrics.positive_class is None:
         return None
-    if len(np.unique(group_by_unit(tested[0], metrics["unit"]))) < MIN_GROUPS:
+    if len(np.unique(group_by_unit(tested[0], metrics.unit))) < MIN_GROUPS:
         return None
-    classes_and_unit = metrics["class_names"], metrics["positive_class"], metrics["unit"]
+    classes_and_unit = metrics.class_names, metrics.positive_class, metrics.unit
     pooled = measure_pooled([ScoredPatches.of_predictions(frame, *classes_and_unit) for frame in tested])
-    return {**{name: pooled.patch[name] for name in COMPARED}, "about": pooled.interval}
+    return ArmIntervals(**{name: pooled.patch[name] for name in COMPARED}, about=pooled.interval)
 
 
 def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, ArmDifference]:
@@ -288,37 +296,37 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
     )
 
 
-def list_rows(summary: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Return the rows of ``table.csv``: one per recipe and metric."""
+def tabulate(summary: ReproductionSummary) -> pd.DataFrame:
+    """Return ``table.csv``: one row per recipe and metric."""
     rows = []
-    for recipe, entry in summary["papers"].items():
+    for recipe, entry in summary.papers.items():
+        arms: dict[str, ComparedMetrics] = {"as_published": entry.published, "patients_apart": entry.apart}
+        arms |= {name: getattr(entry, name) for name in CONTRASTS}
         for metric in COMPARED:
-            interval = (entry[APART]["interval"] or {}).get(metric, {})
-            arms = {"as_published": entry[PUBLISHED], "patients_apart": entry[APART]}
-            arms |= {name: entry[name] for name in CONTRASTS}
+            interval = getattr(entry.apart.interval, metric, None)
             rows.append(
                 {
                     "recipe": recipe,
                     "metric": metric,
-                    "published": entry["claim"].get(metric),
-                    "corrected": entry["corrected"].get(metric),
+                    "published": entry.claim.get(metric),
+                    "corrected": entry.corrected.get(metric),
                     **{
-                        f"{arm}{'' if key == 'mean' else f'_{key}'}": result[metric][key]
+                        f"{arm}{'' if key == 'mean' else f'_{key}'}": getattr(getattr(result, metric), key)
                         for arm, result in arms.items()
                         for key in ("mean", "sd")
                     },
-                    "patients_apart_low": interval.get("low"),
-                    "patients_apart_high": interval.get("high"),
-                    "colour_alone": entry[APART]["colour_auroc"] if metric == "auroc" else None,
-                    "updates": entry["updates"],
-                    "published_updates": entry["published_updates"],
-                    "seeds": len(entry[APART]["seeds"] or entry[PUBLISHED]["seeds"]),
-                    "leak_seeds": len(entry["leak"]["seeds"]),
-                    "minutes": round(entry["minutes"], 1),
-                    "label": entry["label"],
+                    "patients_apart_low": interval and interval.low,
+                    "patients_apart_high": interval and interval.high,
+                    "colour_alone": entry.apart.colour_auroc if metric == "auroc" else None,
+                    "updates": entry.updates,
+                    "published_updates": entry.published_updates,
+                    "seeds": len(entry.apart.seeds or entry.published.seeds),
+                    "leak_seeds": len(entry.leak.seeds),
+                    "minutes": round(entry.minutes, 1),
+                    "label": entry.label,
                 }
             )
-    return rows
+    return pd.DataFrame(rows)
 
 
 def _describe(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def open_study(
     pack: Pack,
     recipes: Sequence[Recipe],
     seeds: Iterable[int],
-    fixed: Mapping[str, Any],
+    fixed: Mapping[str, object],
     split: Split | None = None,
 ) -> Study:
     """Create the folder of a study, or check that an existing one has the same settings.

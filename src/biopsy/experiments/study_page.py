@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,8 +84,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     return ReportDocument(
         title=str(title),
         subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
-        f"{count(len(table), 'run')}; {count(m.get('n_patches') or 0, 'patch')} of "
-        f"{count(m.get('n_patients') or 0, facts.unit)}",
+        f"{count(len(table), 'run')}; {count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
         summary=_summarise(facts),
         sections=[section for section in sections if section is not None],
         warnings=_warn_reader(facts),
@@ -127,15 +125,16 @@ def _summarise(facts: StudyFacts) -> Summary:
     if metric != "auroc":
         spread = "not defined within folds, of which none tests every class"
     note = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
+    is_synthetic = facts.study["pack"].get("synthetic")
     return Summary(
-        verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(facts.study.get("pack", {})),
+        verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(is_synthetic),
         headlines=[
             Headline(
                 f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
-                pooled.get("auroc", {}),
+                pooled["auroc"],
                 beside=note,
             ),
-            *(Headline(metric_label(name).capitalize(), pooled.get(name, {})) for name in names),
+            *(Headline(metric_label(name).capitalize(), pooled[name]) for name in names),
         ],
         unit=facts.unit,
         findings=[
@@ -148,9 +147,8 @@ def _summarise(facts: StudyFacts) -> Summary:
 
 def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) -> str:
     """Return the result in one sentence: the mean over folds and seeds, and the colour-only baseline."""
-    n_groups = facts.metrics.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
-    population = f"On {count(n_groups, facts.unit)}"
-    if facts.unit != "patch" and not facts.metrics.get("split", {}).get("patients_overlap"):
+    population = f"On {count(facts.n_groups, facts.unit)}"
+    if facts.unit != "patch" and not facts.patients_overlap:
         population += ", each left out of training in one fold"
     n_classes = len(facts.class_names)
     task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
@@ -174,7 +172,7 @@ def _ranking(facts: StudyFacts) -> str:
 
 def _warn_reader(facts: StudyFacts) -> list[str]:
     warnings = []
-    if facts.metrics.get("split", {}).get("patients_overlap"):
+    if facts.patients_overlap:
         warnings.append(
             "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
@@ -260,16 +258,16 @@ def _describe_pooled(facts: StudyFacts) -> Section:
             "The test predictions of all folds and seeds, taken together. A ranking metric such as AUROC "
             "then compares probabilities of different models: read it beside the mean over folds above."
         ),
-        table_of_metrics(facts.metrics, facts.unit),
+        table_of_metrics(facts.metrics),
         *_compare_pooling(facts),
     ]
-    if facts.metrics.get("classification_report"):
-        blocks.append(table_of_classes(facts.metrics["classification_report"]))
-    if facts.metrics.get("confusion_matrix") is not None:
-        blocks.append(picture_of_confusion(facts.metrics["confusion_matrix"], facts.class_titles))
-    counts: Mapping[str, Any] | None = facts.metrics.get("confusion")
-    if counts:
-        figure = draw_confusion(**counts, negative=facts.negative, positive=facts.positive)
+    blocks.append(table_of_classes(facts.metrics.classification_report))
+    if facts.metrics.confusion_matrix is not None:
+        blocks.append(picture_of_confusion(facts.metrics.confusion_matrix, facts.class_titles))
+    if facts.metrics.confusion:
+        figure = draw_confusion(
+            **vars(facts.metrics.confusion), negative=facts.negative, positive=facts.positive
+        )
         caption = "Counts summed over all runs, each at its own decision threshold."
         blocks.append(picture(svg(figure, "confusion"), caption))
     return Section("pooled", "Pooled out-of-fold performance", blocks)
@@ -277,15 +275,14 @@ def _describe_pooled(facts: StudyFacts) -> Section:
 
 def _compare_pooling(facts: StudyFacts) -> list[Block]:
     """Return the pooled metrics and the means within folds, if there are several folds."""
-    within, pooled = facts.metrics.get("within_folds", {}), facts.pooled
     rows = [
         [
             metric_label(name, len(facts.class_names)),
-            (pooled.get(name) or {}).get("value"),
-            *(result[key] for key in ("mean", "min", "max")),
+            facts.pooled[name].value if name in facts.pooled else None,
+            *(result.mean, result.min, result.max),
         ]
-        for name, result in within.items()
-        if result["n_folds"] > 1
+        for name, result in facts.within_folds.items()
+        if result.n_folds > 1
     ]
     if not rows:
         return []

@@ -1,7 +1,9 @@
 """The report of a hyperparameter sweep: the settings chosen on validation, and all others."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
 from biopsy.core.text import count
+from biopsy.data.ledger import OpeningCount
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.plotting.style import (
     INK,
@@ -38,7 +41,11 @@ from biopsy.reporting.document import (
 from biopsy.reporting.elements import describe_openings, synthetic_warning, written_by
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import Spread
+from biopsy.training.study import StudyInfo
 
+SUMMARY_FORMAT = "biopsy-sweep-metrics/2"
 METRICS = {
     "auroc": "AUROC",
     "balanced_accuracy": "balanced accuracy",
@@ -47,9 +54,35 @@ METRICS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CombinationSummary:
+    """Results of a combination of settings over seeds; metrics of the test subset, if it was evaluated."""
+
+    values: dict[str, object]
+    n_seeds: int
+    val_auroc: Spread
+    val_loss: Spread
+    metrics: dict[str, Spread]
+    baseline_auroc: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSummary:
+    """Content of a sweep's ``metrics.json``: every combination, and the one chosen on validation."""
+
+    format: str = SUMMARY_FORMAT
+    positive_class: str | None
+    unit: str
+    grid: list[str]
+    chosen_by: str | None
+    best: CombinationSummary | None
+    combinations: list[CombinationSummary]
+    ledger: OpeningCount | None
+
+
 def report_of_sweep(
-    study: Mapping[str, Any],
-    summary: Mapping[str, Any],
+    study: StudyInfo,
+    summary: SweepSummary,
     table: pd.DataFrame,
     figure: Figure,
     pseudonymizer: Pseudonymizer | None = None,
@@ -67,13 +100,13 @@ def report_of_sweep(
     if pseudonymizer is not None:
         study, recipe_toml = pseudonymizer.nested(study), pseudonymizer.text(recipe_toml)
     return ReportDocument(
-        title=f"{next(iter(study['recipes']))}: {', '.join(summary['grid'])}",
-        subtitle=f"Sweep {study['name']}: {count(len(summary['combinations']), 'combination')}, "
-        f"{count(len(study['seeds']), 'seed')}, split {study['split']['name']}",
+        title=f"{next(iter(study['recipes']))}: {', '.join(summary.grid)}",
+        subtitle=f"Sweep {study['name']}: {count(len(summary.combinations), 'combination')}, "
+        f"{count(len(study['seeds']), 'seed')}, split {study['split']['name'] if study['split'] else '-'}",
         summary=_summarise(study, summary, hide_ids=pseudonymizer is not None),
         sections=[
             _describe_settings(study, summary, figure),
-            _describe_runs(summary["grid"], table),
+            _describe_runs(summary.grid, table),
             Section("recipe", "Recipe", [Listing(recipe_toml, fold="All other settings (TOML)")]),
             describe_reproduction(study),
         ],
@@ -82,36 +115,34 @@ def report_of_sweep(
     )
 
 
-def _summarise(study: Mapping[str, Any], summary: Mapping[str, Any], *, hide_ids: bool) -> Summary:
-    best, criterion = summary["best"], summary["chosen_by"]
+def _summarise(study: StudyInfo, summary: SweepSummary, *, hide_ids: bool) -> Summary:
+    best, criterion = summary.best, summary.chosen_by
     verdict = "No combination has been evaluated on validation."
     headlines = []
     if best is not None:
         name = "validation AUROC" if criterion == "val_auroc" else "validation loss"
+        means = {key: best.metrics[key].mean for key in METRICS if key in best.metrics}
         tested = ", ".join(
-            f"{label} {number(best[key]['mean'])}"
-            for key, label in METRICS.items()
-            if key in best and best[key]["mean"] is not None
+            f"{METRICS[key]} {number(mean)}" for key, mean in means.items() if mean is not None
         )
-        verdict = f"The {name} chooses {format_values(best['values'])}; " + (
+        verdict = f"The {name} chooses {format_values(best.values)}; " + (
             f"its means on the test subset: {tested}."
             if tested
             else "the test subset has not been evaluated."
         )
         reason = "see the spread over seeds"
-        note = f"mean of {count(best['n_seeds'], 'seed')}"
+        note = f"mean of {count(best.n_seeds, 'seed')}"
         headlines = [
-            Headline("AUROC on validation", {"value": best["val_auroc"]["mean"]}, beside=note),
+            Headline("AUROC on validation", Interval(_or_nan(best.val_auroc.mean)), beside=note),
             *(
-                Headline(f"{label} on test", {"value": best[name]["mean"], "reason": reason})
-                for name, label in list(METRICS.items())[:2]
-                if name in best
+                Headline(f"{METRICS[name]} on test", Interval(_or_nan(mean), reason=reason))
+                for name, mean in list(means.items())[:2]
             ),
         ]
     return Summary(
-        verdict=verdict + synthetic_warning(study["pack"]),
+        verdict=verdict + synthetic_warning(study["pack"].get("synthetic")),
         headlines=headlines,
-        unit=summary["unit"],
+        unit=summary.unit,
         findings=[
             *(
                 ["The best of many validation metrics is optimistic: expect less on new patients."]
@@ -119,7 +150,7 @@ def _summarise(study: Mapping[str, Any], summary: Mapping[str, Any], *, hide_ids
                 else [
                     "The choice was made on validation, so the test metrics of the chosen combination are "
                     "not biased by it. The best of all test metrics would be.",
-                    describe_openings(summary["ledger"]),
+                    describe_openings(summary.ledger),
                 ]
             ),
             *([HIDDEN] if hide_ids else []),
@@ -128,9 +159,13 @@ def _summarise(study: Mapping[str, Any], summary: Mapping[str, Any], *, hide_ids
     )
 
 
-def _warn_reader(study: Mapping[str, Any]) -> list[str]:
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _warn_reader(study: StudyInfo) -> list[str]:
     warnings = []
-    if study["split"]["patients_overlap"]:
+    if study["split"] and study["split"].get("patients_overlap"):
         warnings.append(
             "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
@@ -139,19 +174,19 @@ def _warn_reader(study: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def _describe_settings(study: Mapping[str, Any], summary: Mapping[str, Any], figure: Figure) -> Section:
-    keys, best = summary["grid"], summary["best"]
-    metrics = {name: label for name, label in METRICS.items() if name in summary["combinations"][0]}
+def _describe_settings(study: StudyInfo, summary: SweepSummary, figure: Figure) -> Section:
+    keys, best = summary.grid, summary.best
+    metrics = {name: label for name, label in METRICS.items() if name in summary.combinations[0].metrics}
     rows = []
-    for entry in summary["combinations"]:
-        chosen = best is not None and entry["values"] == best["values"]
+    for entry in summary.combinations:
+        chosen = best is not None and entry.values == best.values
         rows.append(
             [
-                *(format_value(entry["values"][key]) for key in keys),
+                *(format_value(entry.values[key]) for key in keys),
                 "chosen" if chosen else "",
-                mean_sd(entry["val_auroc"]),
-                *(mean_sd(entry[name]) for name in metrics),
-                number(entry["n_seeds"]),
+                mean_sd(entry.val_auroc),
+                *(mean_sd(entry.metrics[name]) for name in metrics),
+                number(entry.n_seeds),
             ]
         )
     columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
@@ -195,15 +230,14 @@ def _describe_runs(keys: Sequence[str], table: pd.DataFrame) -> Section:
     return Section("runs", "All runs", [Table(columns, rows, text_columns=len(keys), fold=fold)])
 
 
-def mean_sd(spread: Mapping[str, float | None], sign: str = "") -> str:
+def mean_sd(spread: Spread, sign: str = "") -> str:
     """Format a mean and its standard deviation; a dash if undefined."""
-    mean, sd = spread["mean"], spread["sd"]
-    if mean is None or not np.isfinite(mean):
+    if spread.mean is None:
         return "-"
-    return f"{mean:{sign}.3f}" if sd is None else f"{mean:{sign}.3f} ± {sd:.3f}"
+    return f"{spread.mean:{sign}.3f}" + ("" if spread.sd is None else f" ± {spread.sd:.3f}")
 
 
-def format_values(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, object]) -> str:
     """Format settings with their values in one line."""
     return ", ".join(f"{key} = {format_value(value)}" for key, value in values.items())
 
@@ -223,7 +257,7 @@ def draw_sweep(
     test: np.ndarray | None = None,
     *,
     metric: str = "AUROC",
-    best: Mapping[str, Any] | None = None,
+    best: Mapping[str, object] | None = None,
 ) -> Figure:
     """Draw a metric of every run of a sweep against its settings.
 
@@ -260,7 +294,7 @@ def draw_search(
     validation: np.ndarray,
     *,
     metric: str = "AUROC",
-    best: Mapping[str, Any] | None = None,
+    best: Mapping[str, object] | None = None,
 ) -> Figure:
     """Draw the validation metric of every trial of a search against each setting.
 

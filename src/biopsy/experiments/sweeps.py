@@ -25,12 +25,18 @@ from biopsy.core.loaders import parse_toml
 from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
-from biopsy.evaluation.study_tables import SHOWN, Spread, describe_run, training_columns
+from biopsy.evaluation.study_tables import SHOWN, describe_run, training_columns
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
-from biopsy.experiments.sweep_page import draw_search, draw_sweep, format_value
+from biopsy.experiments.sweep_page import (
+    CombinationSummary,
+    SweepSummary,
+    draw_search,
+    draw_sweep,
+    format_value,
+)
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.training.fit import OnEpoch
-from biopsy.training.metrics import MetricsDocument
+from biopsy.training.metrics import Metrics, Spread
 from biopsy.training.runs import EpochRecord, Run
 from biopsy.training.study import Study, StudyInfo
 from biopsy.training.train import choose_split, open_data
@@ -262,7 +268,6 @@ def _find(document: dict[str, Any], key: str) -> Any:
     return document
 
 
-SUMMARY_FORMAT = "biopsy-sweep-metrics/1"
 KIND = "sweep"
 CHOSEN_BY = ("val_auroc", "val_loss")
 """Criteria of the choice: AUROC, or the loss if validation does not have exactly two classes."""
@@ -441,8 +446,8 @@ def write_tables(study: Study) -> None:
 
 
 def summarise(
-    rows: Sequence[dict[str, Any]], keys: Sequence[str], metrics: Sequence[MetricsDocument]
-) -> dict[str, Any]:
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metrics: Sequence[Metrics]
+) -> SweepSummary:
     """Return the results of every combination over seeds, and the best combination on validation.
 
     Args:
@@ -451,41 +456,43 @@ def summarise(
         keys: The settings of the grid.
         metrics: ``metrics.json`` of the runs; empty for a search.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(repr([row[key] for key in keys]), []).append(row)
     combinations = [_summarise_combination(group, keys) for group in groups.values()]
-    n_seeds = max(entry["n_seeds"] for entry in combinations)
-    complete = [entry for entry in combinations if entry["n_seeds"] == n_seeds]
-    by = next((name for name in CHOSEN_BY if all(entry[name].mean is not None for entry in complete)), None)
-    sign = 1 if by == "val_auroc" else -1
-    openings = [group["ledger"] for group in metrics if group["ledger"]]
-    return {
-        "format": SUMMARY_FORMAT,
-        "positive_class": metrics[0]["positive_class"] if metrics else None,
-        "unit": metrics[0]["unit"] if metrics else "",
-        "grid": list(keys),
-        "chosen_by": by,
-        "best": None if by is None else max(complete, key=lambda entry: sign * entry[by].mean),
-        "combinations": combinations,
-        "ledger": max(openings, key=lambda group: group["times"], default=None),
-    }
+    n_seeds = max(entry.n_seeds for entry in combinations)
+    complete = [entry for entry in combinations if entry.n_seeds == n_seeds]
+    means = {name: [getattr(entry, name).mean for entry in complete] for name in CHOSEN_BY}
+    by = next((name for name, values in means.items() if None not in values), None)
+    best = None
+    if by is not None:
+        best = complete[int(np.argmax(means[by]) if by == "val_auroc" else np.argmin(means[by]))]
+    openings = [group.ledger for group in metrics if group.ledger]
+    return SweepSummary(
+        positive_class=metrics[0].positive_class if metrics else None,
+        unit=metrics[0].unit if metrics else "",
+        grid=list(keys),
+        chosen_by=by,
+        best=best,
+        combinations=combinations,
+        ledger=max(openings, key=lambda group: group["times"], default=None),
+    )
 
 
-def _summarise_combination(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
-    return {
-        "values": {key: rows[0][key] for key in keys},
-        "n_seeds": len(rows),
-        **{
-            name: Spread.of(_number(row[name]) for row in rows)
-            for name in (*CHOSEN_BY, *SHOWN)
-            if name in rows[0]
-        },
-        "baseline_auroc": Spread.of(_number(row.get("baseline_auroc")) for row in rows).mean,
-    }
+def _summarise_combination(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> CombinationSummary:
+    names = [name for name in (*CHOSEN_BY, *SHOWN, "baseline_auroc") if name in rows[0]]
+    spreads = {name: Spread.of(_number(row[name]) for row in rows) for name in names}
+    return CombinationSummary(
+        values={key: rows[0][key] for key in keys},
+        n_seeds=len(rows),
+        val_auroc=spreads["val_auroc"],
+        val_loss=spreads["val_loss"],
+        metrics={name: spread for name, spread in spreads.items() if name in SHOWN},
+        baseline_auroc=spreads.get("baseline_auroc", Spread()).mean,
+    )
 
 
-def _metrics(study: Study) -> list[MetricsDocument]:
+def _metrics(study: Study) -> list[Metrics]:
     return [run.metrics() for run in study.evaluated_runs()] if not study.info.get("search") else []
 
 
@@ -493,11 +500,11 @@ def draw_study(study: Study) -> Figure:
     """Draw the metric of every run of a sweep against its settings."""
     rows = [_describe(run, study.info) for run in shown_runs(study)]
     summary = summarise(rows, study.info["grid"], _metrics(study))
-    metric = summary["chosen_by"] or CHOSEN_BY[0]
-    name, best = ("AUROC" if metric == "val_auroc" else "loss"), summary["best"]
+    metric = summary.chosen_by or CHOSEN_BY[0]
+    name, best = ("AUROC" if metric == "val_auroc" else "loss"), summary.best
     values = {key: [row[key] for row in rows] for key in study.info["grid"]}
     validation = np.array([_number(row[metric]) for row in rows])
-    marked = None if best is None else best["values"]
+    marked = None if best is None else best.values
     if study.info.get("search"):
         return draw_search(values, validation, metric=name, best=marked)
     test = np.array([_number(row["auroc"]) for row in rows]) if metric == "val_auroc" else None

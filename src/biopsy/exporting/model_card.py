@@ -5,17 +5,20 @@ of the run and the classifier; missing information is stated as unknown.
 """
 
 import contextlib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Required
+from typing import Required
 
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import RunError
 from biopsy.core.text import class_title, count, count_patches, plural
-from biopsy.models.classifier import CalibratorRecord, Classifier, ClassifierInfo
+from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.reporting.document import interval_of, metric_label, number
+from biopsy.statistics.calibrators import CalibratorRecord
+from biopsy.training.metrics import Metrics
 from biopsy.training.runs import Run
 
 NOT_A_DEVICE = "Research use only: not a medical device, not for diagnosis."
@@ -62,7 +65,7 @@ class CardFacts:
 
     info: ClassifierInfo
     run: Run | None = None
-    metrics: Mapping[str, Any] | None = None
+    metrics: Metrics | None = None
     parity: Parity | None = None
 
 
@@ -104,13 +107,15 @@ def metadata_of_run(facts: CardFacts) -> str:
             task_type="image-classification",
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_split=facts.metrics["subset"],
+            dataset_split=facts.metrics.subset,
             metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric,
-            metric_value=facts.metrics["patch"][metric]["value"],
+            metric_value=facts.metrics.patch[metric].value,
         )
-        for metric in (SHOWN if facts.metrics else ())
-        if facts.metrics and facts.metrics["patch"].get(metric, {}).get("value") is not None
+        for metric in SHOWN
+        if facts.metrics
+        and metric in facts.metrics.patch
+        and not math.isnan(facts.metrics.patch[metric].value)
     ]
     licence, _, _ = info.licence.lower().partition(";")  # followed by the licence of the data
     is_identifier = re.fullmatch(r"[a-z0-9.-]+", licence)
@@ -186,76 +191,64 @@ def _describe_data(facts: CardFacts) -> list[str]:
     return lines
 
 
-def _describe_metrics(metrics: Mapping[str, Any] | None) -> list[str]:
+def _describe_metrics(metrics: Metrics | None) -> list[str]:
     if metrics is None:
         return ["## Metrics", "Not evaluated."]
-    unit = metrics["unit"]
-    pooled = metrics["patch"]
+    unit, pooled = metrics.unit, metrics.patch
     rows = [
-        [
-            metric_label(name, len(metrics["class_names"])),
-            number(pooled[name].get("value")),
-            interval_of(pooled[name]),
-        ]
+        [metric_label(name, len(metrics.class_names)), number(pooled[name].value), interval_of(pooled[name])]
         for name in SHOWN
         if name in pooled
     ]
-    threshold = metrics.get("threshold")
+    threshold, c = metrics.threshold, metrics.confusion
     lines = [
         "## Metrics",
-        f"On the {metrics['subset']} subset: "
-        f"{count_patches(metrics['n_patches'], metrics['n_patients'], unit)}; "
-        f"95 % intervals over {plural(unit)}, method {metrics['interval']['method']}.",
+        f"On the {metrics.subset} subset: {count_patches(metrics.n_patches, metrics.n_patients, unit)}; "
+        f"95 % intervals over {plural(unit)}, method {metrics.interval.method}.",
         _table(["", "all patches", "95 % interval"], rows),
     ]
-    if threshold:
-        c = metrics["confusion"]
+    if threshold and c:
         lines.append(
             f"At the threshold {number(threshold['value'])} ({threshold['rule']}, chosen on "
-            f"{threshold['chosen_on']}): {number(c['tp'])} true and {number(c['fp'])} false positives, "
-            f"{number(c['tn'])} true and {number(c['fn'])} false negatives."
+            f"{threshold['chosen_on']}): {number(c.tp)} true and {number(c.fp)} false positives, "
+            f"{number(c.tn)} true and {number(c.fn)} false negatives."
         )
-    baseline = (metrics.get("baseline") or {}).get("auroc")
-    if baseline is not None:
-        lines.append(f"Colour-only baseline: AUROC {number(baseline)} on the same patches.")
+    if metrics.baseline and metrics.baseline.auroc is not None:
+        lines.append(f"Colour-only baseline: AUROC {number(metrics.baseline.auroc)} on the same patches.")
     return lines
 
 
-def _describe_subgroups(metrics: Mapping[str, Any] | None) -> list[str]:
-    subgroups = (metrics or {}).get("subgroups") or {}
-    if not subgroups:
+def _describe_subgroups(metrics: Metrics | None) -> list[str]:
+    if metrics is None or not metrics.subgroups:
         return ["## Subgroups", "Not compared: the data have no column with subgroups."]
-    shown = [name for values in subgroups.values() for group in values.values() for name in group["patch"]][
-        :2
+    groups = [
+        (column, value, group)
+        for column, values in metrics.subgroups.items()
+        for value, group in values.items()
     ]
+    shown = list(groups[0][2].patch)[:2]
     rows = [
         [
-            column,
-            value,
-            number(group["n_patches"]),
-            number(group["n_patients"]),
-            *_two_metrics(group["patch"], shown),
+            *(column, value, number(group.n_patches), number(group.n_patients)),
+            *(
+                text
+                for name in shown
+                for text in (number(group.patch[name].value), interval_of(group.patch[name]))
+            ),
         ]
-        for column, values in subgroups.items()
-        for value, group in values.items()
+        for column, value, group in groups
     ]
     header = ["", "", "patches", "patients"]
     for name in shown:
-        header += [metric_label(name, len((metrics or {})["class_names"])), "95 % interval"]
+        header += [metric_label(name, len(metrics.class_names)), "95 % interval"]
     return ["## Subgroups", _table(header, rows)]
-
-
-def _two_metrics(group: Mapping[str, Any], shown: Iterable[str]) -> Iterable[str]:
-    for name in shown:
-        yield number((group.get(name) or {}).get("value"))
-        yield interval_of(group.get(name))
 
 
 def _describe_limits(facts: CardFacts) -> list[str]:
     lines = [NOT_A_DEVICE]
-    n_patients = (facts.metrics or {}).get("n_patients")
-    if n_patients is not None and n_patients < 10:
-        lines.append(f"Tested on {count(n_patients, 'patient')}: too few for conclusions on new patients.")
+    if facts.metrics and facts.metrics.n_patients < 10:
+        tested = count(facts.metrics.n_patients, "patient")
+        lines.append(f"Tested on {tested}: too few for conclusions on new patients.")
     lines += [
         "Not tested with other scanners, stains, laboratories and magnifications than those above.",
         "Probabilities are calibrated for the prevalence of positive patches in validation.",

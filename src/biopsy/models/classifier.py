@@ -21,8 +21,8 @@ from biopsy.core.results import Output
 from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.recipes.preprocessing import Preprocessing, Resize
-from biopsy.statistics.abstention import abstain, predict_sets
-from biopsy.statistics.calibrators import Calibrator, Method, calibrator_from_dict
+from biopsy.statistics.abstention import ConformalRecord, abstain, predict_sets
+from biopsy.statistics.calibrators import Calibrator, CalibratorRecord, calibrator_from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +35,6 @@ _EXTRA = "extra."  # prefix of arrays in the weights file that are not weights
 MPP_TOLERANCE = 0.05  # scanners of the same magnification differ by less
 
 
-_Shares = list[Annotated[FiniteFloat, Field(ge=0, le=1)]]
 _Limit = Annotated[FiniteFloat, Field(gt=0)]
 
 
@@ -48,44 +47,6 @@ class Threshold(FrozenThreshold, total=False):
 
     sensitivity: float | None
     specificity: float | None
-
-
-class CalibratorRecord(TypedDict, total=False):
-    """A fitted calibrator (see ``statistics.calibrators``)."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    method: Required[Method]
-    slope: FiniteFloat
-    intercepts: list[FiniteFloat]
-    positive_index: Literal[0, 1]
-    prob: _Shares
-    calibrated: _Shares
-    prior: str | None
-    reason: str
-    asked: str
-    fitted_on: str
-    n_patches: int
-    n_patients: int
-    unit: str
-    warning: str | None
-
-
-class ConformalRecord(TypedDict, total=False):
-    """Quantiles of conformal prediction sets, which decide abstention, or the reason for none."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    method: str
-    alpha: float
-    guarantee: str
-    quantiles: list[FiniteFloat] | None
-    n_patients: int
-    n_patches: int
-    unit: str
-    reason: str | None
-    chosen_on: str
-    per_patch_quantiles: list[float] | None
 
 
 class OutOfDistribution(TypedDict, total=False):
@@ -511,10 +472,12 @@ class Classifier(Output):
     @property
     def frozen(self) -> FrozenThreshold | None:
         """The decision threshold with its rule and subset; None if there is none."""
-        if not self.info.thresholds:
-            return None
-        first = self.info.thresholds[0]
-        return FrozenThreshold(value=first["value"], rule=first["rule"], chosen_on=first["chosen_on"])
+        return freeze(self.info.thresholds[0]) if self.info.thresholds else None
+
+
+def freeze(threshold: Threshold) -> FrozenThreshold:
+    """Return a threshold without the rates where it was chosen."""
+    return FrozenThreshold(value=threshold["value"], rule=threshold["rule"], chosen_on=threshold["chosen_on"])
 
 
 def _is_extra(name: str) -> bool:

@@ -1,5 +1,6 @@
 """The report of a run: its summary, its warnings, and the sections that features register."""
 
+import math
 from collections.abc import Sequence
 
 from biopsy.core.text import capitalize, count, count_patches, plural
@@ -35,16 +36,14 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     present = [section for section in composed if section is not None]
     if facts.missing:
         present.append(_list_missing(facts.missing))
-    present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.get("subgroups"))))
+    present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.subgroups)))
     m = facts.metrics
-    title = str(facts.recipe.get("title") or facts.recipe.get("name") or facts.run.get("recipe") or "A run")
-    name = facts.run.get("name") or facts.run.get("id") or "run"
-    dataset = facts.run.get("pack", {}).get("dataset")
-    data = f" on the data set {dataset}" if dataset else ""
-    source = f"Run {name}{data}, evaluated on the {m.get('subset', 'test')} subset"
-    if not facts.is_run:
-        title, source = "Evaluation of predictions", "Predictions from outside biopsy"
-    size = count_patches(m.get("n_patches") or 0, m.get("n_patients") or 0, facts.unit)
+    title, source = "Evaluation of predictions", "Predictions from outside biopsy"
+    if facts.run is not None:
+        title = str(facts.recipe.get("title") or facts.run["recipe"])
+        dataset = facts.run["pack"]["dataset"]
+        source = f"Run {facts.run['id']} on the data set {dataset}, evaluated on the {m.subset} subset"
+    size = count_patches(m.n_patches, m.n_patients, facts.unit)
     return ReportDocument(
         title=title,
         subtitle=f"{source}: {size}",
@@ -69,30 +68,31 @@ def _list_missing(missing: Sequence[tuple[str, str]]) -> Section:
 
 def warn_reader(facts: RunFacts) -> list[str]:
     """Return the warnings of a report."""
-    m, split = facts.metrics, {**facts.run.get("split", {}), **facts.metrics.get("split", {})}
+    m = facts.metrics
     warnings = []
-    if split.get("patients_overlap"):
-        reason = "as published" if split.get("as_published") else "on purpose"
+    if m.split.patients_overlap:
+        is_published = facts.run is not None and facts.run["split"]["as_published"]
+        reason = "as published" if is_published else "on purpose"
         warnings.append(
             f"Patient overlap between subsets, {reason}: the results do not generalise to new patients."
         )
-    if split.get("test_is_validation"):
+    if m.split.test_is_validation:
         warnings.append(
             "As published, the test subset is also the validation subset: results are optimistic."
         )
-    if m.get("subset") == "validation":
+    if m.subset == "validation":
         warnings.append(
             "These are results on the validation subset, on which epoch and threshold were chosen: they are "
             "optimistic."
         )
     if facts.unit == "patch":
         warnings.append(WITHOUT_IDS)
-    warnings += [f"{capitalize(text)}." for text in m.get("warnings", [])]
-    ours, colour = facts.pooled.get("auroc", {}).get("value"), facts.baseline.get("value")
-    if ours is not None and colour is not None and colour >= ours:
+    warnings += [f"{capitalize(text)}." for text in m.warnings]
+    ours, colour = facts.pooled["auroc"].value, facts.baseline
+    if colour is not None and colour.value >= ours:
         warnings.append(
-            f"A colour-only baseline reaches AUROC {number(colour)} (this model: {number(ours)}); the model "
-            "may rely on staining rather than morphology."
+            f"A colour-only baseline reaches AUROC {number(colour.value)} (this model: {number(ours)}); the "
+            "model may rely on staining rather than morphology."
         )
     return warnings
 
@@ -100,9 +100,9 @@ def warn_reader(facts: RunFacts) -> list[str]:
 def _summarise(facts: RunFacts) -> Summary:
     m, colour = facts.metrics, facts.baseline
     comparison = ""
-    if colour.get("value") is not None:
-        comparison = f"colour-only baseline: {number(colour['value'])}"
-        if colour.get("low") is not None:
+    if colour is not None:
+        comparison = f"colour-only baseline: {number(colour.value)}"
+        if colour.low is not None:
             comparison += f" ({interval_of(colour)})"
     meanings = (
         {
@@ -117,21 +117,24 @@ def _summarise(facts: RunFacts) -> Summary:
     )
     headlines = [
         Headline(
-            capitalize(_ranking(facts)), facts.pooled.get("auroc", {}), comparison, mark=colour.get("value")
+            capitalize(_ranking(facts)),
+            facts.pooled["auroc"],
+            comparison,
+            mark=None if colour is None else colour.value,
         )
     ]
     headlines += [
-        Headline(capitalize(metric_label(name)), facts.pooled.get(name, {}), meaning)
+        Headline(capitalize(metric_label(name)), facts.pooled[name], meaning)
         for name, meaning in meanings.items()
     ]
     return Summary(
-        verdict=state_verdict(facts) + synthetic_warning(facts.run.get("pack", {})),
+        verdict=state_verdict(facts) + synthetic_warning(m.synthetic),
         headlines=headlines,
         unit=facts.unit,
         findings=[
             _describe_threshold(facts),
             *_list_groups(facts),
-            describe_openings(facts.ledger or m.get("times_opened"))
+            describe_openings(m.ledger)
             if facts.is_run
             else "Whether the model was trained on these patches is not recorded.",
             *([HIDDEN] if facts.ids_hidden else []),
@@ -146,38 +149,37 @@ def _ranking(facts: RunFacts) -> str:
 
 def state_verdict(facts: RunFacts) -> str:
     """Return the result in one sentence, compared with chance and with the colour-only baseline."""
-    m, auroc = facts.metrics, facts.pooled.get("auroc", {})
+    m, auroc = facts.metrics, facts.pooled["auroc"]
     task = (
         f"{facts.positive} from {facts.negative} patches"
         if facts.is_binary
         else f"{len(facts.class_names)} classes of patches"
     )
-    value, low = auroc.get("value"), auroc.get("low")
-    n_groups = m.get("n_patches" if facts.unit == "patch" else "n_patients") or 0
-    population = f"On {count(n_groups, facts.unit)}"
-    if m.get("split", {}).get("patients_overlap"):
+    value, low = auroc.value, auroc.low
+    groups = count(facts.n_groups, facts.unit)
+    population = f"On {groups}"
+    if m.split.patients_overlap:
         population = (
-            f"This is no result for new {plural(facts.unit)}: on {count(n_groups, facts.unit)} that are also "
-            "in the training data"
+            f"This is no result for new {plural(facts.unit)}: on {groups} that are also in the training data"
         )
-    elif facts.is_run and m.get("subset") != "validation":
+    elif facts.is_run and m.subset != "validation":
         population += " not seen in training"
     elif facts.is_run:
         population += " of the validation subset"
-    if value is None:
-        reason = (auroc.get("reason") or "not measured").removeprefix("undefined: ")
+    if math.isnan(value):
+        reason = (auroc.reason or "not measured").removeprefix("undefined: ")
         if facts.is_binary:
             return f"{population}, the {_ranking(facts)} is not defined: {reason}."
-        share = number(facts.pooled.get("accuracy", {}).get("value"))
+        share = number(facts.pooled["accuracy"].value)
         text = f"{population}, the accuracy over {task} is {share}"
         return f"{text}; the {_ranking(facts)} is not defined ({reason})."
     if low is None:
-        reason = auroc.get("reason") or "there is no interval"
+        reason = auroc.reason or "there is no interval"
         return (
             f"{population}, the model distinguishes {task} with {_ranking(facts)} {number(value)}; this "
             f"cannot be generalised to other {plural(facts.unit)} ({reason})."
         )
-    level = f"{_ranking(facts)} {number(value)}, 95 % interval {number(low)} to {number(auroc['high'])}"
+    level = f"{_ranking(facts)} {number(value)}, 95 % interval {number(low)} to {number(auroc.high)}"
     if low <= 0.5:
         return f"{population}, the model is not shown to distinguish {task} better than chance ({level})."
     return (
@@ -187,14 +189,14 @@ def state_verdict(facts: RunFacts) -> str:
 
 def _beside_colour(facts: RunFacts) -> str:
     """Return the comparison with the colour-only baseline, if there is one."""
-    colour, gain = facts.baseline.get("value"), (facts.metrics.get("baseline") or {}).get("gain") or {}
-    if colour is None:
+    if facts.baseline is None:
         return ""
-    if gain.get("low") is not None and gain["low"] > 0:
-        return f" and better than a colour-only baseline ({number(colour)})"
-    if gain.get("high") is not None and gain["high"] < 0:
-        return f", but worse than a colour-only baseline ({number(colour)})"
-    return f"; it is not shown to be better than a colour-only baseline ({number(colour)})"
+    colour, verdict = number(facts.baseline.value), facts.gain and facts.gain.compare(0)
+    if verdict == "higher":
+        return f" and better than a colour-only baseline ({colour})"
+    if verdict == "lower":
+        return f", but worse than a colour-only baseline ({colour})"
+    return f"; it is not shown to be better than a colour-only baseline ({colour})"
 
 
 MAX_LISTED = 12  # test patients listed in the summary; the table of patients lists all
@@ -206,25 +208,24 @@ def _list_groups(facts: RunFacts) -> list[str]:
     if not names or facts.unit == "patch":
         return []
     kind = plural(facts.unit).capitalize()
-    if facts.is_run:
-        kind = f"{facts.metrics.get('subset', 'test').capitalize()} {plural(facts.unit)}"
+    if facts.metrics.subset:
+        kind = f"{facts.metrics.subset.capitalize()} {plural(facts.unit)}"
     if len(names) > MAX_LISTED:
         return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
     return [f"{kind} ({len(names)}): {', '.join(names)}."]
 
 
 def _describe_threshold(facts: RunFacts) -> str:
-    threshold = facts.metrics.get("threshold")
+    threshold = facts.metrics.threshold
     if not threshold:
         return "Each patch is assigned the class of highest probability."
-    if threshold.get("chosen_on") is None:
+    if threshold["chosen_on"] is None:
         return (
             f"Patches with a probability of at least {number(facts.threshold)} are predicted "
             f"{facts.positive}."
         )
-    rule = threshold.get("rule")
     return (
         f"Patches with a probability of at least {number(facts.threshold)} are predicted {facts.positive}. "
-        f"The threshold was chosen on the {threshold['chosen_on']} subset"
-        + (f" ({describe_rule(rule)})." if rule else ".")
+        f"The threshold was chosen on the {threshold['chosen_on']} subset "
+        f"({describe_rule(threshold['rule'])})."
     )

@@ -1,9 +1,11 @@
 """The parts of a report, as plain records without HTML."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from biopsy.core.loaders import validate
 from biopsy.core.results import Table as Table
 from biopsy.core.results import explain_missing as explain_missing
 from biopsy.core.results import interval_text
@@ -11,6 +13,7 @@ from biopsy.core.results import number as number
 from biopsy.core.results import signed as signed
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.multiclass import MULTICLASS_METRICS
+from biopsy.statistics.resampling import Interval
 
 
 def metric_label(name: str, n_classes: int = 2) -> str:
@@ -30,15 +33,19 @@ class Headline:
 
     Attributes:
         label: Name of the metric.
-        estimate: ``value`` (0 to 1, or None), ``low``, ``high`` and ``reason``, as in ``metrics.json``.
+        estimate: The value (0 to 1, or NaN) with its interval.
         beside: A comparison or explanation.
         mark: Value of the comparison, a tick on the scale.
     """
 
     label: str
-    estimate: Mapping[str, Any]
+    estimate: Interval
     beside: str = ""
     mark: float | None = None
+
+    @property
+    def is_defined(self) -> bool:
+        return not math.isnan(self.estimate.value)
 
     @property
     def interval(self) -> str:
@@ -218,8 +225,11 @@ class ReportDocument:
     footer: str = ""
 
 
-def interval_of(estimate: Mapping[str, Any] | None) -> str:
-    """Format the interval of an entry of ``metrics.json``, or why there is none; a dash without entry."""
-    if not estimate:
-        return "-"
-    return interval_text(estimate.get("low"), estimate.get("high"), estimate.get("reason"))
+def interval_of(estimate: Interval | None) -> str:
+    """Format an interval, or why there is none; a dash without an estimate."""
+    return "-" if estimate is None else interval_text(estimate.low, estimate.high, estimate.reason)
+
+
+def read_estimate(document: Mapping[str, object]) -> Interval:
+    """Return an entry of a JSON document, of which an undefined value is null, as an estimate."""
+    return validate("estimate", Interval, document)

@@ -1,13 +1,13 @@
 """Elements that several sections share: the table of metrics, footnotes, labels and pictures of patches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import ascii_lowercase
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.text import capitalize, count, plural
+from biopsy.data.ledger import OpeningCount
 from biopsy.plotting.style import jpeg, png
 from biopsy.reporting.document import (
     Picture,
@@ -20,6 +20,10 @@ from biopsy.reporting.document import (
 )
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.multiclass import MULTICLASS_METRICS
+from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import Metrics, PooledMetrics
+from biopsy.training.runs import RunInfo
+from biopsy.training.study import StudyInfo
 
 LONG_TABLE = 30  # rows
 WITHOUT_IDS = (
@@ -35,19 +39,19 @@ class Footnotes:
     def __init__(self) -> None:
         self._reasons: list[str] = []
 
-    def interval(self, estimate: Mapping[str, Any]) -> str:
+    def interval(self, estimate: Interval) -> str:
         """Format an interval, or ``none (a)`` with the reason in a note."""
-        reason = estimate.get("reason")
-        if estimate.get("low") is not None or not reason:
+        reason = estimate.reason
+        if estimate.low is not None or not reason:
             return interval_of(estimate)
         if reason not in self._reasons:
             self._reasons.append(reason)
         return f"none ({ascii_lowercase[self._reasons.index(reason)]})"
 
-    def estimate(self, estimate: Mapping[str, Any]) -> str:
+    def estimate(self, estimate: Interval) -> str:
         """Format a value and its interval: ``0.842 (0.790 to 0.890)``, or ``0.842 (a)``."""
         interval = self.interval(estimate).removeprefix("none ")
-        return f"{number(estimate.get('value'))} {interval if interval.startswith('(') else f'({interval})'}"
+        return f"{number(estimate.value)} {interval if interval.startswith('(') else f'({interval})'}"
 
     @property
     def notes(self) -> list[str]:
@@ -72,8 +76,8 @@ def make_table(
 ) -> Table:
     """Return a table of values.
 
-    Numbers are formatted by `number`, estimates (entries of ``metrics.json``) with their interval. Reasons
-    for missing intervals follow the note.
+    Numbers are formatted by `number`, estimates with their interval. Reasons for missing intervals follow the
+    note.
 
     Args:
         fold_long: Whether a table of more than `LONG_TABLE` rows is collapsed under its caption.
@@ -88,34 +92,36 @@ def make_table(
 def _format_cell(value: object, reasons: Footnotes) -> str:
     if isinstance(value, str):
         return value
-    return reasons.estimate(value) if isinstance(value, Mapping) else number(value)
+    return reasons.estimate(value) if isinstance(value, Interval) else number(value)
 
 
 def table_of_metrics(
-    metrics: Mapping[str, Any], unit: str, on_subset: str = " on the test subset", *, brief: bool = False
+    metrics: Metrics | PooledMetrics, on_subset: str = " on the test subset", *, brief: bool = False
 ) -> Table:
     """Return the table of all metrics, pooled over patches and as means over patients.
 
     Args:
         brief: Of the metrics within patients, only mean and worst.
     """
-    n_classes, per_patient = len(metrics.get("class_names", ("", ""))), metrics.get("patient") or {}
-    rows, reasons = [], Footnotes()
-    for name, estimate in (metrics.get("patch") or {}).items():
-        row = [metric_label(name, n_classes), estimate.get("value"), reasons.interval(estimate)]
-        if per_patient:
-            within = per_patient.get(name) or {}
-            spread = [] if brief else [reasons.interval(within), within.get("median")]
-            row += [within.get("value"), *spread, within.get("worst")]
-            row += [] if brief else [within.get("n_defined")]
+    patient = metrics.patient if isinstance(metrics, Metrics) else None
+    unit, rows, reasons = metrics.interval.unit, [], Footnotes()
+    for name, estimate in metrics.patch.items():
+        label = metric_label(name, len(metrics.class_names))
+        row: list[object] = [label, estimate.value, reasons.interval(estimate)]
+        if patient and name in patient:
+            within = patient[name]
+            row += [within.value, *([] if brief else [reasons.interval(within), within.median]), within.worst]
+            row += [] if brief else [within.n_defined]
+        elif patient:
+            row += [None] * 2 if brief else [None, "-", *[None] * 3]
         rows.append(row)
     columns = ["metric", "all patches", "95 % interval"]
-    if per_patient:
+    if patient:
         columns += [f"mean of {plural(unit)}", *([] if brief else ["95 % interval", "median"]), "worst"]
         columns += [] if brief else [plural(unit)]
-    note = f"Intervals: {metrics.get('interval', {}).get('method', 'not stated')}, unit {unit}."
-    if metrics.get("ece_floor") is not None:
-        note += f" ECE expected of a perfectly calibrated model: {number(metrics['ece_floor'])}."
+    note = f"Intervals: {metrics.interval.method}, unit {unit}."
+    if isinstance(metrics, Metrics) and metrics.ece_floor is not None:
+        note += f" ECE expected of a perfectly calibrated model: {number(metrics.ece_floor)}."
     return make_table(columns, rows, caption=f"Metrics{on_subset}", note=note + reasons.text)
 
 
@@ -124,14 +130,10 @@ def picture(svg: str, caption: str, *, fold: str = "") -> Pictures:
     return Pictures([Picture(caption, svg)], across=1, fold=fold)
 
 
-def table_of_meanings(metrics: Mapping[str, Any]) -> Table:
+def table_of_meanings(metrics: Metrics) -> Table:
     """Return what each metric of an evaluation is, in a few words."""
-    registry = METRICS if len(metrics.get("class_names", ("", ""))) == 2 else MULTICLASS_METRICS
-    rows = [
-        [registry[name].label, registry[name].meaning]
-        for name in metrics.get("patch", {})
-        if name in registry
-    ]
+    registry = METRICS if len(metrics.class_names) == 2 else MULTICLASS_METRICS
+    rows = [[registry[name].label, registry[name].meaning] for name in metrics.patch if name in registry]
     return Table(["metric", "meaning"], rows, text_columns=2, fold="What the metrics mean")
 
 
@@ -149,27 +151,24 @@ def encode_patch(image: np.ndarray) -> bytes:
     return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
 
 
-def synthetic_warning(pack: Mapping[str, Any]) -> str:
+def synthetic_warning(is_synthetic: bool | None) -> str:
     """Return the sentence that follows the result of a synthetic pack; empty for any other."""
-    return (
-        " The patients are synthetic: this says nothing about real tissue." if pack.get("synthetic") else ""
-    )
+    return " The patients are synthetic: this says nothing about real tissue." if is_synthetic else ""
 
 
-def written_by(info: Mapping[str, Any]) -> str:
+def written_by(info: RunInfo | StudyInfo | None) -> str:
     """Return the last line of a report, with the version that ``run.json`` or ``study.json`` names."""
-    return f"Written by biopsy {(info.get('environment') or {}).get('biopsy', '')}".strip() + "."
+    version = info["environment"].get("biopsy", "") if info else ""
+    return f"Written by biopsy {version}".strip() + "."
 
 
-def describe_openings(ledger: Mapping[str, Any] | int | None) -> str:
+def describe_openings(ledger: OpeningCount | None) -> str:
     """Describe how often the test subset has been evaluated."""
     if ledger is None:
         return "This subset is not in the ledger of test evaluations."
-    times, runs = (ledger, None) if isinstance(ledger, int) else (ledger.get("times"), ledger.get("runs"))
-    text = f"This test subset has been evaluated {count(times or 0, 'time')}"
-    if runs is not None:
-        text += f", by {count(runs, 'run')}"
-    if isinstance(ledger, Mapping) and ledger.get("kept_with") == "run":
+    text = f"This test subset has been evaluated {count(ledger['times'], 'time')}"
+    text += f", by {count(ledger['runs'], 'run')}"
+    if ledger["kept_with"] == "run":
         text += "; the pack is read-only, so the ledger is kept with the run and may be incomplete"
     return f"{text}. Repeated evaluation makes test results optimistic."
 

@@ -8,8 +8,13 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.text import class_title
+from biopsy.data.audit import Audit
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
+from biopsy.statistics.resampling import Interval
 from biopsy.training.figures import Row
+from biopsy.training.metrics import FoldMean, Metrics, PooledMetrics
+from biopsy.training.runs import EpochRecord, RunInfo
+from biopsy.training.study import StudyInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,8 @@ class EvaluationFacts:
     """What the reports of runs and of studies have in common.
 
     Attributes:
-        metrics: Content of ``metrics.json``; of a study, its pooled evaluation.
+        metrics: Metrics of the evaluation; of a study, pooled.
+        positive_class: The positive class; None for more than two classes.
         predictions: Predictions of the evaluated subset; of a study, the out-of-fold predictions of all runs.
         class_names: Names by class index.
         recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
@@ -25,7 +31,8 @@ class EvaluationFacts:
         ids_hidden: Whether ids have been replaced by numbers.
     """
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics | PooledMetrics
+    positive_class: str | None
     predictions: pd.DataFrame
     class_names: Sequence[str]
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +42,7 @@ class EvaluationFacts:
     @property
     def unit(self) -> str:
         """Unit of independent observations: patient, slide or patch."""
-        return str(self.metrics.get("interval", {}).get("unit", "patient"))
+        return self.metrics.interval.unit
 
     @property
     def is_binary(self) -> bool:
@@ -43,7 +50,7 @@ class EvaluationFacts:
 
     @property
     def positive_index(self) -> int:
-        return list(self.class_names).index(self.metrics.get("positive_class") or self.class_names[-1])
+        return list(self.class_names).index(self.positive_class or self.class_names[-1])
 
     @property
     def class_titles(self) -> list[str]:
@@ -61,9 +68,14 @@ class EvaluationFacts:
         return self.class_titles[1 - self.positive_index]
 
     @property
-    def pooled(self) -> Mapping[str, Any]:
+    def pooled(self) -> Mapping[str, Interval]:
         """The metrics pooled over all patches."""
-        return self.metrics.get("patch") or {}
+        return self.metrics.patch
+
+    @property
+    def n_groups(self) -> int:
+        """Number of independent observations."""
+        return self.metrics.n_patches if self.unit == "patch" else self.metrics.n_patients
 
     @property
     def is_positive(self) -> np.ndarray:
@@ -84,7 +96,7 @@ class RunFacts(EvaluationFacts):
     """Input of the report of a run.
 
     Attributes:
-        run: Content of ``run.json``; empty for predictions from elsewhere.
+        run: Content of ``run.json``; None for predictions from elsewhere.
         log: One record per epoch.
         network: Layers as ``(name, type, output_shape, parameters)``.
         input_shape: Input of the network, ``(channels, height, width)``.
@@ -92,43 +104,48 @@ class RunFacts(EvaluationFacts):
         patch_px: Side of a patch in the pack.
         mpp: Pixel size of the patches in µm, None if unknown.
         audit: Content of ``audit.json``.
-        ledger: ``times`` and ``runs`` of evaluations of the test subset, and ``kept_with`` (``pack`` or
-            ``run``).
         results: Results of features, by the names registered by sections.
         missing: Missing results and the commands that compute them: ``(title, command)``.
     """
 
-    run: Mapping[str, Any]
-    log: Sequence[Mapping[str, Any]] = ()
+    metrics: Metrics
+    run: RunInfo | None = None
+    log: Sequence[EpochRecord] = ()
     network: Sequence[Row] = ()
     input_shape: tuple[int, ...] = ()
     get_patch: Callable[[str], np.ndarray] | None = None
     patch_px: int | None = None
     mpp: float | None = None
-    audit: Mapping[str, Any] | None = None
-    ledger: Mapping[str, Any] | None = None
+    audit: Audit | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
     missing: Sequence[tuple[str, str]] = ()
 
     @property
     def is_run(self) -> bool:
         """Whether a run was evaluated, rather than predictions from elsewhere."""
-        return bool(self.run)
+        return self.run is not None
 
     @property
     def on_subset(self) -> str:
         """The evaluated subset, for captions; empty for predictions from elsewhere."""
-        return f" on the {self.metrics.get('subset', 'test')} subset" if self.is_run else ""
+        return f" on the {self.metrics.subset} subset" if self.is_run else ""
 
     @property
     def threshold(self) -> float:
-        return float((self.metrics.get("threshold") or {}).get("value", 0.5))
+        return self.metrics.threshold["value"] if self.metrics.threshold else 0.5
 
     @property
-    def baseline(self) -> Mapping[str, Any]:
-        """AUROC of the colour-only baseline as an estimate; empty without one."""
-        record = self.metrics.get("baseline") or {}
-        return record.get("interval") or ({"value": record["auroc"]} if "auroc" in record else {})
+    def baseline(self) -> Interval | None:
+        """AUROC of the colour-only baseline; None without one."""
+        record = self.metrics.baseline
+        if record is None or record.auroc is None:
+            return None
+        return record.interval or Interval(record.auroc)
+
+    @property
+    def gain(self) -> Interval | None:
+        """AUROC of the model minus that of the colour-only baseline, paired; None without one."""
+        return None if self.metrics.baseline is None else self.metrics.baseline.gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +156,21 @@ class StudyFacts(EvaluationFacts):
         study: Content of ``study.json``, with ``environment``.
         table: One row per run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
             ``tested`` (tested ids), ``n_patches``, ``threshold``, ``chosen_epoch``.
+        within_folds: Means over folds by metric.
         baselines: Colour-only AUROC by patient or slide, the unit of the metrics.
     """
 
-    study: Mapping[str, Any]
+    metrics: PooledMetrics
+    study: StudyInfo
     table: pd.DataFrame
+    within_folds: Mapping[str, FoldMean] = field(default_factory=dict)
     baselines: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def patients_overlap(self) -> bool:
+        """Whether patients are in several subsets of the split."""
+        split = self.study.get("split")
+        return bool(split and split.get("patients_overlap"))
 
 
 def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], Any]]) -> RunFacts:
@@ -153,7 +179,9 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     Args:
         hide: For each of ``facts.results``, the function that replaces the ids in it.
     """
-    pseudonymizer = make_pseudonymizer(facts.predictions, facts.run.get("pack"))
+    pseudonymizer = make_pseudonymizer(
+        facts.predictions, facts.run["pack"]["content_sha256"] if facts.run else ""
+    )
     show = facts.get_patch
     return replace(
         facts,
@@ -171,7 +199,7 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
-    pseudonymizer = make_pseudonymizer(facts.predictions, facts.study.get("pack"))
+    pseudonymizer = make_pseudonymizer(facts.predictions, facts.study["pack"]["content_sha256"])
     kind = "slide" if facts.unit == "slide" else "patient"
     return replace(
         facts,
@@ -192,7 +220,7 @@ def _hide_common(facts: EvaluationFacts, pseudonymizer: Pseudonymizer) -> dict[s
     }
 
 
-def make_pseudonymizer(predictions: pd.DataFrame, pack: Mapping[str, Any] | None) -> Pseudonymizer:
+def make_pseudonymizer(predictions: pd.DataFrame, pack_sha256: str) -> Pseudonymizer:
     """Return pseudonyms of the ids in predictions, salted by the ``content_sha256`` of their pack."""
     ids = {kind: predictions[f"{kind}_id"] for kind in KINDS if f"{kind}_id" in predictions}
-    return Pseudonymizer(ids, str((pack or {}).get("content_sha256", "")))
+    return Pseudonymizer(ids, pack_sha256)

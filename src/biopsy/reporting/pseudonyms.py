@@ -8,6 +8,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -74,7 +75,9 @@ class Pseudonymizer:
         return self._pattern.sub(lambda name: self._inside[name[0]], text) if self._pattern else text
 
     def nested(self, value: Any) -> Any:
-        """Replace ids in every string, key and value, of a nested document."""
+        """Replace ids in every string, key and value, of nested records."""
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{name: self.nested(item) for name, item in vars(value).items()})
         if isinstance(value, Mapping):
             return {self._whole(key): self.nested(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

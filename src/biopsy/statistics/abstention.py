@@ -29,12 +29,14 @@ Split conformal prediction, valid only for independent patches, is the special c
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict, FiniteFloat
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError
 from biopsy.core.text import class_title, plural
@@ -211,6 +213,23 @@ METHOD = "hierarchical conformal (Lee, Barber and Willett 2023)"
 ROUNDING = 1e-9  # tolerance of sums of 1 / ((K + 1) N_k)
 
 
+class ConformalRecord(TypedDict, total=False):
+    """Quantiles of conformal prediction sets, which decide abstention, or the reason for none."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    method: str
+    alpha: float
+    guarantee: str
+    quantiles: list[FiniteFloat] | None
+    n_patients: int
+    n_patches: int
+    unit: str
+    reason: str | None
+    chosen_on: str
+    per_patch_quantiles: list[float] | None
+
+
 @dataclass(frozen=True)
 class Conformal:
     """A coverage guarantee and its quantiles, or the reason why there are none.
@@ -233,10 +252,18 @@ class Conformal:
     unit: str
     reason: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ConformalRecord:
         """Return the entry of ``classifier.json``."""
-        quantiles = None if self.quantiles is None else list(self.quantiles)
-        return {"method": METHOD, **asdict(self), "quantiles": quantiles}
+        return {
+            "method": METHOD,
+            "alpha": self.alpha,
+            "guarantee": self.guarantee,
+            "quantiles": None if self.quantiles is None else list(self.quantiles),
+            "n_patients": self.n_patients,
+            "n_patches": self.n_patches,
+            "unit": self.unit,
+            "reason": self.reason,
+        }
 
 
 def groups_needed(alpha: float) -> int:

@@ -4,13 +4,14 @@ The softmax of scores is the probabilities. To add a calibrator, write a class w
 and a function that fits it, and add them to `fit_calibrator` and `calibrator_from_dict`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict, Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError, suggest
 from biopsy.statistics.calibration import fit_recalibration
@@ -30,6 +31,30 @@ PRIOR_UNCHANGED = "not corrected for class weights or resampling: the correction
 PRIOR_IN_INTERCEPT = "fitted with the intercept"
 SEPARATED = "validation is classified without errors: no finite slope fits"
 MIN_PROB = 1e-15  # before a logarithm, for finite scores of an isotonic 0
+
+
+_Probs = list[Annotated[FiniteFloat, Field(ge=0, le=1)]]
+
+
+class CalibratorRecord(TypedDict, total=False):
+    """A fitted calibrator, as ``classifier.json`` holds it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    method: Required[Method]
+    slope: FiniteFloat
+    intercepts: list[FiniteFloat]
+    positive_index: Annotated[int, Field(ge=0, le=1)]
+    prob: _Probs
+    calibrated: _Probs
+    prior: str | None
+    reason: str
+    asked: str
+    fitted_on: str
+    n_patches: int
+    n_patients: int
+    unit: str
+    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -56,9 +81,9 @@ class Scaling:
             return scores
         return self.slope * scores + (np.array(self.intercepts) if self.intercepts else 0.0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CalibratorRecord:
         """Return the entry of ``classifier.json``."""
-        record: dict[str, Any] = {"method": self.method}
+        record: CalibratorRecord = {"method": self.method}
         if self.method != "none":
             record |= {"slope": self.slope, "intercepts": list(self.intercepts), "prior": self.prior}
         return record if self.reason is None else {**record, "reason": self.reason}
@@ -90,7 +115,7 @@ class Isotonic:
         pair = np.stack([1 - prob, prob] if positive else [prob, 1 - prob], axis=1)
         return np.log(np.maximum(pair, MIN_PROB))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CalibratorRecord:
         """Return the entry of ``classifier.json``."""
         return {
             "method": self.method,
@@ -104,7 +129,7 @@ class Isotonic:
 Calibrator = Scaling | Isotonic
 
 
-def calibrator_from_dict(record: Mapping[str, Any]) -> Calibrator:
+def calibrator_from_dict(record: CalibratorRecord) -> Calibrator:
     """Return a calibrator from the record of `to_dict`; other keys are ignored."""
     method = check_method(record["method"])
     if method == "isotonic":

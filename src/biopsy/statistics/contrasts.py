@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from biopsy.core.errors import MetricError
+from biopsy.core.loaders import FloatOrNan
 from biopsy.statistics.intervals import PatientSummary, summarise_groups
 from biopsy.statistics.metrics import METRICS
 from biopsy.statistics.resampling import (
@@ -43,12 +44,12 @@ class Contrast:
 
     n_chosen: int
     n_others: int
-    mean_chosen: float
-    mean_others: float
+    mean_chosen: FloatOrNan
+    mean_others: FloatOrNan
     difference_sd: Interval
     auroc: Interval
     within: PatientSummary | None
-    by_group: dict[str, dict[str, float]]
+    by_group: dict[str, dict[str, FloatOrNan]]
 
 
 def contrast_groups(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr
 
 from biopsy.core.text import count
 from biopsy.statistics.metrics import METRICS, Metric, measure, registry
@@ -193,7 +193,7 @@ def measure_size_trend(target: ArrayLike, error: ArrayLike, group_ids: ArrayLike
     size, mean_error = n_patches.sum(axis=1), np.nanmean(within - np.nanmean(within, axis=0), axis=1)
     if len(groups) < MIN_GROUPS or np.ptp(size) == 0 or np.ptp(mean_error) == 0:
         return None
-    result = spearmanr(size, mean_error, alternative="greater")
+    result = scipy.stats.spearmanr(size, mean_error, alternative="greater")
     return SizeTrend(float(result.statistic), float(result.pvalue))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from biopsy.core.errors import MetricError
+from biopsy.core.loaders import FloatOrNan
 from biopsy.statistics.calibration import calibration_error
 from biopsy.statistics.metrics import METRICS, NO_ECE_INTERVAL, metric, registry
 from biopsy.statistics.resampling import Floats, InformativeGroups, divide, fewest_informative
@@ -334,9 +335,9 @@ class ClassReport:
     """A row of the classification report: a class or an average over classes; NaN where undefined."""
 
     name: str
-    precision: float
-    recall: float
-    f1: float
+    precision: FloatOrNan
+    recall: FloatOrNan
+    f1: FloatOrNan
     n: int
 
 

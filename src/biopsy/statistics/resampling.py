@@ -12,10 +12,11 @@ from typing import Literal, Required, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit, stdtrit
 
 from biopsy.core.errors import MetricError
+from biopsy.core.loaders import FloatOrNan
 from biopsy.core.seeds import make_rng
 from biopsy.core.text import count, plural
 
@@ -47,7 +48,7 @@ class Resampling(TypedDict, total=False):
 class Interval:
     """A value (NaN if undefined) with its confidence interval, or the reason why there is none."""
 
-    value: float
+    value: FloatOrNan
     low: float | None = None
     high: float | None = None
     reason: str | None = None
@@ -219,7 +220,7 @@ class Resampler:
             error = self.standard_error(replicates) * link_derivative(value, bounds)
         else:
             error = self.standard_error(link(replicates, bounds))
-        half = float(stdtrit(freedom, (1 + self.level) / 2)) * error
+        half = float(scipy.special.stdtrit(freedom, (1 + self.level) / 2)) * error
         low, high = inverse_link(link(np.array(value), bounds) + np.array([-half, half]), bounds)
         return Interval(value, float(low), float(high))
 
@@ -245,7 +246,7 @@ def link(values: Floats, bounds: Bounds) -> Floats:
     low, high = bounds
     if np.isinf(low):
         return values
-    return np.log(values - low) if np.isinf(high) else logit((values - low) / (high - low))
+    return np.log(values - low) if np.isinf(high) else scipy.special.logit((values - low) / (high - low))
 
 
 def inverse_link(values: Floats, bounds: Bounds) -> Floats:
@@ -253,7 +254,7 @@ def inverse_link(values: Floats, bounds: Bounds) -> Floats:
     low, high = bounds
     if np.isinf(low):
         return values
-    return low + np.exp(values) if np.isinf(high) else low + (high - low) * expit(values)
+    return low + np.exp(values) if np.isinf(high) else low + (high - low) * scipy.special.expit(values)
 
 
 def link_derivative(value: float, bounds: Bounds) -> float:

@@ -1,35 +1,25 @@
-"""The content of ``metrics.json`` as it is read and validated; `biopsy.evaluation` computes and writes it."""
+"""Records of ``metrics.json``: `biopsy.evaluation` writes them, reports, cards and studies read them."""
 
-from typing import Required
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
 from pydantic import NonNegativeInt
-from typing_extensions import TypedDict
 
 from biopsy.data.ledger import OpeningCount
 from biopsy.data.predictions import FrozenThreshold
-from biopsy.models.classifier import CalibratorRecord
+from biopsy.statistics.calibrators import CalibratorRecord
+from biopsy.statistics.intervals import IntervalMethod, PatientSummary
+from biopsy.statistics.multiclass import ClassReport
+from biopsy.statistics.reliability import BrierParts, ReliabilityBin
+from biopsy.statistics.resampling import Interval
 
 FORMAT = "biopsy-metrics/1"
+STUDY_FORMAT = "biopsy-study-metrics/1"
 
 
-class Estimate(TypedDict, total=False):
-    """A value with its interval; None and a reason where one is undefined."""
-
-    value: Required[float | None]
-    low: float | None
-    high: float | None
-    reason: str | None
-
-
-class PatientEstimate(Estimate, total=False):
-    """A metric within patients: its mean, the number of patients, median and worst."""
-
-    n_defined: int
-    median: float | None
-    worst: float | None
-
-
-class ConfusionCounts(TypedDict):
+@dataclass(frozen=True)
+class Confusion:
     """True and false positives and negatives."""
 
     tp: NonNegativeInt
@@ -37,157 +27,203 @@ class ConfusionCounts(TypedDict):
     fn: NonNegativeInt
     tn: NonNegativeInt
 
-
-class ClassRow(TypedDict):
-    """A row of the classification report."""
-
-    name: str
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    n: NonNegativeInt
+    @classmethod
+    def of(cls, matrix: np.ndarray, positive: int) -> "Confusion":
+        """Return the counts of a confusion matrix ``(2, 2)``, true class by row."""
+        (tp, fn), (fp, tn) = np.roll(matrix, -positive, axis=(0, 1)).tolist()
+        return cls(tp, fp, fn, tn)
 
 
-class MetricsSplit(TypedDict, total=False):
-    """The evaluated split, and limitations of its results."""
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """Metrics of performance; None where undefined for the number of classes."""
 
-    name: str | None
-    fold: int | None
-    patients_overlap: bool | None
-    test_is_validation: bool
-
-
-class IntervalRecord(TypedDict, total=False):
-    """Method of the intervals."""
-
-    unit: Required[str]
-    level: float
-    n_groups: int
-    method: Required[str]
-    draws: int | None
-    seed: int | None
+    patch: dict[str, Interval]
+    classification_report: list[ClassReport]
+    confusion: Confusion | None = None
+    at_half: Confusion | None = None
+    prevalence: float | None = None
+    ece_floor: float | None = None
+    patient: dict[str, PatientSummary] | None = None
+    confusion_matrix: list[list[int]] | None = None
+    one_vs_rest: dict[str, dict[str, Interval]] | None = None
 
 
-class Point(TypedDict):
-    """An operating point."""
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold: the target of its rule, and the rates where it was chosen and on these patches."""
 
     rule: str
     threshold: float
     chosen_on: str | None
     target: dict[str, float] | None
     where_chosen: dict[str, float | None]
-    achieved: dict[str, Estimate]
+    achieved: dict[str, Interval]
     drift: dict[str, float | None]
 
 
-class Benefit(Estimate):
+@dataclass(frozen=True, kw_only=True)
+class NetBenefit(Interval):
     """Net benefit at a threshold probability, and its gain over acting on all or on no patches."""
 
     threshold: float
-    gain: Estimate
+    gain: Interval
 
 
-class Curve(TypedDict):
-    """Decision curve."""
+@dataclass(frozen=True)
+class DecisionCurve:
+    """Net benefit per patch of the model and of treating all; that of treating none is 0."""
 
     thresholds: list[float]
     model: list[float]
     treat_all: list[float]
-    marked: list[Benefit]
+    marked: list[NetBenefit]
 
 
-class PointAtPrevalence(TypedDict):
-    """Predictive values of a threshold."""
+@dataclass(frozen=True)
+class PredictiveValues:
+    """PPV and NPV at a threshold and a given prevalence."""
 
     rule: str
     threshold: float
-    ppv: Estimate
-    npv: Estimate
+    ppv: Interval
+    npv: Interval
 
 
-class Prevalence(TypedDict):
-    """Predictive values at a prevalence."""
+@dataclass(frozen=True)
+class AtPrevalence:
+    """Predictive values of each threshold at a given prevalence."""
 
     prevalence: float
-    points: list[PointAtPrevalence]
+    points: list[PredictiveValues]
 
 
-class SubgroupMetrics(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """Operating points and net benefit of the classifier's thresholds, for two classes."""
+
+    operating_points: list[OperatingPoint] | None = None
+    decision_curve: DecisionCurve | None = None
+    at_prevalence: AtPrevalence | None = None
+
+
+@dataclass(frozen=True)
+class SplitUse:
+    """The evaluated split, and limitations of its results."""
+
+    name: str | None = None
+    fold: int | None = None
+    patients_overlap: bool | None = None
+    test_is_validation: bool = False
+
+
+@dataclass(frozen=True)
+class Subgroup:
     """The metrics within one value of a column."""
 
     n_patches: NonNegativeInt
     n_patients: NonNegativeInt
-    patch: dict[str, Estimate]
+    patch: dict[str, Interval]
 
 
-class Bin(TypedDict):
-    """A bin of the reliability diagram."""
+@dataclass(frozen=True)
+class SubgroupIntervals:
+    """Number of subgroups; their intervals are not simultaneous."""
 
-    low: float
-    high: float
-    n: NonNegativeInt
-    n_groups: NonNegativeInt
-    mean_prob: float
-    observed: Estimate
+    level: float
+    n_subgroups: int
+    corrected: bool = False
 
 
-class ReliabilityRecord(TypedDict, total=False):
-    """Calibration of probabilities."""
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Calibration metrics, the ECE of a perfect classifier, and the bins of the reliability diagram.
 
-    ece: Required[Estimate]
-    brier: Required[Estimate]
-    nll: Required[Estimate]
-    calibration_slope: Estimate | None
-    calibration_intercept: Estimate | None
-    ece_floor: float | None
-    bins: Required[list[Bin]]
-    brier_parts: dict[str, float] | None
+    With more than two classes the bins and the ECE are those of the predicted class; slope, intercept and
+    parts of the Brier score are None.
+    """
+
+    ece: Interval
+    brier: Interval
+    nll: Interval
+    calibration_slope: Interval | None = None
+    calibration_intercept: Interval | None = None
+    ece_floor: float
+    bins: list[ReliabilityBin]
+    brier_parts: BrierParts | None = None
 
 
-class CalibrationRecord(CalibratorRecord):
+class Calibration(CalibratorRecord):
     """The calibrator, and the calibration before and after it."""
 
-    before: ReliabilityRecord
-    after: ReliabilityRecord
+    before: Reliability
+    after: Reliability
 
 
-class SharesRecord(TypedDict):
-    """Shares of patches: true class in the set, abstentions, errors, errors among those kept."""
+@dataclass(frozen=True)
+class SetCounts:
+    """Patches by prediction set: the predicted class only, several classes, none, or only another class."""
 
-    coverage: Estimate
-    abstained: Estimate
-    error: Estimate
-    error_among_kept: Estimate
-
-
-class SetRecord(TypedDict):
-    """Shares reached by prediction sets of given quantiles."""
-
-    quantiles: list[float] | None
-    patient: SharesRecord | None
-    patch: SharesRecord | None
-    by_class: dict[str, SharesRecord] | None
+    kept: NonNegativeInt
+    several: NonNegativeInt
+    empty: NonNegativeInt
+    against_threshold: NonNegativeInt
 
 
-class RiskPoint(TypedDict):
-    """Error rate of the most confident patches."""
+@dataclass(frozen=True)
+class Shares:
+    """Shares of patches: true class in the set, abstentions, errors without abstention, selective risk."""
+
+    coverage: Interval
+    abstained: Interval
+    error: Interval
+    error_among_kept: Interval
+
+
+@dataclass(frozen=True)
+class SetShares:
+    """Shares reached by sets of given quantiles: patients weighted equally, patches equally, by class."""
+
+    quantiles: list[float]
+    patient: Shares
+    patch: Shares
+    by_class: dict[str, Shares]
+
+
+@dataclass(frozen=True)
+class RiskAt:
+    """Error rate of the most confident patches, and the lowest confidence among them."""
 
     coverage: float
     confidence: float
-    risk: Estimate
+    risk: Interval
 
 
-class RiskRecord(TypedDict):
-    """Risk against coverage."""
+@dataclass(frozen=True)
+class Risk:
+    """Area under the risk-coverage curve, the smallest possible at this error rate, and points on it."""
 
-    area: Estimate
+    area: Interval
     ideal_area: float
     error: float
-    at: list[RiskPoint]
+    at: list[RiskAt]
 
 
-class AbstentionRecord(SetRecord):
-    """Prediction sets of the classifier, and their coverage."""
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """Prediction sets of the classifier, and their coverage.
+
+    Attributes:
+        alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: From
+            the classifier.
+        target_coverage: ``1 - alpha``.
+        quantiles, patient, patch, by_class: Of the classifier's sets, as in `SetShares`; None without sets.
+        sets: Their counts.
+        verdict: ``met``, ``violated`` or ``inconclusive``: whether the mean coverage over patients reaches
+            the target, for each class or for all patches.
+        per_patch: Shares of split conformal sets that treat patches as independent.
+        risk_coverage: Risk against coverage.
+    """
 
     alpha: float | None
     guarantee: str | None
@@ -198,59 +234,141 @@ class AbstentionRecord(SetRecord):
     unit: str
     method: str | None
     chosen_on: str | None
-    sets: dict[str, NonNegativeInt] | None
+    quantiles: list[float] | None = None
+    patient: Shares | None = None
+    patch: Shares | None = None
+    by_class: dict[str, Shares] | None = None
+    sets: SetCounts | None
     verdict: str | None
-    per_patch: SetRecord | None
-    risk_coverage: RiskRecord
+    per_patch: SetShares | None
+    risk_coverage: Risk
+
+    @property
+    def per_patient(self) -> SetShares | None:
+        """Shares of the classifier's sets; None without sets."""
+        if self.quantiles is None or self.patient is None or self.patch is None or self.by_class is None:
+            return None
+        return SetShares(self.quantiles, self.patient, self.patch, self.by_class)
 
 
-class BaselineRecord(TypedDict, total=False):
-    """The colour-only baseline."""
+@dataclass(frozen=True, kw_only=True)
+class ColourBaseline:
+    """The colour-only baseline.
+
+    Attributes:
+        auroc: AUROC of the positive class; for more than two classes, the macro average of one-vs-rest,
+            which needs every class; None with a ``reason``.
+        interval: The AUROC with its interval, for two classes.
+        gain: AUROC of the evaluated model minus that of the baseline, paired, for two classes.
+    """
 
     name: str
     features: list[str]
     C: float
     n_train: int
-    auroc: float | None
-    reason: str | None
-    interval: Estimate | None
-    gain: Estimate | None
+    auroc: float | None = None
+    reason: str | None = None
+    interval: Interval | None = None
+    gain: Interval | None = None
 
 
-class MetricsDocument(TypedDict, total=False):
-    """Content of ``metrics.json``; see the file formats page. A study's pooled results have part of it."""
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Performance, Decisions):
+    """Content of ``metrics.json``; see the file formats page."""
 
-    format: str
-    title: str | None
-    subset: str | None
-    synthetic: bool
-    positive_class: Required[str | None]
-    class_names: Required[list[str]]
-    n_patches: Required[NonNegativeInt]
-    n_patients: Required[NonNegativeInt]
-    unit: Required[str]
-    split: MetricsSplit
+    format: str = FORMAT
+    title: str | None = None
+    subset: str | None = None
+    synthetic: bool = False
+    positive_class: str | None
+    class_names: list[str]
+    n_patches: NonNegativeInt
+    n_patients: NonNegativeInt
+    unit: str
+    split: SplitUse = SplitUse()
     threshold: FrozenThreshold | None
-    classifier_sha256: str | None
-    patch: Required[dict[str, Estimate]]
-    patient: dict[str, PatientEstimate] | None
-    classification_report: list[ClassRow]
-    confusion: ConfusionCounts | None
-    at_half: ConfusionCounts | None
-    prevalence: float | None
-    ece_floor: float | None
-    confusion_matrix: list[list[int]] | None
-    one_vs_rest: dict[str, dict[str, Estimate]] | None
-    operating_points: list[Point] | None
-    decision_curve: Curve | None
-    at_prevalence: Prevalence | None
-    calibration: CalibrationRecord
-    abstention: AbstentionRecord | None
-    interval: Required[IntervalRecord]
-    baseline: BaselineRecord | None
-    subgroups: dict[str, dict[str, SubgroupMetrics]]
-    subgroup_intervals: dict[str, float | int | bool] | None
+    classifier_sha256: str | None = None
+    calibration: Calibration
+    abstention: Abstention | None = None
+    interval: IntervalMethod
+    baseline: ColourBaseline | None = None
+    subgroups: dict[str, dict[str, Subgroup]]
+    subgroup_intervals: SubgroupIntervals | None
     warnings: list[str]
-    times_opened: int | None
-    ledger: OpeningCount | None
+    times_opened: int | None = None
+    ledger: OpeningCount | None = None
     evaluated: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledMetrics:
+    """Metrics of out-of-fold predictions: means over seeds, with intervals over patients; counts are sums."""
+
+    n_patches: NonNegativeInt
+    n_patients: NonNegativeInt
+    n_seeds: int
+    class_names: list[str]
+    patch: dict[str, Interval]
+    classification_report: list[ClassReport]
+    interval: IntervalMethod
+    confusion: Confusion | None
+    confusion_matrix: list[list[int]] | None
+
+
+@dataclass(frozen=True)
+class FoldMean:
+    """Mean, minimum and maximum over folds of a metric within each fold (mean over seeds)."""
+
+    mean: float
+    min: float
+    max: float
+    n_folds: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation, minimum and maximum of values; None without values."""
+
+    mean: float | None = None
+    sd: float | None = None
+    min: float | None = None
+    max: float | None = None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Spread":
+        """Summarise values, ignoring None; all fields are None if a value is not finite.
+
+        Example:
+            >>> Spread.of([0.5, 0.75]).mean
+            0.625
+        """
+        finite = np.array([value for value in values if value is not None], dtype=float)
+        if not len(finite) or not np.isfinite(finite).all():
+            return cls()
+        sd = float(finite.std(ddof=1)) if len(finite) > 1 else None
+        return cls(float(finite.mean()), sd, float(finite.min()), float(finite.max()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSummary:
+    """Results of a recipe of a study.
+
+    Attributes:
+        folds: Mean and SD over seeds of each metric, and gain over the colour-only baseline, by fold.
+        within_folds: Metrics within folds; pooled ones rank predictions of different models together.
+        over_seeds: Variability of the pooled metrics.
+    """
+
+    folds: list[dict[str, object]]
+    pooled: PooledMetrics
+    within_folds: dict[str, FoldMean]
+    over_seeds: dict[str, Spread]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """Content of a study's ``metrics.json``."""
+
+    format: str = STUDY_FORMAT
+    positive_class: str | None
+    recipes: dict[str, RecipeSummary]

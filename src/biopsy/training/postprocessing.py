@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.text import count, plural
 from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
-from biopsy.models.classifier import CalibratorRecord, Classifier, ConformalRecord, Threshold, score_classes
+from biopsy.models.classifier import Classifier, Threshold, score_classes
 from biopsy.recipes import Recipe
-from biopsy.statistics.abstention import Guarantee, fit_conformal, split_conformal
+from biopsy.statistics.abstention import ConformalRecord, Guarantee, fit_conformal, split_conformal
 from biopsy.statistics.calibrators import MIN_SPREAD, fit_calibrator, spread_of
 from biopsy.statistics.decisions import choose_threshold
 from biopsy.statistics.resampling import MIN_GROUPS
@@ -50,8 +50,7 @@ def fit_abstention(
             f"guarantee for a new {unit}"
         )
     plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()
-    record = fitted | {"chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
-    return cast(ConformalRecord, record)
+    return {**fitted, "chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def fit_postprocessing(
     fitted = fit_calibrator(
         scores, target, method, n_groups=n_groups, positive_index=at, trained_prior=trained_prior
     )
-    info.calibrator = cast(CalibratorRecord, fitted.to_dict())
+    info.calibrator = fitted.to_dict()
     if method != "none":
         info.calibrator |= {
             "asked": method,

@@ -27,7 +27,7 @@ from biopsy.models.hardware import Precision
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
 from biopsy.recipes.schema import Decision
 from biopsy.training.metrics import FORMAT as METRICS_FORMAT
-from biopsy.training.metrics import MetricsDocument
+from biopsy.training.metrics import Metrics
 
 FORMAT = "biopsy-run/1"
 DOCUMENT = "run.json"
@@ -366,7 +366,7 @@ class Run(Written):
                 f"{path} does not exist: make it with `biopsy evaluate {self.path} --subset {subset}`"
             )
         frame, info = read_predictions(path)
-        self.require_same_classifier(path, info)
+        self.require_same_classifier(path, info.get("classifier_sha256"))
         return frame, info
 
     @property
@@ -374,23 +374,23 @@ class Run(Written):
         """Subset for error analysis: ``test`` if it has been evaluated, else ``validation``."""
         return "test" if (self.path / "predictions" / "test.parquet").exists() else "validation"
 
-    def metrics(self) -> MetricsDocument:
+    def metrics(self) -> Metrics:
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has not been evaluated: `biopsy evaluate {self.path}`")
         remedy = f"run `biopsy evaluate {self.path}` again"
-        metrics = read_json(path, format=METRICS_FORMAT, remedy=remedy)
+        document = read_json(path, format=METRICS_FORMAT, remedy=remedy)
         try:
-            validate(path, MetricsDocument, metrics)
+            metrics = validate(path, Metrics, document)
         except FileFormatError as error:
             raise RunError(f"{error}; {remedy}") from None
-        self.require_same_classifier(path, metrics)
-        return cast(MetricsDocument, metrics)
+        self.require_same_classifier(path, metrics.classifier_sha256)
+        return metrics
 
-    def require_same_classifier(self, path: Path, metadata: Mapping[str, object]) -> None:
+    def require_same_classifier(self, path: Path, recorded: str | None) -> None:
         """Check that results are of the classifier of the run, if recorded."""
-        recorded, current = metadata.get("classifier_sha256"), self.info.get("classifier_sha256")
+        current = self.info.get("classifier_sha256")
         if None not in (recorded, current) and recorded != current:
             raise RunError(
                 f"{path} is of another classifier than the run has: run `biopsy evaluate {self.path}` again"

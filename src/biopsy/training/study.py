@@ -1,14 +1,14 @@
 """Studies: folders of several runs."""
 
 from pathlib import Path
-from typing import Any, Literal, Required, cast
+from typing import Literal, Required, cast
 
 import pandas as pd
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import read_json, sha256_file, write_json
-from biopsy.core.loaders import validate
+from biopsy.core.loaders import Model, validate
 from biopsy.core.results import Written
 from biopsy.core.tables import infer_numbers, read_csv_table, write_csv
 from biopsy.data.predictions import read_predictions
@@ -97,6 +97,8 @@ class StudyInfo(TypedDict, total=False):
     papers: dict[str, Paper]
     test_patients: list[str]
     leak_seeds: list[int]
+    environment: dict[str, str | int | None]
+    """For reports: that of a run."""
 
 
 class Study(Written):
@@ -170,12 +172,12 @@ class Study(Written):
             raise RunError(f"{self.path} has no evaluated run: repeat the command that created it")
         return runs
 
-    def summary(self) -> dict[str, Any]:
-        """Read ``metrics.json``, the pooled results."""
+    def summary(self, record: type[Model]) -> Model:
+        """Read ``metrics.json``, the pooled results, as the record of this kind of study."""
         path = self.path / "metrics.json"
         if not path.exists():
             raise RunError(f"{self.path} has no evaluated run: repeat the command that created it")
-        return read_json(path)
+        return validate(path, record, read_json(path))
 
     def table(self) -> pd.DataFrame:
         """Read ``table.csv``.

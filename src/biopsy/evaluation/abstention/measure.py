@@ -1,14 +1,13 @@
 """Measurement of abstention: target and observed coverage of conformal sets, and risk against coverage."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.statistics.abstention import (
     COVERAGES,
+    ConformalRecord,
     abstain,
     estimate_risk,
     estimate_shares,
@@ -17,103 +16,19 @@ from biopsy.statistics.abstention import (
     risk_coverage_curve,
 )
 from biopsy.statistics.resampling import Interval
+from biopsy.training.metrics import Abstention, Risk, RiskAt, SetCounts, SetShares, Shares
 
 BEFORE = "the classifier was created by a version without conformal sets"
 
 
-@dataclass(frozen=True)
-class SetCounts:
-    """Patches by prediction set: the predicted class only, several classes, none, or only another class."""
-
-    kept: int
-    several: int
-    empty: int
-    against_threshold: int
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of patches: true class in the set, abstentions, errors without abstention, selective risk."""
-
-    coverage: Interval
-    abstained: Interval
-    error: Interval
-    error_among_kept: Interval
-
-
-@dataclass(frozen=True)
-class SetShares:
-    """Shares reached by sets of given quantiles: patients weighted equally, patches equally, by class."""
-
-    quantiles: list[float]
-    patient: Shares
-    patch: Shares
-    by_class: dict[str, Shares]
-
-
-@dataclass(frozen=True)
-class RiskAt:
-    """Error rate of the most confident patches, and the lowest confidence among them."""
-
-    coverage: float
-    confidence: float
-    risk: Interval
-
-
-@dataclass(frozen=True)
-class Risk:
-    """Area under the risk-coverage curve, the smallest possible at this error rate, and points on it."""
-
-    area: Interval
-    ideal_area: float
-    error: float
-    at: list[RiskAt]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Abstention:
-    """The ``abstention`` entry of ``metrics.json``.
-
-    Attributes:
-        alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: From
-            the classifier.
-        target_coverage: ``1 - alpha``.
-        quantiles, patient, patch, by_class: Of the classifier's sets, as in `SetShares`; None without sets.
-        sets: Their counts.
-        verdict: ``met``, ``violated`` or ``inconclusive``: whether the mean coverage over patients reaches
-            the target, for each class or for all patches.
-        per_patch: Shares of split conformal sets that treat patches as independent.
-        risk_coverage: Risk against coverage.
-    """
-
-    alpha: float | None
-    guarantee: str | None
-    target_coverage: float | None
-    reason: str | None
-    n_calibration_patients: int | None
-    n_calibration_patches: int | None
-    unit: str
-    method: str | None
-    chosen_on: str | None
-    quantiles: list[float] | None = None
-    patient: Shares | None = None
-    patch: Shares | None = None
-    by_class: dict[str, Shares] | None = None
-    sets: SetCounts | None
-    verdict: str | None
-    per_patch: SetShares | None
-    risk_coverage: Risk
-
-
-def measure_abstention(conformal: Mapping[str, Any], scored: ScoredPatches) -> Abstention:
+def measure_abstention(conformal: ConformalRecord, scored: ScoredPatches) -> Abstention:
     """Measure the classifier's prediction sets on patches.
 
     Args:
         conformal: The entry of ``classifier.json``; empty in classifiers of versions without it.
     """
-    alpha, quantiles, per_patch_quantiles = (
-        conformal.get(key) for key in ("alpha", "quantiles", "per_patch_quantiles")
-    )
+    alpha, quantiles = conformal.get("alpha"), conformal.get("quantiles")
+    per_patch_quantiles = conformal.get("per_patch_quantiles")
     shares, sets, verdict = None, None, None
     if quantiles is not None:
         shares = _measure_sets(quantiles, scored)

@@ -1,6 +1,6 @@
 """Report section on abstention: the coverage guarantee, the coverage reached, and risk against coverage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from biopsy.reporting.elements import make_table
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.statistics.abstention import risk_coverage_curve
+from biopsy.training.metrics import Abstention, Risk, RiskAt, SetCounts, SetShares
 
 MEASURES = {
     "coverage": "coverage (true class in the prediction set)",
@@ -27,15 +28,16 @@ MEASURES = {
 @section("abstention", order=50)
 def describe_abstention(facts: RunFacts) -> Section | None:
     """Return the coverage guarantee, target and observed coverage, and risk against coverage."""
-    result = facts.metrics.get("abstention")
+    result = facts.metrics.abstention
     if not result:
         return None
     blocks: list[Block] = [Text(describe_coverage(result))]
-    if result["quantiles"] is None:
+    if result.per_patient is None:
         blocks.append(Text(_describe_fallback(result), "note"))
     else:
-        blocks.append(Text(describe_verdict(result, facts.unit), _tone(result["verdict"])))
-    if result["chosen_on"] == facts.metrics.get("subset"):
+        tone = "warning" if result.verdict == "violated" else "note"
+        blocks.append(Text(describe_verdict(result, facts.unit), tone))
+    if result.chosen_on == facts.metrics.subset:
         blocks.append(
             Text(
                 "The prediction sets were fitted on these patches: coverage here does not test the "
@@ -43,47 +45,46 @@ def describe_abstention(facts: RunFacts) -> Section | None:
                 "warning",
             )
         )
-    if result["per_patch"]:
-        blocks.append(_table_of_shares(result, facts.unit))
-    blocks += [_table_of_risk(result["risk_coverage"]), Pictures(_draw(facts, result))]
+    if result.per_patch:
+        blocks.append(_table_of_shares(result, result.per_patch, facts.unit))
+    blocks += [_table_of_risk(result.risk_coverage), Pictures(_draw(facts, result))]
     return Section("abstention", "Abstention", blocks)
 
 
-def describe_coverage(entry: Mapping[str, Any]) -> str:
+def describe_coverage(entry: Abstention) -> str:
     """Describe the coverage guarantee, what it is based on, and when the model abstains."""
-    if entry["alpha"] is None:
-        return f"No abstention: {entry['reason']}."
-    if entry["quantiles"] is None:
-        return f"No coverage guarantee and no abstention: {entry['reason']}."
-    unit, per_class = entry["unit"], entry["guarantee"] == "class-conditional"
+    if entry.alpha is None:
+        return f"No abstention: {entry.reason}."
+    if entry.quantiles is None or entry.n_calibration_patches is None or entry.n_calibration_patients is None:
+        return f"No coverage guarantee and no abstention: {entry.reason}."
+    unit, per_class = entry.unit, entry.guarantee == "class-conditional"
     patches = "patches of each class" if per_class else "patches"
     return (
         "The model abstains on a patch unless its conformal prediction set contains the predicted class "
-        f"only. The sets were fitted on {count(entry['n_calibration_patches'], 'patch')} of "
-        f"{count(entry['n_calibration_patients'], unit)} ({entry['chosen_on']} subset), with "
+        f"only. The sets were fitted on {count(entry.n_calibration_patches, 'patch')} of "
+        f"{count(entry.n_calibration_patients, unit)} ({entry.chosen_on} subset), with "
         f"the {unit} as the exchangeable unit. {'Class-conditional' if per_class else 'Marginal'} coverage "
-        f"guarantee: of the {patches} of a new {unit}, at least {100 * entry['target_coverage']:g} % have "
+        f"guarantee: of the {patches} of a new {unit}, at least {100 * (1 - entry.alpha):g} % have "
         f"their true class in the set, on average over {plural(unit)}. Hence at most "
-        f"{100 * entry['alpha']:g} % of {'each class' if per_class else 'patches'} are misclassified without "
+        f"{100 * entry.alpha:g} % of {'each class' if per_class else 'patches'} are misclassified without "
         "abstention; the error rate among the remaining patches has no guarantee. Method: "
-        f"{entry['method']}{', per class (Mondrian)' if per_class else ''}."
+        f"{entry.method}{', per class (Mondrian)' if per_class else ''}."
     )
 
 
-def describe_verdict(entry: Mapping[str, Any], unit: str) -> str:
+def describe_verdict(entry: Abstention, unit: str) -> str:
     """Return whether the coverage guarantee was met on the evaluated patients, and the shortfall."""
-    target = entry["target_coverage"]
-    if entry["guarantee"] == "class-conditional":
-        coverages = {
-            f"{class_title(name)} ": estimate["coverage"] for name, estimate in entry["by_class"].items()
-        }
+    shares, target = entry.per_patient, entry.target_coverage
+    assert shares is not None and target is not None and entry.verdict is not None
+    if entry.guarantee == "class-conditional":
+        coverages = {f"{class_title(name)} ": part.coverage for name, part in shares.by_class.items()}
     else:
-        coverages = {"": entry["patient"]["coverage"]}
+        coverages = {"": shares.patient.coverage}
     reached = "; ".join(
-        f"{name}{number(estimate['value'])} ({interval_of(estimate)})" for name, estimate in coverages.items()
+        f"{name}{number(estimate.value)} ({interval_of(estimate)})" for name, estimate in coverages.items()
     )
     reached += f"; target {number(target)}"
-    gap = number(max(0.0, *(target - estimate["value"] for estimate in coverages.values())))
+    gap = number(max(0.0, *(target - estimate.value for estimate in coverages.values())))
     return {
         "met": f"The coverage guarantee was met on these {plural(unit)}. Coverage: {reached}.",
         "violated": f"The coverage guarantee was violated on these {plural(unit)}, by {gap}. Coverage: "
@@ -91,11 +92,11 @@ def describe_verdict(entry: Mapping[str, Any], unit: str) -> str:
         "overfitted to the latter.",
         "inconclusive": f"Inconclusive: coverage is {gap} below target, within sampling error for so few "
         f"{plural(unit)}. Coverage: {reached}.",
-    }[entry["verdict"]]
+    }[entry.verdict]
 
 
-def _describe_fallback(entry: Mapping[str, Any]) -> str:
-    if not entry["per_patch"]:
+def _describe_fallback(entry: Abstention) -> str:
+    if not entry.per_patch:
         return "The risk-coverage curve below needs no guarantee: patches are ordered by confidence."
     return (
         "Split conformal prediction that treats patches as independent would state a guarantee nevertheless; "
@@ -103,66 +104,54 @@ def _describe_fallback(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _tone(verdict: str) -> str:
-    return "warning" if verdict == "violated" else "note"
-
-
-def _table_of_shares(entry: Mapping[str, Any], unit: str) -> Table:
+def _table_of_shares(entry: Abstention, plain: SetShares, unit: str) -> Table:
     """Return the table of target and observed coverage: all patches, then each class."""
-    ours, plain, per_class = entry.get("sets"), entry["per_patch"], entry["guarantee"] == "class-conditional"
-    target = {"coverage": f"at least {number(entry['target_coverage'])}"}
-    target["error"] = f"at most {number(entry['alpha'])}"
+    ours, per_class = entry.per_patient, entry.guarantee == "class-conditional"
+    target = {"coverage": f"at least {number(entry.target_coverage)}"}
+    target["error"] = f"at most {number(entry.alpha)}"
     rows = []
-    for scope in ("all", *plain["by_class"]):
-        shares, naive = (
-            part["patient"] if scope == "all" else part["by_class"][scope]
-            for part in (entry if ours else plain, plain)
-        )
+    for scope in ("all", *plain.by_class):
+        shares = [part.patient if scope == "all" else part.by_class[scope] for part in (ours, plain) if part]
         for name, label in MEASURES.items():
             target_text = target.get(name, "-") if (scope != "all") == per_class else "-"
-            rows.append(
-                [class_title(scope), label, target_text, *([shares[name]] if ours else []), naive[name]]
-            )
+            rows.append([class_title(scope), label, target_text, *(getattr(part, name) for part in shares)])
     return make_table(
         ["patches", "measure", "target", *([f"unit: {unit}"] if ours else []), "unit: patch (naive)"],
         rows,
         caption="Target and observed coverage",
         note=f"Mean over {plural(unit)} with equal weights. 95 % intervals in brackets."
-        + (_describe_sets(entry) if ours else ""),
+        + (_describe_sets(entry.sets) if entry.sets else ""),
         text_columns=2,
     )
 
 
-def _describe_sets(entry: Mapping[str, Any]) -> str:
-    sets = entry["sets"]
-    text = f" Abstentions: {number(sets['several'])} sets of several classes, {number(sets['empty'])} empty"
-    against = sets["against_threshold"]
+def _describe_sets(sets: SetCounts) -> str:
+    text = f" Abstentions: {number(sets.several)} sets of several classes, {number(sets.empty)} empty"
+    against = sets.against_threshold
     return text + (f", {number(against)} of the class not predicted at the threshold." if against else ".")
 
 
-def _table_of_risk(risk: Mapping[str, Any]) -> Table:
-    area = risk["area"]
+def _table_of_risk(risk: Risk) -> Table:
+    area = risk.area
     return make_table(
         ["coverage", "lowest confidence", "selective risk (error rate)"],
-        [[f"{100 * at['coverage']:g} %", at["confidence"], at["risk"]] for at in risk["at"]],
+        [[f"{100 * at.coverage:g} %", at.confidence, at.risk] for at in risk.at],
         caption="Risk-coverage",
-        note=f"Area under the risk-coverage curve (AURC): {number(area['value'])} ({interval_of(area)}); "
-        f"with errors last (optimal) {number(risk['ideal_area'])}, in random order {number(risk['error'])}. "
+        note=f"Area under the risk-coverage curve (AURC): {number(area.value)} ({interval_of(area)}); "
+        f"with errors last (optimal) {number(risk.ideal_area)}, in random order {number(risk.error)}. "
         "Coverage: share of patches kept, most confident first. Confidence: probability of the predicted "
         "class.",
     )
 
 
-def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
+def _draw(facts: RunFacts, entry: Abstention) -> list[Picture]:
     table = facts.predictions
     target, pred = (table[name].to_numpy(int) for name in ("target", "pred"))
     probs = table[[f"prob_{name}" for name in facts.class_names]].to_numpy(float)
-    kept = None
-    if entry["patch"] and entry["patch"]["error_among_kept"]["value"] is not None:
-        kept = (1 - entry["patch"]["abstained"]["value"], entry["patch"]["error_among_kept"]["value"])
-    bars = [{"coverage": at["coverage"], **at["risk"]} for at in entry["risk_coverage"]["at"]]
-    confidence = probs[np.arange(len(pred)), pred]
-    figure = draw_risk_coverage(pred != target, confidence, intervals=bars, kept=kept)
+    confidence, kept = probs[np.arange(len(pred)), pred], None
+    if entry.patch is not None:
+        kept = (1 - entry.patch.abstained.value, entry.patch.error_among_kept.value)
+    figure = draw_risk_coverage(pred != target, confidence, points=entry.risk_coverage.at, kept=kept)
     pictures = [
         Picture(
             "Risk-coverage curve: error rate among the most confident patches, against their share. Bars: 95 "
@@ -171,15 +160,15 @@ def _draw(facts: RunFacts, entry: Mapping[str, Any]) -> list[Picture]:
         )
     ]
     groups = facts.group_ids
-    if entry["per_patch"] and facts.unit != "patch" and groups.notna().all():
+    if entry.per_patch and facts.unit != "patch" and groups.notna().all():
         scores = 1 - probs[np.arange(len(target)), target]
         ours, plain = (
             None
-            if part["quantiles"] is None
-            else pd.Series(scores <= np.array(part["quantiles"])[target]).groupby(groups.to_numpy()).mean()
-            for part in (entry, entry["per_patch"])
+            if quantiles is None
+            else pd.Series(scores <= np.array(quantiles)[target]).groupby(groups.to_numpy()).mean()
+            for quantiles in (entry.quantiles, entry.per_patch.quantiles)
         )
-        drawn = draw_coverage(ours, plain, entry["target_coverage"], unit=facts.unit)
+        drawn = draw_coverage(ours, plain, entry.target_coverage or 0, unit=facts.unit)
         caption = (
             f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
             f"{plural(facts.unit)}."
@@ -196,7 +185,7 @@ def draw_risk_coverage(
     wrong: np.ndarray,
     confidence: np.ndarray,
     *,
-    intervals: Sequence[Mapping[str, float | None]] = (),
+    points: Sequence[RiskAt] = (),
     kept: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw the risk-coverage curve: error rate among the most confident patches against their share.
@@ -204,7 +193,7 @@ def draw_risk_coverage(
     Args:
         wrong: Whether each patch is misclassified, shape ``(n,)``.
         confidence: Confidence of each prediction, shape ``(n,)``.
-        intervals: ``coverage``, ``low``, ``high`` at some coverages, drawn as bars.
+        points: Error rates with intervals at some coverages, drawn as bars.
         kept: ``(coverage, risk)`` of the conformal sets, marked.
 
     Raises:
@@ -218,9 +207,11 @@ def draw_risk_coverage(
     optimal = np.maximum(0, share - (1 - error)) / share
     axes.plot(100 * share, 100 * optimal, color=MUTED, linewidth=1, linestyle=DASHED, label="optimal order")
     axes.axhline(100 * error, color=BASELINE, linewidth=1, linestyle=(0, (1, 2)), label="random order")
-    bars = pd.DataFrame(intervals, columns=["coverage", "low", "high"]).dropna().astype(float) * 100
-    axes.vlines(bars["coverage"], bars["low"], bars["high"], color=MODEL, linewidth=3.5, alpha=0.3)
-    if kept is not None:
+    for point in points:
+        if point.risk.low is not None and point.risk.high is not None:
+            low, high = 100 * point.risk.low, 100 * point.risk.high
+            axes.vlines(100 * point.coverage, low, high, color=MODEL, linewidth=3.5, alpha=0.3)
+    if kept is not None and np.isfinite(kept).all():
         axes.plot(100 * kept[0], 100 * kept[1], "o", color=INK, markersize=6, label="conformal sets")
     axes.set(xlim=(0, 101.5), xlabel="Coverage (%)", ylabel="Selective risk: error rate (%)")
     axes.set_ylim(bottom=0)

@@ -1,7 +1,6 @@
 """Measurement of calibration before and after the calibrator, on patches that it was not fitted on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from scipy.special import softmax
@@ -11,34 +10,14 @@ from biopsy.models.classifier import Classifier, score_classes
 from biopsy.statistics.calibration import ece_floor
 from biopsy.statistics.intervals import estimate_metrics
 from biopsy.statistics.multiclass import ClassSample
-from biopsy.statistics.reliability import BrierParts, ReliabilityBin, decompose_brier, estimate_reliability
-from biopsy.statistics.resampling import Interval
+from biopsy.statistics.reliability import decompose_brier, estimate_reliability
+from biopsy.training.metrics import Calibration, Reliability
 
 MEASURED_OF_CLASSES = ("ece", "brier", "nll")
 MEASURED = ("ece", "brier", "nll", "calibration_slope", "calibration_intercept")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reliability:
-    """Metrics of `MEASURED`, the ECE of a perfect classifier, and the bins of the reliability diagram.
-
-    With more than two classes the bins and the ECE are those of the predicted class; slope, intercept and
-    parts of the Brier score are None.
-    """
-
-    ece: Interval
-    brier: Interval
-    nll: Interval
-    calibration_slope: Interval | None = None
-    calibration_intercept: Interval | None = None
-    ece_floor: float
-    bins: list[ReliabilityBin]
-    brier_parts: BrierParts | None = None
-
-
-def measure_calibration(
-    classifier: Classifier, logits: np.ndarray, scored: ScoredPatches
-) -> Mapping[str, object]:
+def measure_calibration(classifier: Classifier, logits: np.ndarray, scored: ScoredPatches) -> Calibration:
     """Return the ``calibration`` entry of ``metrics.json``.
 
     Args:

@@ -1,18 +1,21 @@
 """Report section on calibration, before and after the calibrator."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count_patches, plural
 from biopsy.plotting.style import DASHED, MODEL, MUTED, legend_above, new_figure, styled, svg
-from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
+from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, interval_of, number
 from biopsy.reporting.elements import make_table
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
-from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED
+from biopsy.statistics.calibrators import PRIOR_CORRECTED, PRIOR_UNCHANGED, CalibratorRecord
+from biopsy.statistics.reliability import ReliabilityBin
+from biopsy.training.metrics import Reliability
 
 METHODS = {
     "platt": "Platt scaling",
@@ -34,41 +37,38 @@ ROWS = {
 
 
 @section("calibration", order=30)
-def describe_calibration(facts: RunFacts) -> Section | None:
+def describe_calibration(facts: RunFacts) -> Section:
     """Return the calibrator, the calibration metrics and reliability diagrams, and the calibration slope."""
-    result = facts.metrics.get("calibration")
-    if not result:
-        return None
+    result = facts.metrics.calibration
     blocks: list[Block] = [Text(describe_calibrator(result))]
     blocks += [Text(f"{capitalize(text)}.", "warning") for text in [result.get("warning")] if text]
     subsets = {"after": result["after"]}
     if result["method"] != "none":
         subsets = {"before": result["before"], **subsets}
     blocks.append(_table(subsets, facts.on_subset))
-    if result["after"].get("bins"):
-        positive = facts.positive if facts.is_binary else None
-        measured = "observed frequency against predicted probability"
-        measured = measured if positive else "accuracy against the probability of the predicted class"
-        titles = {
-            "before": "Before calibration",
-            "after": "After calibration" if len(subsets) > 1 else "Not calibrated",
-        }
-        pictures = [
-            Picture(
-                f"{titles[name]}: {measured}, in bins of as many patches each. A bin with patches of too few "
-                f"{plural(facts.unit)} has no interval.",
-                svg(draw_calibration(subset["bins"], positive=positive), f"calibration-{name}"),
-            )
-            for name, subset in subsets.items()
-        ]
-        caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
-        blocks.append(Pictures(pictures, caption=caption))
-    if result["after"].get("calibration_slope"):
+    positive = facts.positive if facts.is_binary else None
+    measured = "observed frequency against predicted probability"
+    measured = measured if positive else "accuracy against the probability of the predicted class"
+    titles = {
+        "before": "Before calibration",
+        "after": "After calibration" if len(subsets) > 1 else "Not calibrated",
+    }
+    pictures = [
+        Picture(
+            f"{titles[name]}: {measured}, in bins of as many patches each. A bin with patches of too few "
+            f"{plural(facts.unit)} has no interval.",
+            svg(draw_calibration(subset.bins, positive=positive), f"calibration-{name}"),
+        )
+        for name, subset in subsets.items()
+    ]
+    caption = f"Reliability diagrams (vertical lines: 95 % intervals over {plural(facts.unit)})"
+    blocks.append(Pictures(pictures, caption=caption))
+    if facts.is_binary:
         blocks.append(Text(describe_slope(result["after"], facts.positive)))
     return Section("calibration", "Calibration", blocks)
 
 
-def describe_calibrator(entry: Mapping[str, Any]) -> str:
+def describe_calibrator(entry: CalibratorRecord) -> str:
     """Describe the calibrator and the patches that it was fitted on."""
     if entry["method"] == "none":
         reason = entry.get("reason")
@@ -93,31 +93,30 @@ def describe_calibrator(entry: Mapping[str, Any]) -> str:
     return text + prior_notes.get(entry.get("prior") or "", "")
 
 
-def describe_slope(after: Mapping[str, Any], positive: str) -> str:
+def describe_slope(after: Reliability, positive: str) -> str:
     """Interpret calibration slope and intercept, given their intervals."""
-    slope, intercept = after["calibration_slope"], after["calibration_intercept"]
-    if slope["value"] is None:
-        return f"The calibration slope is undefined: {slope['reason']}."
-    if slope["low"] is None:
-        side = "overconfident" if slope["value"] < 1 else "underconfident"
+    slope, intercept = after.calibration_slope, after.calibration_intercept
+    assert slope is not None and intercept is not None
+    if math.isnan(slope.value):
+        return f"The calibration slope is undefined: {slope.reason}."
+    if slope.low is None:
+        side = "overconfident" if slope.value < 1 else "underconfident"
         return (
-            f"A slope of {number(slope['value'])} suggests {side} probabilities, but has no interval: "
-            f"{slope['reason']}."
+            f"A slope of {number(slope.value)} suggests {side} probabilities, but has no interval: "
+            f"{slope.reason}."
         )
-    verdict = (
-        "The probabilities are overconfident"
-        if slope["high"] < 1
-        else "The probabilities are underconfident"
-        if slope["low"] > 1
-        else "No over- or underconfidence was detected"
-    )
-    if intercept["low"] is not None and not intercept["low"] <= 0 <= intercept["high"]:
-        direction = "underestimate" if intercept["value"] > 0 else "overestimate"
+    verdict = {
+        "lower": "The probabilities are overconfident",
+        "higher": "The probabilities are underconfident",
+        "not different": "No over- or underconfidence was detected",
+    }[slope.compare(1)]
+    if intercept.compare(0) in ("higher", "lower"):
+        direction = "underestimate" if intercept.value > 0 else "overestimate"
         verdict += f"; on average they {direction} the frequency of {positive}"
-    return f"{verdict} (slope {number(slope['value'])}, {number(slope['low'])} to {number(slope['high'])})."
+    return f"{verdict} (slope {number(slope.value)}, {interval_of(slope)})."
 
 
-def _table(subsets: Mapping[str, Mapping[str, Any]], subset_label: str) -> Table:
+def _table(subsets: Mapping[str, Reliability], subset_label: str) -> Table:
     rows = [[label, *(_value(subset, key) for subset in subsets.values())] for key, label in ROWS.items()]
     heads = [f"{name} calibration" for name in subsets] if len(subsets) > 1 else ["not calibrated"]
     return make_table(
@@ -128,16 +127,16 @@ def _table(subsets: Mapping[str, Mapping[str, Any]], subset_label: str) -> Table
     )
 
 
-def _value(subset: Mapping[str, Any], key: str) -> object:
-    return subset[key] if subset.get(key) is not None else (subset.get("brier_parts") or {}).get(key)
+def _value(subset: Reliability, key: str) -> object:
+    return getattr(subset, key, None) or getattr(subset.brier_parts, key, None)
 
 
 @styled
-def draw_calibration(bins: Sequence[Mapping[str, Any]], *, positive: str | None = "positive") -> Figure:
+def draw_calibration(bins: Sequence[ReliabilityBin], *, positive: str | None = "positive") -> Figure:
     """Draw observed frequency against predicted probability, with the interval of each bin.
 
     Args:
-        bins: ``mean_prob`` and ``observed`` (``value``, ``low``, ``high``) per bin, as in `metrics.json`.
+        bins: The reliability table.
         positive: Name of the positive class; None for bins of the predicted class.
 
     Raises:
@@ -147,13 +146,18 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], *, positive: str | None 
         raise MetricError("no bins to draw: evaluate at least one patch")
     figure, axes = new_figure(height_in=4.1)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
-    bounded = [row for row in bins if row["observed"]["low"] is not None]
+    bounded = [row for row in bins if row.observed.low is not None]
     if bounded:
-        at = [row["mean_prob"] for row in bounded]
-        low, high = ([row["observed"][end] for row in bounded] for end in ("low", "high"))
-        axes.vlines(at, low, high, color=MODEL, alpha=0.45, linewidth=1.6, label="95 % interval")
-    predicted = [row["mean_prob"] for row in bins]
-    observed = [row["observed"]["value"] for row in bins]
+        ends = np.array([(row.observed.low, row.observed.high) for row in bounded], float)
+        axes.vlines(
+            [row.mean_prob for row in bounded],
+            *ends.T,
+            color=MODEL,
+            alpha=0.45,
+            linewidth=1.6,
+            label="95 % interval",
+        )
+    predicted, observed = [row.mean_prob for row in bins], [row.observed.value for row in bins]
     axes.plot(predicted, observed, "-o", color=MODEL, markersize=4.5, linewidth=1.1, label="this model")
     axes.set(
         xlim=(-0.02, 1.02),

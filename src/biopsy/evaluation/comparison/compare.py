@@ -16,6 +16,7 @@ from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
 from biopsy.core.text import count, plural
 from biopsy.evaluation.comparison.measure import (
+    ComparisonDocument,
     EvaluationSet,
     ModelPredictions,
     Source,
@@ -26,11 +27,11 @@ from biopsy.evaluation.comparison.page import (
     ComparisonFacts,
     describe_verdict,
     hide_comparison,
-    list_differences,
     report_of_comparison,
     table_of_difference,
     table_of_groups,
     table_of_seeds,
+    tabulate_differences,
 )
 from biopsy.evaluation.study_tables import pool_by_seed
 from biopsy.reporting.html import render_report
@@ -48,33 +49,36 @@ class Comparison(Result):
     """Result of a comparison; ``comparison[key]`` is an entry of ``comparison.json``.
 
     With ``plan=True``, the number of patients needed per assumed correlation.
+
+    Attributes:
+        record: The comparison; None with a plan.
     """
 
+    record: ComparisonDocument | None = None
+
     def blocks(self) -> list[str | Table]:
-        if "needs" in self:
+        if self.record is None:
             return _describe_plan(self)
-        unit = self["unit"]
-        groups = "" if unit == "patch" else f" of {count(self['n_patients'], unit)}"
-        blocks: list[str | Table] = [
-            f"{self['n_patches']:,} common test patches{groups}; reference: {self['reference']}"
-        ]
-        for difference in self["differences"]:
-            blocks += [f"\n{describe_verdict(self, difference)}", table_of_difference(self, difference)]
-            if self["by_group"] and self["n_patients"] < MIN_GROUPS:
-                blocks.append(table_of_groups(self, difference))
-        seeds = table_of_seeds(self)
+        m = self.record
+        groups = "" if m.unit == "patch" else f" of {count(m.n_patients, m.unit)}"
+        blocks: list[str | Table] = [f"{m.n_patches:,} common test patches{groups}; reference: {m.reference}"]
+        for difference in m.differences:
+            blocks += [f"\n{describe_verdict(m, difference)}", table_of_difference(m, difference)]
+            if m.by_group and m.n_patients < MIN_GROUPS:
+                blocks.append(table_of_groups(m, difference))
+        seeds = table_of_seeds(m)
         blocks += [] if seeds is None else [seeds]
-        if changed := self["changed"]:
+        if m.changed:
             blocks.append(
-                f"\ncorrect to wrong: {changed['turned_wrong']:,}, wrong to correct: "
-                f"{changed['turned_right']:,}; correct in both {changed['both_right']:,}, wrong in both "
-                f"{changed['both_wrong']:,}"
+                f"\ncorrect to wrong: {m.changed.turned_wrong:,}, wrong to correct: "
+                f"{m.changed.turned_right:,}; correct in both {m.changed.both_right:,}, wrong in both "
+                f"{m.changed.both_wrong:,}"
             )
         return [*blocks, f"comparison {self['path']}"]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per difference and metric, with interval and p-value, or the rows of a plan."""
-        return pd.DataFrame(self["needs"] if "needs" in self else list_differences(self.document))
+        return pd.DataFrame(self["needs"]) if self.record is None else tabulate_differences(self.record)
 
 
 def _describe_plan(plan: Mapping[str, Any]) -> list[str | Table]:
@@ -152,11 +156,11 @@ def compare(
         if len(models) == 2:
             changed, summary = find_changed(models[0], models[1], test_set)
             document = replace(document, changed=summary)
-        facts = ComparisonFacts(plain(document), changed, _open_patches(models[0]), models[0].frames[0])
+        facts = ComparisonFacts(document, changed, _open_patches(models[0]), models[0].frames[0])
         if hide_ids:
             facts = hide_comparison(facts)
         _write(partial, facts)
-    return Comparison({**facts.document, "path": str(folder)})
+    return Comparison({**plain(facts.document), "path": str(folder)}, facts.document)
 
 
 def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[ModelPredictions], EvaluationSet]:
@@ -235,7 +239,7 @@ def _describe_source(run: Run, kind: str, path: Path) -> Source:
 def _find_test_set(run: Run, pack_sha256: str) -> EvaluationSet:
     metrics = run.metrics()
     pack = {"path": run.info["pack"]["path"], "content_sha256": pack_sha256}
-    return EvaluationSet(pack, metrics["class_names"], metrics["positive_class"], metrics["unit"])
+    return EvaluationSet(pack, metrics.class_names, metrics.positive_class, metrics.unit)
 
 
 def _check_same(
@@ -288,7 +292,7 @@ def _choose_folder(models: Sequence[ModelPredictions], out: Path | str | None) -
 
 def _write(folder: Path, facts: ComparisonFacts) -> None:
     write_json(folder / DOCUMENT, facts.document)
-    write_csv(folder / TABLE, pd.DataFrame(list_differences(facts.document)))
+    write_csv(folder / TABLE, tabulate_differences(facts.document))
     write_atomic(folder / FIGURE, facts.figure)
     if facts.changed is not None:
         write_csv(folder / CHANGED, facts.changed)

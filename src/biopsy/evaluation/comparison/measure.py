@@ -14,13 +14,13 @@ from scipy.stats import binomtest
 
 from biopsy.data.packs import group_by_unit
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.study_tables import Spread
 from biopsy.statistics.intervals import estimate_metric
 from biopsy.statistics.metrics import METRICS, Metric, measure
 from biopsy.statistics.multiclass import MULTICLASS_METRICS, ClassSample
 from biopsy.statistics.paired import Difference, Sample, adjust_holm, sample_seeds, subtract
 from biopsy.statistics.resampling import Interval, Resampler
 from biopsy.statistics.weighted_counts import SortedScores
+from biopsy.training.metrics import Spread
 
 FORMAT = "biopsy-comparison/1"
 RECIPES, NETWORKS = "recipes", "trained networks"

@@ -31,6 +31,7 @@ from biopsy.evaluation.neighbours import SlideViews
 from biopsy.models.engine import Engine
 from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png
+from biopsy.reporting.document import read_estimate
 from biopsy.reporting.elements import make_table
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
@@ -70,7 +71,7 @@ class ErrorAnalysis(Result):
                 row["property"],
                 f"{row['mean_chosen']:.4g}",
                 f"{row['mean_others']:.4g}",
-                row["within"] or row["auroc"],
+                read_estimate(row["within"] or row["auroc"]),
                 row["verdict"],
             ]
             for row in self["contrasts"]

@@ -289,7 +289,7 @@ def _write(folder: Path, record: ErrorRecord) -> None:
 
 def _read_cached(folder: Path, requested: Mapping[str, Any]) -> ErrorRecord | None:
     """Return the stored record if it belongs to the requested predictions, else None."""
-    document = read_result(folder / DOCUMENT, requested)
+    document = read_result(folder / DOCUMENT, requested, dict[str, Any])
     try:
         if document is None or document.pop("table_sha256", None) != sha256_file(folder / TABLE):
             return None

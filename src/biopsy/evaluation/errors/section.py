@@ -9,10 +9,10 @@ import numpy as np
 from biopsy.core.text import capitalize, class_title, count, plural
 from biopsy.evaluation.errors.case_views import errors, hide_errors, load_errors
 from biopsy.evaluation.errors.measure import AGAINST, KINDS, CaseView, ErrorRecord
-from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES
+from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES, Hypotheses, Hypothesis
 from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg
-from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Text, number
+from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Text, number, read_estimate
 from biopsy.reporting.elements import make_table, pick_label
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
@@ -41,9 +41,8 @@ def describe_errors(facts: RunFacts) -> Section | None:
     document = record.document
     blocks: list[Block] = [Text(_describe_counts(facts, document)), *_describe_zones(document)]
     blocks += _describe_contrasts(document)
-    answers = [
-        _describe_hypothesis(item) for item in (facts.results.get("hypotheses") or {}).get("hypotheses", ())
-    ]
+    tested: Hypotheses | None = facts.results.get("hypotheses")
+    answers = [_describe_hypothesis(item) for item in (tested.hypotheses if tested else ())]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
     return Section("errors", "Error analysis", blocks + _galleries(facts, record))
@@ -101,7 +100,7 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
             property_name(result["property"]),
             number(result["mean_chosen"], _digits(result)),
             number(result["mean_others"], _digits(result)),
-            result["within"] if within else result["auroc"],
+            read_estimate(result["within"]) if within else read_estimate(result["auroc"]),
             result["verdict"],
         ]
         for result in contrasts
@@ -181,10 +180,10 @@ def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
     return [make_table(columns, rows, text_columns=2, fold=f"Properties of errors within each {unit}")]
 
 
-def _describe_hypothesis(hypothesis: Mapping[str, Any]) -> str:
-    if hypothesis["name"] not in ERROR_HYPOTHESES:
+def _describe_hypothesis(hypothesis: Hypothesis) -> str:
+    if hypothesis.name not in ERROR_HYPOTHESES:
         return ""
-    return f"{capitalize(hypothesis['source'])}: “{hypothesis['claim']}” {hypothesis['answer']}"
+    return f"{capitalize(hypothesis.source)}: “{hypothesis.claim}” {hypothesis.answer}"
 
 
 def _galleries(facts: RunFacts, record: ErrorRecord) -> list[Block]:

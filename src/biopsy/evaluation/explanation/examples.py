@@ -159,8 +159,9 @@ def write_explained(
     names = [f"{index:02d}-{file_name(item)}.png" for index, item in enumerate(examples["patch_id"], start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
     with update_directory(folder, DOCUMENT, *outputs, last=DOCUMENT) as partial:
-        identity = {"format": FORMAT, "classifier_sha256": classifier.sha256}
-        document = read_result(folder / DOCUMENT, identity) or {**identity, "sheets": [], "patches": []}
+        identity: dict[str, str | int] = {"format": FORMAT, "classifier_sha256": classifier.sha256}
+        document = read_result(folder / DOCUMENT, identity, dict[str, Any])
+        document = document or {**identity, "sheets": [], "patches": []}
         for stem, part in stems.items():
             sheet = draw_sheet(explained, range(len(examples)), [part])
             (partial / f"{stem}.png").write_bytes(png(sheet))

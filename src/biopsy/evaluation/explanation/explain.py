@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import DataError, RecipeError, RunError
-from biopsy.core.files import refuse_inputs
+from biopsy.core.files import plain, refuse_inputs
 from biopsy.core.results import Result, Table, number
 from biopsy.core.seeds import make_rng
 from biopsy.core.text import class_title, count
@@ -157,8 +157,9 @@ def explain(
         with contextlib.suppress(OSError):  # read-only run
             keep_explained(run, explained)
     if run is not None and faithfulness:
-        document["faithfulness"] = measure_faithfulness(
-            run, methods=methods, layer=layers[0] if layers else None, device=device
+        layer = layers[0] if layers else None
+        document["faithfulness"] = plain(
+            measure_faithfulness(run, methods=methods, layer=layer, device=device)
         )
     return Explanations(document, explained.examples, folder)
 

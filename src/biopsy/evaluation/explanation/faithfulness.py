@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import read_json, write_json
+from biopsy.core.files import write_json
 from biopsy.core.seeds import derive, make_rng
 from biopsy.core.text import capitalize, class_title, count
 from biopsy.data.packs import Pack
@@ -23,7 +24,7 @@ from biopsy.evaluation.stored_results import affordable_patches, read_result
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor, predict_classifier
-from biopsy.statistics.intervals import describe_method
+from biopsy.statistics.intervals import IntervalMethod, describe_method
 from biopsy.statistics.resampling import Interval, Resampling, clustered_mean
 from biopsy.training.runs import Run
 
@@ -185,48 +186,122 @@ _VERBS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class AreaUnderCurve(Interval):
+    """Area under a mean curve."""
+
+    curve: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveResult:
+    """Mean deletion and insertion curves of a method or baseline."""
+
+    name: str
+    deletion: AreaUnderCurve
+    insertion: AreaUnderCurve
+
+
+@dataclass(frozen=True)
+class RandomisedStep:
+    """Mean similarity of absolute maps to those of a network with random layers from ``from_layer`` on."""
+
+    from_layer: str
+    rank_correlation: float
+    ssim: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult(CurveResult):
+    """Results of a method: gain over each baseline, number of patches where it is better, randomisation."""
+
+    title: str
+    gain: dict[str, Interval]
+    n_better: dict[str, int]
+    verdict: dict[str, str]
+    randomised: list[RandomisedStep]
+    answer: str = ""
+    layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the tests."""
+
+    cells: int
+    steps: int
+    blur: float
+    n_random: int
+    n_randomised: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithfulness:
+    """Content of ``faithfulness.json``; see the file formats page."""
+
+    format: str
+    subset: str
+    classifier_sha256: str
+    seed: int
+    positive_class: str | None
+    unit: str
+    n_patches: int
+    n_groups: int
+    interval: IntervalMethod
+    settings: Settings
+    prob: dict[str, float]
+    methods: list[MethodResult]
+    baselines: list[CurveResult]
+    refused: list[dict[str, str]]
+
+
 def describe_method_result(
     name: str,
     traced: Traced,
-    randomised: Sequence[Mapping[str, Any]],
+    randomised: Sequence[RandomisedStep],
     group_ids: np.ndarray,
+    *,
+    layer: str | None = None,
     **resampling: Unpack[Resampling],
-) -> dict[str, Any]:
+) -> MethodResult:
     """Return the record of a method.
 
     Args:
         traced: Curves of deletion and insertion, by method and baseline.
-        randomised: One record per step of weight randomisation.
+        randomised: Steps of weight randomisation.
     """
     by_patch = {baseline: _score(traced[name]) - _score(traced[baseline]) for baseline in BASELINES}
     gains = {baseline: clustered_mean(gain, group_ids, **resampling) for baseline, gain in by_patch.items()}
-    record = {
-        "name": name,
-        "title": find_method(name).title,
-        **describe_curves(traced[name], group_ids, **resampling),
-        "gain": gains,
-        "n_better": {baseline: int((gain > 0).sum()) for baseline, gain in by_patch.items()},
-        "verdict": {baseline: gain.compare(0.0) for baseline, gain in gains.items()},
-        "randomised": list(randomised),
-    }
-    return record | {"answer": describe_gain(record, len(np.unique(group_ids)), resampling["unit"])}
+    record = MethodResult(
+        **vars(describe_curves(name, traced, group_ids, **resampling)),
+        title=find_method(name).title,
+        gain=gains,
+        n_better={baseline: int((gain > 0).sum()) for baseline, gain in by_patch.items()},
+        verdict={baseline: gain.compare(0.0) for baseline, gain in gains.items()},
+        randomised=list(randomised),
+        layer=layer,
+    )
+    return replace(record, answer=describe_gain(record, len(np.unique(group_ids)), resampling["unit"]))
 
 
 def describe_curves(
-    curves: tuple[np.ndarray, np.ndarray], group_ids: np.ndarray, **resampling: Unpack[Resampling]
-) -> dict[str, Any]:
+    name: str, traced: Traced, group_ids: np.ndarray, **resampling: Unpack[Resampling]
+) -> CurveResult:
     """Return the mean deletion and insertion curves, and the areas under them with intervals."""
-    result: dict[str, Any] = {}
-    for name, curve in zip(("deletion", "insertion"), curves, strict=True):
-        area = clustered_mean(area_under(curve), group_ids, bounds=(0.0, 1.0), **resampling)
-        result[name] = {**vars(area), "curve": curve.mean(axis=0).tolist()}
-    return result
+    deletion, insertion = (
+        AreaUnderCurve(
+            **vars(clustered_mean(area_under(curve), group_ids, bounds=(0.0, 1.0), **resampling)),
+            curve=curve.mean(axis=0).tolist(),
+        )
+        for curve in traced[name]
+    )
+    return CurveResult(name=name, deletion=deletion, insertion=insertion)
 
 
-def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
+def describe_gain(record: MethodResult, n_groups: int, unit: str) -> str:
     """Return the results of a method in one sentence."""
-    title, gains = record["title"], record["gain"]
-    if "inconclusive" in record["verdict"].values():
+    title, gains = record.title, record.gain
+    if "inconclusive" in record.verdict.values():
         points = [
             f"{abs(gain.value):.2f} {'above' if gain.value >= 0 else 'below'} {BASELINES[baseline]}"
             for baseline, gain in gains.items()
@@ -237,12 +312,12 @@ def describe_gain(record: Mapping[str, Any], n_groups: int, unit: str) -> str:
         )
     else:
         verdicts = [
-            f"{_VERBS[record['verdict'][baseline]].format(BASELINES[baseline])} {_format_gain(gain)}"
+            f"{_VERBS[record.verdict[baseline]].format(BASELINES[baseline])} {_format_gain(gain)}"
             for baseline, gain in gains.items()
         ]
         answer = f"{title} {' and '.join(verdicts)}"
-    if record["randomised"]:
-        correlation = record["randomised"][-1]["rank_correlation"]
+    if record.randomised:
+        correlation = record.randomised[-1].rank_correlation
         change = "hardly changes" if correlation >= MIN_CORRELATION else "changes"
         answer += f"; its map {change} when all weights are random (rank correlation {correlation:.2f})"
     return capitalize(f"{answer}.")
@@ -278,7 +353,7 @@ def measure_faithfulness(
     layer: str | None = None,
     n_patches: int | None = None,
     device: str = "auto",
-) -> dict[str, Any]:
+) -> Faithfulness:
     """Test the faithfulness of saliency maps on the evaluated subset of a run.
 
     Writes ``explain/faithfulness.json``. Patches are drawn with the run's seed from those predicted positive
@@ -325,47 +400,38 @@ def measure_faithfulness(
         classifier, patches[:N_RANDOMISED], class_index[:N_RANDOMISED], maps, layers, engine, seed=seed
     )
     options: Resampling = {"seed": seed, "unit": pack.unit}
-    result = [
-        {**describe_method_result(name, traced, randomised[name], groups, **options), "layer": layers[name]}
-        for name in maps
-    ]
-    document = {
-        "format": FORMAT,
-        "subset": subset,
-        "classifier_sha256": classifier.sha256,
-        "seed": seed,
-        "positive_class": pack.info.positive_class,
-        "unit": pack.unit,
-        "n_patches": len(rows),
-        "n_groups": len(np.unique(groups)),
-        "interval": describe_method(len(np.unique(groups)), **options),
-        "settings": {
-            "cells": CELLS,
-            "steps": STEPS,
-            "blur": BLUR,
-            "n_random": N_RANDOM,
-            "n_randomised": min(N_RANDOMISED, len(rows)),
-        },
-        "prob": {"untouched": traced["edges"][0][:, 0].mean(), "blurred": traced["edges"][0][:, -1].mean()},
-        "methods": result,
-        "baselines": [
-            {"name": name, **describe_curves(traced[name], groups, **options)} for name in BASELINES
+    untouched, blurred = (float(traced["edges"][0][:, step].mean()) for step in (0, -1))
+    result = Faithfulness(
+        format=FORMAT,
+        subset=subset,
+        classifier_sha256=classifier.sha256,
+        seed=seed,
+        positive_class=pack.info.positive_class,
+        unit=pack.unit,
+        n_patches=len(rows),
+        n_groups=len(np.unique(groups)),
+        interval=describe_method(len(np.unique(groups)), **options),
+        settings=Settings(CELLS, STEPS, BLUR, N_RANDOM, min(N_RANDOMISED, len(rows))),
+        prob={"untouched": untouched, "blurred": blurred},
+        methods=[
+            describe_method_result(name, traced, randomised[name], groups, layer=layers[name], **options)
+            for name in maps
         ],
-        "refused": refused,
-    }
-    path = run.path / FOLDER / DOCUMENT
-    write_json(path, document)
-    return read_json(path, format=FORMAT)
+        baselines=[describe_curves(name, traced, groups, **options) for name in BASELINES],
+        refused=refused,
+    )
+    write_json(run.path / FOLDER / DOCUMENT, result)
+    return result
 
 
-def read_faithfulness(run: Run) -> dict[str, Any] | None:
+def read_faithfulness(run: Run) -> Faithfulness | None:
     """Return the stored results of this classifier on the evaluated subset; None if there are none."""
     key = {
         "format": FORMAT,
         "classifier_sha256": run.classifier.sha256,
         "subset": run.evaluated_subset,
     }
-    return read_result(run.path / FOLDER / DOCUMENT, key)
+    return read_result(run.path / FOLDER / DOCUMENT, key, Faithfulness)
 
 
 def draw_patches(run: Run, pack: Pack, n_patches: int, *, seed: int) -> np.ndarray:
@@ -458,14 +524,13 @@ def compare_randomised(
     engine: Engine,
     *,
     seed: int,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[RandomisedStep]]:
     """Compare the maps of each method with those of increasingly randomised networks.
 
     Returns:
-        By method, one record per step: ``from_layer`` (this and all later layers are random),
-        ``rank_correlation`` and ``ssim`` of absolute maps, means over patches.
+        The steps of each method.
     """
-    result: dict[str, list[dict[str, Any]]] = {name: [] for name in maps}
+    result: dict[str, list[RandomisedStep]] = {name: [] for name in maps}
     for from_layer, network in randomise_cascading(classifier.base_network, seed=seed):
         other = Classifier(classifier.info, network)
         for name in maps:
@@ -475,11 +540,11 @@ def compare_randomised(
             )
             random = np.abs(explained.maps[:, 0])
             result[name].append(
-                {
-                    "from_layer": from_layer,
-                    "rank_correlation": rank_correlation(trained, random).mean(),
-                    "ssim": structural_similarity(trained, random).mean(),
-                }
+                RandomisedStep(
+                    from_layer,
+                    float(rank_correlation(trained, random).mean()),
+                    float(structural_similarity(trained, random).mean()),
+                )
             )
     return result
 

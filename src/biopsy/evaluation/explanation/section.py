@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,9 +16,23 @@ from biopsy.evaluation.explanation.examples import (
     load_explained,
 )
 from biopsy.evaluation.explanation.explain import explain
-from biopsy.evaluation.explanation.faithfulness import read_faithfulness
+from biopsy.evaluation.explanation.faithfulness import (
+    CurveResult,
+    Faithfulness,
+    MethodResult,
+    read_faithfulness,
+)
 from biopsy.plotting.style import BASELINE, INK, SERIES_COLOURS, WIDTH_IN, styled, svg
-from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
+from biopsy.reporting.document import (
+    Block,
+    Bullets,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    number,
+)
 from biopsy.reporting.elements import make_table, picture
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
@@ -99,63 +112,65 @@ TITLES = {"random": "random order", "edges": "edge detector"}
 )
 def describe_faithfulness(facts: RunFacts) -> Section | None:
     """Return a sentence, a table row and two curves for every tested method."""
-    result = facts.results.get("faithfulness")
+    result: Faithfulness | None = facts.results.get("faithfulness")
     if result is None:
         return None
-    settings, methods = result["settings"], result["methods"]
-    baselines = {item["name"]: item for item in result["baselines"]}
-    patches = (
-        f"predicted {class_title(result['positive_class'])}" if result["positive_class"] else "of any class"
-    )
-    size = count_patches(result["n_patches"], result["n_groups"], result["unit"])
+    settings, methods = result.settings, result.methods
+    baselines = {item.name: item for item in result.baselines}
+    patches = f"predicted {class_title(result.positive_class)}" if result.positive_class else "of any class"
+    size = count_patches(result.n_patches, result.n_groups, result.unit)
     blocks: list[Block] = [
-        Bullets([item["answer"] for item in methods]),
+        Bullets([item.answer for item in methods]),
         Text(
             f"Measured on {size}, {patches}, of the "
-            f"{result['subset']} subset (seed {result['seed']}). Each patch is divided into "
-            f"{settings['cells']} x {settings['cells']} cells. Deletion replaces cells by the blurred patch, "
+            f"{result.subset} subset (seed {result.seed}). Each patch is divided into "
+            f"{settings.cells} x {settings.cells} cells. Deletion replaces cells by the blurred patch, "
             "the most salient first; insertion restores them, starting from the blurred patch (Petsiuk et "
-            f"al. 2018). The mean probability of the class is {number(result['prob']['untouched'])} on the "
-            f"original patches and {number(result['prob']['blurred'])} on the blurred ones. "
+            f"al. 2018). The mean probability of the class is {number(result.prob['untouched'])} on the "
+            f"original patches and {number(result.prob['blurred'])} on the blurred ones. "
             "Gain of a method: "
             "half the difference of the areas under its two curves, minus the same of a random order, and "
             "of an edge detector, which does not know the network."
         ),
         picture(svg(_draw(methods, baselines), "faithfulness"), _caption(result)),
         _table_of_gains(methods, baselines),
-        _table_of_randomisation(methods, settings),
+        _table_of_randomisation(methods, settings.n_randomised),
     ]
-    if result["refused"]:
-        blocks.append(Text(" ".join(f"Not tested: {item['reason']}." for item in result["refused"]), "note"))
+    if result.refused:
+        blocks.append(Text(" ".join(f"Not tested: {item['reason']}." for item in result.refused), "note"))
     return Section("faithfulness", "Faithfulness of the saliency maps", blocks)
 
 
-def _draw(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Any:
-    def curves(record: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-        return record["deletion"]["curve"], record["insertion"]["curve"]
+def _draw(methods: Sequence[MethodResult], baselines: Mapping[str, CurveResult]) -> Figure:
+    def curves(result: CurveResult) -> tuple[list[float], list[float]]:
+        return result.deletion.curve, result.insertion.curve
 
     return draw_deletion_insertion(
-        {method["title"]: curves(method) for method in methods},
+        {method.title: curves(method) for method in methods},
         {TITLES[name]: curves(baseline) for name, baseline in baselines.items()},
     )
 
 
-def _caption(result: Mapping[str, Any]) -> str:
+def _caption(result: Faithfulness) -> str:
     return (
-        f"Mean probability of the class over {number(result['n_patches'])} patches when the most salient "
+        f"Mean probability of the class over {number(result.n_patches)} patches when the most salient "
         "cells are deleted first (left) or inserted first (right)."
     )
 
 
-def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]) -> Table:
-    def areas(item: Mapping[str, Any]) -> list[float]:
-        return [item[name]["value"] for name in ("deletion", "insertion")]
-
+def _table_of_gains(methods: Sequence[MethodResult], baselines: Mapping[str, CurveResult]) -> Table:
     rows = [
-        [item["title"], *areas(item), *(item[key][name] for key in ("gain", "n_better") for name in TITLES)]
+        [
+            *(item.title, item.deletion.value, item.insertion.value),
+            *(item.gain[name] for name in TITLES),
+            *(item.n_better[name] for name in TITLES),
+        ]
         for item in methods
     ]
-    rows += [[TITLES[name], *areas(item), *[None] * 4] for name, item in baselines.items()]
+    rows += [
+        [TITLES[name], item.deletion.value, item.insertion.value, *[None] * 4]
+        for name, item in baselines.items()
+    ]
     columns = ["method", "deletion", "insertion", "gain over random", "gain over edges", "better than random"]
     note = (
         "Deletion and insertion: area under the curve. Gains are paired by patch. The last two columns "
@@ -164,19 +179,19 @@ def _table_of_gains(methods: list[Mapping[str, Any]], baselines: Mapping[str, Ma
     return make_table([*columns, "than edges"], rows, caption="Deletion and insertion", note=note)
 
 
-def _table_of_randomisation(methods: list[Mapping[str, Any]], settings: Mapping[str, Any]) -> Table:
-    steps = [step["from_layer"] for step in methods[0]["randomised"]] if methods else []
+def _table_of_randomisation(methods: Sequence[MethodResult], n_randomised: int) -> Table:
+    steps = [step.from_layer for step in methods[0].randomised] if methods else []
     rows = []
     for index, name in enumerate(steps):
-        cells = [item["randomised"][index] for item in methods]
-        rows.append([name, *(f"{c['rank_correlation']:.2f} / {c['ssim']:.2f}" for c in cells)])
+        cells = [item.randomised[index] for item in methods]
+        rows.append([name, *(f"{c.rank_correlation:.2f} / {c.ssim:.2f}" for c in cells)])
     note = (
         "The weights of the named layer and of all later layers are randomised, and the maps of "
-        f"{settings['n_randomised']} patches compared with those of the trained network: rank correlation / "
+        f"{n_randomised} patches compared with those of the trained network: rank correlation / "
         "structural similarity (SSIM). Maps that stay similar depend on the image, not on what was learned."
     )
     return Table(
-        ["randomised from", *(item["title"] for item in methods)],
+        ["randomised from", *(item.title for item in methods)],
         rows,
         caption="Cascading weight randomisation (Adebayo et al. 2018)",
         note=note,

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import cv2
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import RunError
-from biopsy.core.files import read_json, write_json
+from biopsy.core.files import write_json
+from biopsy.core.loaders import FloatOrNan
 from biopsy.core.text import count
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
@@ -25,7 +26,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.statistics.contrasts import Contrast, contrast_groups
-from biopsy.statistics.intervals import describe_method, estimate_metrics
+from biopsy.statistics.intervals import IntervalMethod, describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
 from biopsy.statistics.resampling import Interval, Resampling, clustered_ratio
 from biopsy.statistics.weighted_counts import sort_scores
@@ -107,81 +108,6 @@ _LEADS = {
 }
 
 
-def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> dict[str, Any]:
-    """Test the published hypotheses on the evaluated subset of a run.
-
-    Writes ``explain/hypotheses.json``, or reads it if it is current. Of a large subset, a random sample is
-    measured. The subset is the test subset if it has been evaluated, else validation.
-
-    Args:
-        run: A finished run with two classes.
-
-    Returns:
-        The content of the file; see the file formats page.
-
-    Raises:
-        RunError: If the run has more than two classes, or no subset of it has been predicted.
-    """
-    run = Run.open(run)
-    subset, path = run.evaluated_subset, run.path / PATH
-    frame, metadata = run.predictions(subset)
-    if "prob" not in frame:
-        raise RunError(f"{run.path} has more than two classes: the hypotheses are defined for two")
-    key = result_key(run, FORMAT, subset, frame, metadata)
-    result = read_result(path, key)
-    if result is None:
-        write_json(path, {**key, **_measure(run, frame, key["seed"], device)})
-        result = read_json(path, format=FORMAT)
-    return result
-
-
-def read_hypotheses(run: Run) -> dict[str, Any] | None:
-    """Return the stored results for the evaluated subset; None if there are none."""
-    subset = run.evaluated_subset
-    return read_result(run.path / PATH, result_key(run, FORMAT, subset, *run.predictions(subset)))
-
-
-def _measure(run: Run, frame: pd.DataFrame, seed: int, device: str) -> dict[str, Any]:
-    """Return the results, without the entries that identify the predictions."""
-    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
-    rows = pack.rows_of(frame["patch_id"])
-    truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
-    frozen = run.info["threshold"]
-    assert frozen is not None  # of two classes
-    prob, threshold = frame["prob"].to_numpy(float), frozen["value"]
-    options: Resampling = {"seed": seed, "unit": pack.unit}
-
-    measured = draw_rows(len(rows), MAX_MEASURED, seed)
-    properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
-    outcome = (truth[measured], prob[measured] >= threshold, groups[measured])
-
-    n_predicted = affordable_patches(classifier.network, classifier.info.preprocessing.input_px)
-    predicted = draw_rows(len(rows), n_predicted, seed)
-    patches, sizes = pack.patches[rows[predicted]], pack.sizes[rows[predicted]]
-
-    def predict(versions: np.ndarray) -> np.ndarray:
-        return classifier.probs(predictor.logits(versions, sizes))[:, pack.positive_index]
-
-    with open_predictor(classifier, engine, len(patches) * (1 + len(REMOVALS))) as predictor:
-        intact = predict(patches)
-        without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
-    maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
-    shares = share_saliency(patches, maps, sizes)
-    return {
-        "positive_class": pack.info.positive_class,
-        "unit": pack.unit,
-        "n_groups": len(np.unique(groups)),
-        "n_measured": len(measured),
-        "n_predicted": len(predicted),
-        "threshold": threshold,
-        "interval": describe_method(len(np.unique(groups)), **options),
-        "hypotheses": [
-            *(check_errors(name, properties, *outcome, **options) for name in ERROR_HYPOTHESES),
-            check_blue_yellow(truth[predicted], intact, without, shares, groups[predicted], **options),
-        ],
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class PropertyContrast(Contrast):
     """A property compared in the direction of a hypothesis: differences above 0, AUROC above 0.5 support it.
@@ -206,7 +132,7 @@ class ColourShare:
     area_share: float | None
     saliency_share: float | None
     ratio: Interval
-    by_group: dict[str, dict[str, float]]
+    by_group: dict[str, dict[str, FloatOrNan]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +157,101 @@ class Hypothesis:
     measures: list[PropertyContrast] = field(default_factory=list)
     auroc: dict[str, dict[str, Interval]] | None = None
     saliency: dict[str, ColourShare] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypotheses:
+    """Content of ``hypotheses.json``; see the file formats page."""
+
+    format: str
+    subset: str
+    n_patches: int
+    classifier_sha256: str
+    seed: int
+    positive_class: str
+    unit: str
+    n_groups: int
+    n_measured: int
+    n_predicted: int
+    threshold: float
+    interval: IntervalMethod
+    hypotheses: list[Hypothesis]
+
+
+def measure_hypotheses(run: Run | Path | str, *, device: str = "auto") -> Hypotheses:
+    """Test the published hypotheses on the evaluated subset of a run.
+
+    Writes ``explain/hypotheses.json``, or reads it if it is current. Of a large subset, a random sample is
+    measured. The subset is the test subset if it has been evaluated, else validation.
+
+    Args:
+        run: A finished run with two classes.
+
+    Returns:
+        The content of the file; see the file formats page.
+
+    Raises:
+        RunError: If the run has more than two classes, or no subset of it has been predicted.
+    """
+    run = Run.open(run)
+    subset, path = run.evaluated_subset, run.path / PATH
+    frame, metadata = run.predictions(subset)
+    if "prob" not in frame:
+        raise RunError(f"{run.path} has more than two classes: the hypotheses are defined for two")
+    key = result_key(run, FORMAT, subset, frame, metadata)
+    result = read_result(path, key, Hypotheses)
+    if result is None:
+        result = _measure(run, frame, key, device)
+        write_json(path, result)
+    return result
+
+
+def read_hypotheses(run: Run) -> Hypotheses | None:
+    """Return the stored results for the evaluated subset; None if there are none."""
+    subset = run.evaluated_subset
+    return read_result(run.path / PATH, result_key(run, FORMAT, subset, *run.predictions(subset)), Hypotheses)
+
+
+def _measure(run: Run, frame: pd.DataFrame, key: Mapping[str, str | int], device: str) -> Hypotheses:
+    pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
+    rows = pack.rows_of(frame["patch_id"])
+    truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
+    frozen = run.info["threshold"]
+    assert frozen is not None and pack.info.positive_class is not None  # of two classes
+    seed = run.info["seed"]
+    prob, threshold = frame["prob"].to_numpy(float), frozen["value"]
+    options: Resampling = {"seed": seed, "unit": pack.unit}
+
+    measured = draw_rows(len(rows), MAX_MEASURED, seed)
+    properties = measure_properties(pack.patches, pack.sizes, index=rows[measured])
+    outcome = (truth[measured], prob[measured] >= threshold, groups[measured])
+
+    n_predicted = affordable_patches(classifier.network, classifier.info.preprocessing.input_px)
+    predicted = draw_rows(len(rows), n_predicted, seed)
+    patches, sizes = pack.patches[rows[predicted]], pack.sizes[rows[predicted]]
+
+    def predict(versions: np.ndarray) -> np.ndarray:
+        return classifier.probs(predictor.logits(versions, sizes))[:, pack.positive_index]
+
+    with open_predictor(classifier, engine, len(patches) * (1 + len(REMOVALS))) as predictor:
+        intact = predict(patches)
+        without = {name: predict(remove(patches)) for name, remove in REMOVALS.items()}
+    maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
+    shares = share_saliency(patches, maps, sizes)
+    return Hypotheses(
+        **key,  # type: ignore[arg-type]
+        positive_class=pack.info.positive_class,
+        unit=pack.unit,
+        n_groups=len(np.unique(groups)),
+        n_measured=len(measured),
+        n_predicted=len(predicted),
+        threshold=threshold,
+        interval=describe_method(len(np.unique(groups)), **options),
+        hypotheses=[
+            *(check_errors(name, properties, *outcome, **options) for name in ERROR_HYPOTHESES),
+            check_blue_yellow(truth[predicted], intact, without, shares, groups[predicted], **options),
+        ],
+    )
 
 
 @dataclass(frozen=True)
