@@ -173,21 +173,21 @@ def test_encodings_that_xml_names_itself_are_read(read, encoding):
 
 LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha"><!ENTITY b "&a;&a;">]>'
 BAD = {
-    "entities": (LAUGHS + halo(), "declares a document type"),
-    "an outer entity": ('<!DOCTYPE a SYSTEM "file:///etc/passwd">' + halo(), "declares a document type"),
-    "cut short": (halo(("A", []))[:-3], "is not readable as XML"),
-    "no XML": ('{"type": "FeatureCollection"}', "is not readable as XML"),
-    "empty": ("", "is not readable as XML"),
-    "another kind": ("<svg/>", "starts with <svg>"),
-    "deep": ("<a>" * 100_000 + "</a>" * 100_000, "starts with <a>"),
-    "an encoding": ('<?xml version="1.0" encoding="x"?><a/>', "is not readable as XML"),
+    "entities": (LAUGHS + halo(), "syntax"),
+    "an outer entity": ('<!DOCTYPE a SYSTEM "file:///etc/passwd">' + halo(), "syntax"),
+    "cut short": (halo(("A", []))[:-3], "syntax"),
+    "no XML": ('{"type": "FeatureCollection"}', "syntax"),
+    "empty": ("", "syntax"),
+    "another kind": ("<svg/>", "format"),
+    "deep": ("<a>" * 100_000 + "</a>" * 100_000, "format"),
+    "an encoding": ('<?xml version="1.0" encoding="x"?><a/>', "syntax"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_file_of_annotations_is_refused(read, name):
     text, reason = BAD[name]
-    with pytest.raises(FileFormatError, match=rf"case\.xml .*{reason}"):
+    with refuses(FileFormatError, "case.xml", reason=reason):
         read(text)
 
 
