@@ -124,6 +124,12 @@ def many():
     return Population().draw(120, 15, seed=1)
 
 
+@pytest.mark.parametrize(("n_groups", "method"), [(99, "jackknife"), (100, "bootstrap")])
+def test_a_hundred_patients_are_bootstrapped_and_described_so(n_groups, method):
+    assert Resampler(n_groups).method == method
+    assert describe_method(n_groups).method.startswith(method)
+
+
 def test_bootstrap_same_seed_same_answer(many):
     arrays = many.target, many.prob, many.patient_ids
     first, again, other = (estimate_patch_metrics(*arrays, seed=s, draws=100) for s in (3, 3, 4))

@@ -70,6 +70,13 @@ def test_a_gap_is_cut_in_its_middle():
     assert choose_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]).value == pytest.approx(0.4)
 
 
+def test_outermost_cuts_lie_midway_to_0_and_1():
+    above = choose_threshold([1, 0], [0.4, 0.8], "specificity=0.9")
+    assert above.value == pytest.approx(0.9) and (above.sensitivity, above.specificity) == (0, 1)
+    below = choose_threshold([1, 0], [0.2, 0.8], "sensitivity=1")
+    assert below.value == pytest.approx(0.1) and (below.sensitivity, below.specificity) == (1, 0)
+
+
 def test_neighbouring_floats_are_still_told_apart():
     low = 0.3
     high = float(np.nextafter(low, 1))
