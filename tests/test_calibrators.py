@@ -75,6 +75,15 @@ def test_a_temperature_worked_by_hand():
     assert fitted.slope == pytest.approx(np.log(3) / 4)  # three of four are right: odds 3 at logit 4
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_a_temperature_follows_the_scale_of_scores(scale):
+    scores, target = draw()
+    fitted = fit_calibrator(scores * scale, target, "temperature")
+    assert fitted.method == "temperature"
+    wanted = fit_calibrator(scores, target, "temperature").slope
+    assert fitted.slope * scale == pytest.approx(wanted, rel=1e-6)
+
+
 def test_temperature_serves_any_number_of_classes():
     rng = np.random.default_rng(1)
     scores = rng.normal(0, 2, (3000, 4))
