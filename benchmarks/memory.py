@@ -122,7 +122,7 @@ COMMANDS = {
     "prepare slides": Command("prepare slides --out slides.pack --mpp 4 --patch-px 50 --rest other", 500),
     "slide": Command("slide run slides --out maps --device cpu", 1600),
     "serve": Command("serve run --port {port}", 1200),
-    "view": Command("view slides --no-browser --port {port}", 500),
+    "view": Command("view slides --no-browser --port {port}", 700),
     "view pack": Command("view in.pack --no-browser --port {port}", 600, 10),
 }
 
