@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.special import expit, logit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from biopsy.core.errors import MetricError
-from biopsy.statistics.paired import estimate_differences
+from biopsy.statistics.paired import estimate_differences, sample_seeds, subtract
+from biopsy.statistics.resampling import Resampler
+from biopsy.statistics.weighted_counts import sort_scores
 from report_facts import estimate_patch_metrics
 
 
@@ -40,6 +43,27 @@ def test_a_difference_is_that_of_the_metrics():
         brier_score_loss(target, first) - brier_score_loss(target, second), abs=1e-12
     )
     assert found["auroc"].low < found["auroc"].value < found["auroc"].high
+
+
+def test_seeds_add_the_variance_of_their_mean():
+    """By hand, with the degrees of freedom of Satterthwaite: 11 of 12 patients, 2 of 3 seeds each."""
+    rng = np.random.default_rng(3)
+    target, *scores, groups = draw_pair(rng, 12)
+    seeds = [[expit(logit(prob) + rng.normal(0, 0.5)) for _ in range(3)] for prob in scores]
+    samples = [
+        sample_seeds(
+            [sort_scores(target, prob, group_ids=groups) for prob in probs], Resampler(12), names=["brier"]
+        )
+        for probs in seeds
+    ]
+    found = subtract(*samples)["brier"]
+    patients = ((found.over_patients.high - found.over_patients.low) / 2 / stats.t.ppf(0.975, 11)) ** 2
+    of_seeds = [np.var([brier_score_loss(target, prob) for prob in probs], ddof=1) / 3 for probs in seeds]
+    total = patients + sum(of_seeds)
+    freedom = total**2 / (patients**2 / 11 + sum(variance**2 / 2 for variance in of_seeds))
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
+    assert (found.interval.high - found.interval.low) / 2 == pytest.approx(half)
+    assert half**2 > 1.1 * patients * stats.t.ppf(0.975, 11) ** 2
 
 
 def test_swapping_the_two_changes_the_sign():

@@ -109,6 +109,9 @@ def test_refusals():
     for wrong in (0.05, 1.0, 80):
         with refuses(MetricError, "power", wrong, "0.05 and 1"):
             plan_patients(0.1, 20, difference=0.03, power=wrong)
+    with refuses(MetricError, "1.9", "at least 2"):
+        plan_patients(0.1, 20, difference=0.05, effective=1.9)
+    assert plan_patients(0.1, 20, difference=0.05, effective=2.0).n_patients > 34
     with refuses(MetricError, "vary"):
         plan_patients(0.0, 20, difference=0.03)
     with refuses(MetricError, "1,000,000"):
