@@ -124,6 +124,12 @@ def many():
     return Population().draw(120, 15, seed=1)
 
 
+def test_a_metric_that_lacks_no_patches_says_why_it_is_undefined():
+    """Equal probabilities have no slope, though no positive or negative patches are missing."""
+    ours = estimate_patch_metrics(TARGET, np.full(15, 0.3), PATIENTS)["calibration_slope"]
+    assert np.isnan(ours.value) and METRICS["calibration_slope"].undefined in ours.reason
+
+
 @pytest.mark.parametrize(("n_groups", "method"), [(99, "jackknife"), (100, "bootstrap")])
 def test_a_hundred_patients_are_bootstrapped_and_described_so(n_groups, method):
     assert Resampler(n_groups).method == method
