@@ -215,9 +215,10 @@ def test_a_filter_changed_while_patches_load_shows_only_what_it_names(show, make
         const field = document.getElementById("filter-value");
         field.value = value;
         field.dispatchEvent(new Event("change")); } }""")
+    n_idc = int((pack.target == 1).sum())
+    page.wait_for_function("n => document.querySelectorAll('.patch').length === n", arg=n_idc)
     page.wait_for_timeout(800)
-    shown = page.locator(".patch span").all_inner_texts()
-    assert shown == ["IDC"] * (pack.target == 1).sum()
+    assert page.locator(".patch span").all_inner_texts() == ["IDC"] * n_idc
     page.fill("#filter-value", "nobody")
     page.press("#filter-value", "Enter")
     page.wait_for_timeout(500)
