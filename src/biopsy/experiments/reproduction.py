@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.files import plain
 from biopsy.core.ray_engine import Engine, check_engine
 from biopsy.core.results import Table
 from biopsy.data.packs import Pack
@@ -204,7 +205,7 @@ class Reproduction(Study):
         return [*tables, str(self.path)]
 
     def to_json(self) -> dict[str, object]:
-        return {"path": self.path, **vars(self.summary(ReproductionSummary))}
+        return {"path": self.path, **plain(self.summary(ReproductionSummary))}
 
 
 def reproduce(
