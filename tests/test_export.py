@@ -209,7 +209,7 @@ def test_the_command_line_counts_the_tree(source, tree, tmp_path):
     done = call(*command)
     assert done.exit_code == 0 and "warning: patients are in more than one subset" in done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-4:]]
-    assert rows[0] == ["subset", "0", "1"]
+    assert rows[0] == ["subset", "class", "0", "class", "1"]
     assert {row[0]: {"0": int(row[1]), "1": int(row[2])} for row in rows[1:]} == count_tree(tree)
     command = [*command[:-1], str(tree.with_name("second")), "--split", "patients", "--json"]
     done = call(*command)

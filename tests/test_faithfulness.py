@@ -413,5 +413,5 @@ def test_a_network_without_convolutions_is_tested_by_the_rest_and_nothing_called
     assert refused[0]["name"] == "grad_cam" and "integrated_gradients" in refused[0]["reason"]
     frame, about = judged.predictions("test")
     monkeypatch.setattr(biopsy.Run, "predictions", lambda self, subset: (frame.assign(pred=0), about))
-    with refuses(RunError, "test", "idc"):
+    with refuses(RunError, "test", "IDC"):
         measure_faithfulness(judged, device="cpu")

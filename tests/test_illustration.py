@@ -190,7 +190,7 @@ def test_sheets_pictures_and_table_are_written(judged, tmp_path):
     assert [sheet["layer"] for sheet in written["sheets"]] == [None, "blocks.2", "stem.2"]
     assert (
         find_method("saliency").caveat in written["sheets"][0]["caption"]
-        and "The class is idc" in written["sheets"][0]["caption"]
+        and "The class is IDC" in written["sheets"][0]["caption"]
     )
     for entry in [*written["sheets"], *written["patches"]]:
         assert cv2.imread(str(tmp_path / "maps" / entry["picture"])).shape[1] > 50

@@ -51,8 +51,9 @@ def test_more_classes_by_their_names():
     assert values["auroc"] == pytest.approx(sk.roc_auc_score(target, probs, multi_class="ovr"))
     report = found.classification_report()
     assert report.index.tolist() == [*names, "macro average", "weighted average", "micro average"]
-    with pytest.raises(MetricError, match="ROC curve"):
-        found.plot_roc()
+    for draw_curve in (found.plot_roc, found.plot_precision_recall):
+        with refuses(MetricError, "two classes", 3):
+            draw_curve()
 
 
 def test_the_same_classes_whatever_their_form():

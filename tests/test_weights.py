@@ -240,7 +240,7 @@ def test_without_them_the_record_and_the_report_say_so():
         "frozen stages are random"
     )
 
-    facts = SimpleNamespace(run={"weights": record}, log=(), network=(), is_run=True)
+    facts = SimpleNamespace(run={"weights": record, "seconds": 1.0}, log=(), network=(), is_run=True)
     section = describe_training(facts)
     assert any("this run did not (model.pretrained=false)" in str(block) for block in section.blocks)
 

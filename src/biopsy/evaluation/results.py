@@ -121,17 +121,19 @@ class Evaluation(Result):
         """Draw the ROC curve with the threshold marked; two classes only."""
         from biopsy.evaluation.figures import draw_roc
 
+        truth, prob = self._binary("ROC curve")
         patch = self.metrics.patch
         point = patch["sensitivity"].value, patch["specificity"].value
-        return draw_roc(*self._binary("ROC curve"), operating_point=point)
+        return draw_roc(truth, prob, operating_point=point)
 
     def plot_precision_recall(self) -> "Figure":
         """Draw precision against recall with the threshold marked; two classes only."""
         from biopsy.evaluation.figures import draw_precision_recall
 
+        truth, prob = self._binary("precision-recall curve")
         patch = self.metrics.patch
         point = patch["sensitivity"].value, patch["ppv"].value
-        return draw_precision_recall(*self._binary("precision-recall curve"), operating_point=point)
+        return draw_precision_recall(truth, prob, operating_point=point)
 
     def plot_calibration(self) -> "Figure":
         """Draw observed frequency against predicted probability (multi-class: of the predicted class)."""
