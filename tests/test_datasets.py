@@ -473,8 +473,9 @@ def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
     shutil.copy(next((TREES / "classes/adenosis").iterdir()), tmp_path / "x" / "a.png")
     with refuses(DataError, "'a.png'", "idc"):
         prepare(tmp_path / "x", tmp_path / "x.pack")
-    with refuses(DataError, "annotated-slides", ".geojson"):
+    with refuses(DataError, "annotated-slides", ".geojson", "breakhis: ") as caught:
         find_dataset(open_archive(tmp_path / "x"))
+    assert str(caught.value).count("SOB_") == 1  # one layout of five data sets
     with refuses(DataError, "'annotated-slides'"):
         find_dataset(open_archive(tmp_path / "x"), "annotated_slides")
     with refuses(DataError, "'idx'", "'idc'"):

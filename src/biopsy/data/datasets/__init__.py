@@ -30,6 +30,7 @@ def find_dataset(archive: Archive, name: str | None = None) -> Dataset:
     for dataset in datasets:
         if dataset.recognise(archive):
             return dataset
-    layouts = "; ".join(f"{dataset.name}: {dataset.looks_for}" for dataset in datasets)
+    named = {dataset.looks_for: dataset.name for dataset in reversed(datasets)}  # of each layout the first
+    layouts = "; ".join(f"{name}: {looks_for}" for looks_for, name in reversed(named.items()))
     examples = ", ".join(repr(entry.name) for entry in archive.entries[:3])
     raise DataError(f"{archive.path} has no known layout (it holds {examples}). Known layouts: {layouts}")
