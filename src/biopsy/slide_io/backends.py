@@ -221,6 +221,8 @@ def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: 
 
 
 def _advice(reason: str) -> str:
+    if reason.startswith("is not an image"):
+        return ", nor of a format that OpenSlide reads: the file may be damaged"
     return " without tiles; save it as a pyramidal TIFF" if "are decoded" in reason else ""
 
 
