@@ -15,6 +15,7 @@ from biopsy.data.inspection import inspect
 from biopsy.data.packs import PIXELS, Pack
 from biopsy.data.splits import Split, save_split
 from biopsy.data.splits import split as make_split
+from biopsy.experiments.reports import find_audit
 
 
 def names(paths):
@@ -27,6 +28,7 @@ def test_audit_and_pictures_of_a_pack(make_pack):
     assert found["blocking_issues"] == []
     assert found["paths"]["audit"] == pack.path / "audit.json"
     kept = read_json(pack.path / "audit.json", format="biopsy-audit/1")
+    assert find_audit(pack) == kept
     assert kept == {key: value for key, value in found.items() if key not in ("paths", "blocking_issues")}
     assert names(found["paths"]["pictures"]) == [
         "classes.png",

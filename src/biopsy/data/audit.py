@@ -9,11 +9,12 @@ patches: JPEG quality 90, .97; quality 75, .93; 5 % darker, .997; noise of 5 gre
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypedDict
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
+from typing_extensions import TypedDict
 
 from biopsy.core.text import plural
 from biopsy.data.packs import Pack, PackCounts

@@ -138,7 +138,7 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         get_patch=pack.pixels_by_id(),
         patch_px=pack.info.patch_px,
         mpp=pack.info.mpp,
-        audit=_find_audit(pack),
+        audit=find_audit(pack),
         results=results,
         missing=missing,
     )
@@ -150,7 +150,7 @@ def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
     return describe(network, side)
 
 
-def _find_audit(pack: Pack) -> Audit | None:
+def find_audit(pack: Pack) -> Audit | None:
     """Return the pack's audit; None without one."""
     try:
         path = pack.path / "audit.json"

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypedDict, cast
+from typing import Any, Final, NamedTuple, cast
 
 import cv2
 import numpy as np
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, write_atomic, write_json

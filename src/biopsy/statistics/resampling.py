@@ -8,12 +8,13 @@ of groups minus 1) for groups with ``n`` patches on which the statistic depends.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Required, TypedDict, Unpack
+from typing import Literal, Required, Unpack
 
 import numpy as np
 import pandas as pd
 import scipy
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError
 from biopsy.core.loaders import FloatOrNan
