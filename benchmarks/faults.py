@@ -45,6 +45,7 @@ Results: `results/faults.csv`, one row a command and fault, shown in `docs/relia
 import argparse
 import csv
 import errno
+import faulthandler
 import hashlib
 import importlib
 import itertools
@@ -109,6 +110,7 @@ INPUTS = {
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 ON_INPUTS = ("input altered", "input removed")
 SLOW, TWICE = "slow storage", "two at once"
+LONGEST_S = 300  # after which a process counts as one that never ends
 LEAST = 4096  # bytes that a file may hold when the disk is full, so that messages can be kept
 FAULTS = (
     *(*SIGNALS, "disk full", "read-only", "no temporary space", "few handles", TWICE),
@@ -165,6 +167,7 @@ def start(
         os.chdir(folder)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.enable()  # says where each thread stands when `wait` gives up
         count = count_operations(folder, disturb)
         code = command()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes too late
@@ -180,9 +183,15 @@ def start(
 
 
 def wait(process: tuple[int, Path, float]) -> Outcome:
-    """Wait for a process that `start` has made."""
+    """Wait for a process that `start` has made; one that does not end is aborted."""
     pid, log, began = process
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() - began > LONGEST_S:
+            os.kill(pid, signal.SIGABRT)
+            ended = os.waitpid(pid, 0)
+            break
+        time.sleep(0.01)
+    code = os.waitstatus_to_exitcode(ended[1])
     text, _, counts = log.read_text(errors="replace").partition("\noperations=")
     log.unlink()
     inside, outside = map(int, counts.split() or (0, 0))

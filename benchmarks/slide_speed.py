@@ -1,30 +1,31 @@
-"""How fast slides are mapped, beside WSInfer 0.6.1 on the same slide with the same TorchScript network.
+"""How fast slides are mapped beside WSInfer, TIAToolbox and LazySlide: the same slide, the same network.
 
 Command::
 
-    python benchmarks/slide_speed.py RUN PACK --wsinfer PYTHON [--turns 3] [--slide 8867] [--work DIR]
+    python benchmarks/slide_speed.py RUN PACK --wsinfer PYTHON [--tiatoolbox PYTHON] [--lazyslide PYTHON]
+        [--turns 5] [--slide 8867] [--work DIR]
 
 RUN is a CancerNet trained on IDC patches, PACK holds their slide. The slide is put together, enlarged eight
 times and written as a pyramid of 26,008 x 18,408 pixels at 0.5 um/px. The network is told that its patches of
 50 px are cut at 1.0 um/px; what it says is then of no use, what it costs is the same. PYTHON is that of an
-environment with ``wsinfer`` 0.6.1, ``zarr<3`` and OpenSlide; the online list of models that its command asks
-for at the start is replaced by an empty one.
+environment with the peer (`slide_peers.py` says which version).
 
-Three commands take turns in random order, each a process of its own from start to end: WSInfer (two loading
-processes), `biopsy slide` in float32, and `biopsy slide` as it is by default, all from one bundle: WSInfer
-takes its TorchScript, ours what lies beside it. Both have run before, so that Python has compiled their
-sources. Both tools choose the tissue by themselves, so speed is patches a second, each over its own patches.
+The commands take turns in random order, each a process of its own from start to end: every peer (two loading
+processes), `biopsy slide` in float32, and `biopsy slide` as it is by default, all from one bundle: the peers
+take its TorchScript, ours what lies beside it. All have run before, so that Python has compiled their
+sources. Each chooses the tissue by itself, so speed is patches a second, each over its own patches.
 Where other work shares the machine, seconds of processor time are given too.
 
-Then: how far probabilities differ, on the patches that both have, on a part of the slide at 1.0 um/px, where
-nothing is resampled; how far the default mode moves probabilities; AUROC and Dice against the annotation in
-both modes, of the run at its own 4.0 um/px and threshold with a stride of 40 um; and where the time goes,
-with one thread.
+Then: how far probabilities differ from ours in float32, on the patches that both have, on the slide as timed
+(resampled by a factor of two) and on a part of it at 1.0 um/px, where nothing is resampled; AUROC and Dice
+against the annotation in both modes, of the run at its own 4.0 um/px and threshold with a stride of 40 um;
+and where the time goes, with one thread.
 
 A row is appended to ``results/slide-speed.csv``.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -34,6 +35,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,6 @@ from sklearn.metrics import roc_auc_score
 
 import biopsy
 from biopsy.exporting.bundles import write_networks
-from biopsy.models.importers.wsinfer import CONFIG, SCRIPT
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.sources import list_slides, stitch_slide
 from biopsy.training.open_model import open_classifier
@@ -55,12 +57,9 @@ RESULTS = Path(__file__).parent / "results"
 ENLARGED, MPP, PATCH_MPP = 8, 0.5, 1.0
 MODES, STRIDE_UM = ("fp32", "auto"), 40.0
 CORNER_PX = (1000, 800, 900, 900)  # of the stitched slide: left, top, width, height of the part for parity
-WSINFER = """
-import sys, types, wsinfer_zoo.client as client
-client.load_registry = lambda *_: types.SimpleNamespace(models={})
-from wsinfer.cli.cli import cli
-cli(sys.argv[1:])
-"""
+PEERS = ("wsinfer", "tiatoolbox", "lazyslide")
+Command = Callable[[Path], pd.DataFrame]
+Times = dict[str, list[tuple[float, float, int]]]
 
 
 def build(pack: Path, slide_id: str, work: Path) -> pd.DataFrame:
@@ -103,15 +102,21 @@ def environment(out: Path) -> dict[str, str]:
     return kept | {"PYTHONPYCACHEPREFIX": str(out.parent.resolve() / "compiled")}
 
 
-def run_wsinfer(python: str, bundle: Path, slides: Path, out: Path) -> pd.DataFrame:
-    """Run WSInfer's own command; gives its table."""
-    options = ["-c", bundle / CONFIG, "-p", bundle / SCRIPT, "-n", "2"]
-    command = [python, "-c", WSINFER, "run", "-i", slides, "-o", out, *options]
-    subprocess.run(
-        command, check=True, capture_output=True, env=environment(out) | {"WSINFER_FORCE_CPU": "1"}
-    )
-    table = pd.read_csv(out / "model-outputs-csv" / "case.csv")
-    return table.rename(columns={"minx": "x", "miny": "y", "prob_idc": "prob"})[["x", "y", "prob"]]
+def run_peer(name: str, python: str, bundle: Path, slides: Path, out: Path) -> pd.DataFrame:
+    """Run a peer's engine; gives its table."""
+    command = [
+        python,
+        "-P",
+        Path(__file__).with_name("slide_peers.py"),
+        name,
+        bundle,
+        slides / "case.tiff",
+        out,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(out))
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+    return pd.read_csv(out / "patches.csv")
 
 
 def run_biopsy(precision: str, bundle: Path, slides: Path, out: Path) -> pd.DataFrame:
@@ -123,51 +128,63 @@ def run_biopsy(precision: str, bundle: Path, slides: Path, out: Path) -> pd.Data
     return biopsy.SlideMap.from_parquet(out / "case" / "map.parquet").to_frame()[["x", "y", "prob"]]
 
 
-def take_turns(arguments: argparse.Namespace, bundle: Path) -> dict[str, list[tuple[float, float, int]]]:
-    """Run the three commands in turn; gives seconds, processor seconds and patches of every run."""
-    work, order = arguments.work, random.Random(0)
-    commands = {
-        "wsinfer": lambda out: run_wsinfer(arguments.wsinfer, bundle, work / "slide", out),
-        "fp32": lambda out: run_biopsy("fp32", bundle, work / "slide", out),
-        "auto": lambda out: run_biopsy("auto", bundle, work / "slide", out),
+def list_commands(arguments: argparse.Namespace, bundle: Path, slides: Path) -> dict[str, Command]:
+    """Return what maps the slide of a folder, by name."""
+    peers = {name: getattr(arguments, name) for name in PEERS if getattr(arguments, name)}
+    commands: dict[str, Command] = {
+        name: partial(run_peer, name, python, bundle, slides) for name, python in peers.items()
     }
-    taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
+    return commands | {mode: partial(run_biopsy, mode, bundle, slides) for mode in MODES}
+
+
+def take_turns(arguments: argparse.Namespace, bundle: Path) -> tuple[Times, dict[str, pd.DataFrame]]:
+    """Run the commands in turn; gives seconds, processor seconds and patches of each run; the last tables."""
+    work, order = arguments.work, random.Random(0)
+    commands = list_commands(arguments, bundle, work / "slide")
+    taken: Times = {name: [] for name in commands}
+    tables: dict[str, pd.DataFrame] = {}
     for _ in range(arguments.turns):
-        for name in order.sample(list(commands), 3):
+        for name in order.sample(list(commands), len(commands)):
             out = work / f"out-{name}"
             shutil.rmtree(out, ignore_errors=True)
             before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-            table = commands[name](out)
+            tables[name] = commands[name](out)
             seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            taken[name].append((seconds, cpu, len(table)))
-            load = os.getloadavg()[0]
-            print(
-                f"{name}: {len(table):,} patches, {seconds:.1f} s, {cpu:.1f} CPU s, load {load:.1f}",
-                flush=True,
-            )
-    return taken
+            taken[name].append((seconds, cpu, len(tables[name])))
+            load, count = os.getloadavg()[0], len(tables[name])
+            print(f"{name}: {count:,} patches, {seconds:.1f} s, {cpu:.1f} CPU s, load {load:.1f}", flush=True)
+    return taken, tables
+
+
+def compare_probs(tables: dict[str, pd.DataFrame], where: str) -> dict[str, float]:
+    """Compare every table with ours in float32, on the patches that both have."""
+    found: dict[str, float] = {f"{where}_prob_sd": float(tables["fp32"]["prob"].std())}
+    for name in (*PEERS, "auto"):
+        if name in tables:
+            both = tables[name].merge(tables["fp32"], on=["x", "y"], suffixes=("", "_ours"))
+            moves = (both["prob"] - both["prob_ours"]).abs()
+            found |= {
+                f"{where}_{name}_shared": len(both),
+                f"{where}_{name}_median_difference": float(moves.median()),
+                f"{where}_{name}_largest_difference": float(moves.max()),
+            }
+    return found
 
 
 def compare_on_part(arguments: argparse.Namespace, bundle: Path) -> dict[str, float]:
     """Compare probabilities where nothing is resampled."""
-    part, tables = arguments.work / "part", []
-    for name, run in (
-        ("wsinfer", lambda out: run_wsinfer(arguments.wsinfer, bundle, part, out)),
-        ("fp32", lambda out: run_biopsy("fp32", bundle, part, out)),
-    ):
+    tables = {}
+    for name, command in list_commands(arguments, bundle, arguments.work / "part").items():
         out = arguments.work / f"part-{name}"
         shutil.rmtree(out, ignore_errors=True)
-        tables.append(run(out))
-    both = tables[0].merge(tables[1], on=["x", "y"], suffixes=("", "_ours"))
-    return {"shared": len(both), "largest_difference": float((both["prob"] - both["prob_ours"]).abs().max())}
+        tables[name] = command(out)
+    return compare_probs(tables, "part")
 
 
 def compare_modes(run: Path, work: Path, annotated: pd.DataFrame) -> dict[str, float]:
-    """Compare the default mode with float32: probabilities as timed; AUROC and Dice of the run itself."""
-    maps = [biopsy.SlideMap.from_parquet(work / f"out-{name}" / "case" / "map.parquet") for name in MODES]
-    moves = np.abs(maps[0].probs - maps[1].probs)
-    found = {"timed_largest_move": float(moves.max()), "timed_median_move": float(np.median(moves))}
+    """Compare the default mode with float32: AUROC and Dice of the run itself."""
+    found: dict[str, float] = {}
     places = zip(annotated["x"] // 50, annotated["y"] // 50, strict=True)
     targets = dict(zip(places, annotated["target"], strict=True))
     classifier, path, probs = open_classifier(run), work / "slide" / "case.tiff", []
@@ -215,28 +232,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("pack", type=Path)
-    parser.add_argument(
-        "--wsinfer", default=os.environ.get("WSINFER_PYTHON"), help="its environment's Python"
-    )
+    for name in PEERS:
+        parser.add_argument(f"--{name}", help="its environment's Python")
     parser.add_argument("--slide", default="8867")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("slide-speed"))
     arguments = parser.parse_args()
     annotated = build(arguments.pack, arguments.slide, arguments.work)
     bundle = write_bundle(arguments.run, arguments.work)
     part = compare_on_part(arguments, bundle)
     print(json.dumps(part), flush=True)
-    taken = take_turns(arguments, bundle)
+    taken, tables = take_turns(arguments, bundle)
     row: dict[str, Any] = {"turns": arguments.turns}
     for name, runs in taken.items():
         for what, column in (("patches_a_s", 0), ("patches_a_cpu_s", 1)):
             speeds = [run[2] / run[column] for run in runs]
             row[f"{name}_{what}"] = round(statistics.median(speeds), 1)
             row[f"{name}_{what}_range"] = f"{min(speeds):.1f}-{max(speeds):.1f}"
-    for name in ("fp32", "auto"):
-        for what in ("patches_a_s", "patches_a_cpu_s"):
-            row[f"{name}_{what}_ratio"] = round(row[f"{name}_{what}"] / row[f"wsinfer_{what}"], 2)
-    row |= {key: round(value, 6) for key, value in part.items()}
+    for mode, peer in itertools.product(MODES, [name for name in PEERS if name in taken]):
+        ratios = [
+            ours[2] / ours[0] * theirs[0] / theirs[2]
+            for ours, theirs in zip(taken[mode], taken[peer], strict=True)
+        ]
+        row[f"{mode}_beside_{peer}"] = round(statistics.median(ratios), 2)
+        row[f"{mode}_beside_{peer}_range"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    row |= {key: round(value, 6) for key, value in {**part, **compare_probs(tables, "timed")}.items()}
     row |= {
         key: round(value, 5) for key, value in compare_modes(arguments.run, arguments.work, annotated).items()
     }
