@@ -4,7 +4,11 @@ Speed: timed in turn, in one process, on the same archive,
 
 * ``prepare``: from the zip to a pack on disk: listed, checked, decoded on all cores, hashed, written;
 * ``reading``: the part of it between the first and the last call of its progress: decoded, hashed, written;
+* ``decoder``: the decoder alone on all cores, from files that are in memory already, nothing kept;
 * ``pillow``: the usual loop, one thread: zipfile, ``Image.open(...).convert("RGB")``, into an array.
+
+``--kinds folder doubled`` first unpacks the archive into a folder, or writes it as Kaggle has it today, every
+patch a second time below ``IDC_regular_ps50_idx5/``; ``prepare`` then reads that.
 
 Memory: an archive like Kaggle's of today, every patch at the root and again below ``IDC_regular_ps50_idx5/``,
 made of phantom patches whose pixels are all shifted differently, is prepared in a fresh process that watches
@@ -13,7 +17,7 @@ those that no file backs. The pack is written, not mapped, so none of its pages 
 
 Commands::
 
-    python benchmarks/prepare_speed.py ../shared/data/idc/idc_kaggle_subset.zip
+    python benchmarks/prepare_speed.py ../shared/data/idc/idc_kaggle_subset.zip --kinds zip folder doubled
     python benchmarks/prepare_speed.py --full-size 277524
 
 On a machine that others use too, put ``chrt -r 1`` before the first command: its few seconds are then not
@@ -35,6 +39,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,7 +49,9 @@ import PIL
 from PIL import Image
 
 from biopsy.data.prepare import prepare
+from biopsy.models.hardware import count_cores
 from biopsy.phantom.cohort import iter_patches
+from biopsy.slide_io.images import decode
 from recording import append_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,31 +108,63 @@ def time_prepare(source: Path, out: Path) -> tuple[float, float]:
     return n_patches / seconds, (done_last - done_first) / (last - first)
 
 
+def time_decoder(source: Path) -> float:
+    """Return patches per second of the decoder alone on all cores."""
+    with zipfile.ZipFile(source) as archive:
+        files = [archive.read(name) for name in archive.namelist() if name.endswith((".png", ".jpg"))]
+    parts = [files[start : start + 64] for start in range(0, len(files), 64)]
+
+    def decode_all(part: list[bytes]) -> None:
+        for file in part:
+            decode(file)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(count_cores()) as pool:
+        list(pool.map(decode_all, parts))
+    return len(files) / (time.perf_counter() - start)
+
+
+def write_kind(kind: str, source: Path, folder: Path) -> Path:
+    """Return the patches of an archive as ``zip``, ``folder`` or ``doubled`` archive."""
+    if kind == "zip":
+        return source
+    with zipfile.ZipFile(source) as archive:
+        if kind == "folder":
+            archive.extractall(folder / "patches")
+            return folder / "patches"
+        with zipfile.ZipFile(folder / "doubled.zip", "w") as doubled:
+            for name in archive.namelist():
+                for root in ("", "IDC_regular_ps50_idx5/"):
+                    doubled.writestr(root + name, archive.read(name))
+    return folder / "doubled.zip"
+
+
 def time_pillow(source: Path) -> float:
     """Return patches per second of the usual loop."""
     start = time.perf_counter()
     return len(read_by_pillow(source)) / (time.perf_counter() - start)
 
 
-def compare_speed(source: Path, repeats: int) -> None:
-    """Time both, alternating, after one warm-up of each."""
-    rates: dict[str, list[float]] = {"prepare": [], "reading": [], "pillow": []}
+def compare_speed(source: Path, kind: str, repeats: int) -> None:
+    """Time all in turn, after one warm-up of each."""
+    rates: dict[str, list[float]] = {"prepare": [], "reading": [], "decoder": [], "pillow": []}
     with tempfile.TemporaryDirectory() as folder:
+        given = write_kind(kind, source, Path(folder))
         for repeat in range(repeats + 1):
             out = Path(folder) / f"{repeat}.pack"
-            whole, reading = time_prepare(source, out)
+            whole, reading = time_prepare(given, out)
             shutil.rmtree(out)
-            pillow = time_pillow(source)
+            turn = (whole, reading, time_decoder(source), time_pillow(source))
             if repeat:
-                for name, rate in (("prepare", whole), ("reading", reading), ("pillow", pillow)):
+                for name, rate in zip(rates, turn, strict=True):
                     rates[name].append(rate)
-    row: dict[str, object] = {"archive": source.name, "repeats": repeats}
+    row: dict[str, object] = {"archive": source.name, "kind": kind, "repeats": repeats}
     for name, values in rates.items():
         row[f"{name}_per_s"] = round(statistics.median(values))
-    for name in ("prepare", "reading"):
-        ratios = [ours / theirs for ours, theirs in zip(rates[name], rates["pillow"], strict=True)]
-        row[f"{name}_ratio"] = round(statistics.median(ratios), 2)
-        row[f"{name}_ratio_spread"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    for ours, other in itertools.product(("prepare", "reading"), ("pillow", "decoder")):
+        ratios = [own / theirs for own, theirs in zip(rates[ours], rates[other], strict=True)]
+        row[f"{ours}_beside_{other}"] = round(statistics.median(ratios), 2)
+        row[f"{ours}_beside_{other}_range"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
     write_row("prepare-speed.csv", row | describe_machine())
 
 
@@ -198,6 +237,7 @@ if __name__ == "__main__":
         "source", nargs="?", type=Path, help="a zip of patches, all of one size or smaller than the first"
     )
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=("zip", "folder", "doubled"), default=["zip"])
     parser.add_argument(
         "--full-size", type=int, metavar="N", help="measure memory on a phantom archive of N patches"
     )
@@ -208,6 +248,7 @@ if __name__ == "__main__":
     elif arguments.watch:
         prepare_and_watch(arguments.source, arguments.watch)
     elif arguments.source:
-        compare_speed(arguments.source, arguments.repeats)
+        for kind in arguments.kinds:
+            compare_speed(arguments.source, kind, arguments.repeats)
     else:
         parser.error("a zip or --full-size is needed")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Append rows to a table, with its header where it is new."""
+    """Append rows to a table; columns that only one of them has are empty in the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    earlier: list[dict[str, str]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            earlier = list(csv.DictReader(file))
+    columns = dict.fromkeys(name for row in (*earlier, *rows) for name in row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*earlier, *rows])

@@ -271,6 +271,29 @@ import openvino_telemetry
     subprocess.run([sys.executable, "-c", code], check=True)  # importing it reports that it was imported
 
 
+def test_threads_that_use_openvino_first_at_once_do_not_wait_forever():
+    code = """if True:
+        import sys, threading
+        import numpy as np
+        from biopsy.models.openvino_runtime import import_openvino
+
+        openvino, barrier = import_openvino(), threading.Barrier(4)
+
+        def use():
+            barrier.wait()
+            openvino.Type.u8.to_dtype()
+            openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True).data
+
+        threads = [threading.Thread(target=use, daemon=True) for _ in range(4)]
+        sys.setswitchinterval(1e-6)  # threads take turns within an operation
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure(monkeypatch):
     """OpenVINO turns a KeyboardInterrupt in the Python code that it calls into a RuntimeError."""
     decoder = pytest.importorskip("openvino.frontend.pytorch.ts_decoder").TorchScriptPythonDecoder

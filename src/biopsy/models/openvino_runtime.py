@@ -18,6 +18,7 @@ FORMAT: Final = "biopsy-openvino/1"
 FOLDER, DOCUMENT = "openvino", "openvino.json"
 MODEL, INT8_MODEL = "network.xml", "network-int8.xml"
 _CPU_BATCH, _GPU_BATCH = 16, 1024
+_IMPORTING = threading.Lock()
 
 
 class CompiledRuntime:
@@ -77,16 +78,24 @@ class CompiledRuntime:
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, by which it would report every import to its makers."""
+    """Import OpenVINO, ready for use in several threads.
+
+    It is imported without its telemetry, by which it would report every import to its makers. Its tables of
+    numpy types are made here, at the first use: if two threads were the first to use them at once, each would
+    wait for the other forever, one for the lock of the table, the other for Python's.
+    """
     name = "openvino_telemetry"
-    before = sys.modules.get(name)
-    sys.modules[name] = cast(ModuleType, None)  # not to be imported: OpenVINO then has a stub of its own
-    try:
-        import openvino
-    finally:
-        sys.modules.pop(name, None)
-        if before is not None:
-            sys.modules[name] = before
+    with _IMPORTING:
+        before = sys.modules.get(name)
+        sys.modules[name] = cast(ModuleType, None)  # not to be imported: OpenVINO then has a stub of its own
+        try:
+            import openvino
+        finally:
+            sys.modules.pop(name, None)
+            if before is not None:
+                sys.modules[name] = before
+        tensor = openvino.Tensor(np.zeros(1, np.uint8), shared_memory=True)
+        assert tensor.element_type.to_dtype() == tensor.data.dtype
     return openvino
 
 
