@@ -38,22 +38,22 @@ def list_contrasts(run: Run) -> list[dict[str, Any]]:
     found = measure_errors(run, device="cpu")
     rows = []
     for each in found.document["contrasts"]:
-        estimate = each["within"] or each["auroc"]
+        estimate = each.within or each.auroc
         rows.append(
             {
                 **_name(run, found.table),
-                "errors": each["errors"],
-                "property": each["property"],
-                "n_errors": each["n_chosen"],
-                "n_others": each["n_others"],
-                "mean_errors": _round(each["mean_chosen"]),
-                "mean_others": _round(each["mean_others"]),
-                "chance_higher": _round(estimate["value"]),
-                "low": _round(estimate["low"]),
-                "high": _round(estimate["high"]),
+                "errors": each.errors,
+                "property": each.property,
+                "n_errors": each.n_chosen,
+                "n_others": each.n_others,
+                "mean_errors": _round(each.mean_chosen),
+                "mean_others": _round(each.mean_others),
+                "chance_higher": _round(estimate.value),
+                "low": _round(estimate.low),
+                "high": _round(estimate.high),
                 "level_each": _round(found.document["level_each"]),
                 "unit": found.document["unit"],
-                "reason": estimate["reason"],
+                "reason": estimate.reason,
             }
         )
     return rows
@@ -66,8 +66,8 @@ def list_zones(run: Run) -> list[dict[str, Any]]:
         {
             **_name(run, found.table),
             "zone": zone,
-            **{key: part[key] for key in ("n_patches", "n_positive", "fn", "fp")},
-            **{name: _round(part["patch"][name]["value"]) for name in ("sensitivity", "specificity")},
+            **{key: getattr(part, key) for key in ("n_patches", "n_positive", "fn", "fp")},
+            **{name: _round(part.patch[name].value) for name in ("sensitivity", "specificity")},
         }
         for zone, part in found.document["zones"].items()
     ]
@@ -122,7 +122,7 @@ def _name(run: Run, table: Any) -> dict[str, Any]:
 
 
 def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None or np.isnan(value) else float(f"{value:.4g}")
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.files import plain
+from biopsy.core.loaders import validate
 from biopsy.evaluation.errors.measure import (
+    FORMAT,
     KINDS,
     CaseView,
     ErrorRecord,
+    Errors,
     contrast_errors,
     find_unusual,
     pick_galleries,
@@ -55,8 +58,14 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
         for i in range(3)
     ]
     about = {
+        "format": FORMAT,
         "subset": "test",
         "n_patches": len(table),
+        "classifier_sha256": "0" * 64,
+        "seed": seed,
+        "n": n,
+        "positive_class": NAMES[1],
+        "threshold": THRESHOLD,
         "n_measured": len(table),
         "unit": unit,
         "n_groups": len(np.unique(groups)),
@@ -77,7 +86,7 @@ def make_mistakes(predictions, *, unit="patient", n=4, seed=0):
             for name, places in pick_galleries(table, THRESHOLD, n).items()
         },
     }
-    return ErrorRecord(plain(about), table)
+    return ErrorRecord(validate("errors.json", Errors, plain(about)), table)  # as it is read
 
 
 def draw_case_views(mistakes, *, patch_px=50, overview=True, seed=0):

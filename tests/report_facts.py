@@ -10,6 +10,8 @@ import pandas as pd
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.evaluation.study_tables import measure_pooled
+from biopsy.recipes import Recipe
+from biopsy.recipes.schema import Model, Origin
 from biopsy.reporting.facts import RunFacts, StudyFacts
 from biopsy.statistics.intervals import estimate_metrics
 from biopsy.statistics.reliability import estimate_reliability
@@ -83,6 +85,14 @@ def make_metrics(table):
     )
 
 
+RECIPE = Recipe(
+    name="cancernet-2020",
+    title="CancerNet, 2020",
+    model=Model(name="cancernet"),
+    origin=Origin(claim={"accuracy": 0.837}, corrected={"sensitivity": 0.853}, flaws=["patches divided"]),
+)
+
+
 def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"), **changes):
     table = changes.pop("predictions", None)
     table = make_predictions(patient_ids) if table is None else table
@@ -122,14 +132,7 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
         predictions=table,
         class_names=NAMES,
         log=[{"epoch": e, "loss": 1 / e, "val_loss": 2 / e, "val_auroc": 0.8, "lr": 0.01} for e in (1, 2, 3)],
-        recipe={
-            "title": "CancerNet, 2020",
-            "origin": {
-                "claim": {"accuracy": 0.837},
-                "corrected": {"sensitivity": 0.853},
-                "flaws": ["patches divided"],
-            },
-        },
+        recipe=RECIPE,
         recipe_toml=f'name = "cancernet-2020"\n# tried on {fourth}\n',
         network=[("conv", "Conv2d", (8, 16, 16), 224), ("out", "Linear", (2,), 18)],
         input_shape=(3, 16, 16),
@@ -182,7 +185,7 @@ def make_study(patient_ids=("8863", "8865", "8867")):
         positive_class="IDC",
         class_names=NAMES,
         baselines={name: 0.65 for name in patient_ids},
-        recipe={"title": "CancerNet, 2020"},
+        recipe=RECIPE,
         recipe_toml="x = 1",
     )
 

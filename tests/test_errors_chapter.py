@@ -1,18 +1,18 @@
 """The chapter on mistakes: the surest are shown and named, tables hold the record, ids can be hidden."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from biopsy.evaluation.errors.case_views import hide_errors
 from biopsy.evaluation.errors.section import describe_errors
-from biopsy.evaluation.hypotheses.measure import Hypothesis
+from biopsy.evaluation.hypotheses.measure import Hypotheses, Hypothesis
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.facts import hide_run
 from biopsy.reporting.html import render_report
+from biopsy.statistics.intervals import describe_method
 from error_facts import TRAINED, draw_case_views, make_error_facts, make_mistakes
 from report_facts import THRESHOLD, Page, make_facts, make_predictions
 
@@ -53,14 +53,19 @@ def test_mistakes_are_the_surest_and_named(page, facts):
 def test_the_table_holds_the_record(facts):
     text, about = render_chapter(facts).text, facts.results["errors"].document
     for found in about["contrasts"]:
-        assert f"{found['mean_chosen']:.3f} {found['mean_others']:.3f} {found['within']['value']:.3f}" in text
+        assert f"{found.mean_chosen:.3f} {found.mean_others:.3f} {found.within.value:.3f}" in text
     assert "False negatives have lower stain than true positives." in text
     assert "No property is significantly associated with false positives." in text
     assert "simultaneous over 16 comparisons (99.69% each)" in text
     zones = about["zones"]
-    wrong = {name: part["fn"] + part["fp"] for name, part in zones.items()}
+    wrong = {name: part.fn + part.fp for name, part in zones.items()}
     assert f"{wrong['border'] / sum(wrong.values()):.0%} of the errors, but" in text
-    assert f"deep {zones['deep']['n_patches']} {zones['deep']['fn']} {zones['deep']['fp']}" in text
+    deep = zones["deep"]
+    rates = [level[name] for level in (deep.patch, deep.patient) for name in ("sensitivity", "specificity")]
+    shown = " ".join(f"{rate.value:.3f} ({rate.low:.3f} to {rate.high:.3f})" for rate in rates)
+    assert f"deep {deep.n_patches} {deep.fn} {deep.fp} {shown}" in text
+    for name, group in about["contrasts"][0].by_group.items():
+        assert f"{name} {group['n_chosen']} {group['n_others']} " in text
 
 
 def test_the_conjectures_are_answered_by_name(facts):
@@ -69,7 +74,21 @@ def test_the_conjectures_are_answered_by_name(facts):
     tested = [
         Hypothesis(name=name, claim=f"{name}.", answer=f"Held here: {name}.", **answer) for name in names
     ]
-    found = SimpleNamespace(hypotheses=tested)  # of the record, only what is read here
+    found = Hypotheses(
+        format="",
+        subset="test",
+        n_patches=9,
+        classifier_sha256="",
+        seed=0,
+        positive_class="IDC",
+        unit="patient",
+        n_groups=6,
+        n_measured=9,
+        n_predicted=9,
+        threshold=0.5,
+        interval=describe_method(6, seed=0, unit="patient"),
+        hypotheses=tested,
+    )
     text = render_chapter(replace(facts, results={**facts.results, "hypotheses": found})).text
     assert "The VGG16 post: “less stained.” Held here: less stained." in text
     assert "“heterogeneous.”" in text and "blue and yellow" not in text

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.core.files import plain
+from biopsy.core.loaders import validate
 from biopsy.evaluation.explanation.examples import Explained, Illustration
 from biopsy.evaluation.explanation.faithfulness import (
     Faithfulness,
@@ -84,7 +86,8 @@ def add_explanations(facts, n=4):
             ),
         ],
     )
-    results = {"explanation": Explained(examples, patches, parts), "hypotheses": hypotheses}
+    as_read = validate("hypotheses.json", Hypotheses, plain(hypotheses))
+    results = {"explanation": Explained(examples, patches, parts), "hypotheses": as_read}
     return replace(facts, results={**facts.results, **results})
 
 
@@ -101,6 +104,8 @@ def test_the_report_shows_maps_and_answers():
         assert entry.claim in page and entry.answer in page
         for measure in entry.measures:
             assert f"{measure.auroc.value:.3f}" in page
+            for name, group in measure.by_group.items():
+                assert f"{name} {group['n_chosen']} {group['n_others']} " in page
     difference = facts.results["hypotheses"].hypotheses[2].auroc["grey"]["difference"]
     assert f"{difference.value:.3f} ({difference.low:.3f} to {difference.high:.3f})" in page
     assert "hypotheses about saliency on 77" in page and "(seed 11)" in page

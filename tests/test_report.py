@@ -14,6 +14,7 @@ import pytest
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
+from biopsy.recipes.schema import Origin
 from biopsy.reporting.compose import report_of_run, state_verdict
 from biopsy.reporting.document import (
     Bullets,
@@ -34,6 +35,7 @@ from biopsy.reporting.html import render_report
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import SplitUse
 from report_facts import (
+    RECIPE,
     Page,
     figures,
     make_facts,
@@ -214,7 +216,10 @@ def test_missing_intervals_and_values_say_why():
 
 def test_what_users_name_is_escaped():
     bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "{{ 7*7 }}"]
-    facts = make_facts((*bad, "d4", "e5", "f6"), recipe={"title": bad[0], "origin": {"flaws": bad}})
+    facts = make_facts(
+        (*bad, "d4", "e5", "f6"),
+        recipe=RECIPE.model_copy(update={"title": bad[0], "origin": Origin(flaws=bad)}),
+    )
     text = render_report(report_of_run(facts))
     page = Page(text)
     assert "<script>alert" not in text

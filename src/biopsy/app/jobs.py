@@ -9,14 +9,16 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from biopsy.app.annotations import now
 from biopsy.app.batching import Busy
 from biopsy.core.errors import BiopsyError, DataError
 from biopsy.core.files import LOCK, read_json, write_json
+from biopsy.core.loaders import validate
 from biopsy.models.classifier import Classifier
 from biopsy.slide_io.backends import SLIDE_SUFFIXES
 from biopsy.slides.cohorts import slide
@@ -35,6 +37,37 @@ RESULTS = {
 """Files of a finished job that clients may download; never the label and macro images of a slide."""
 _RETRY_S = 60
 _ID = re.compile("[0-9a-f]{16}")
+
+
+Status = Literal["uploading", "queued", "running", "done", "failed"]
+
+
+class JobInfo(TypedDict):
+    """What clients are told of a slide."""
+
+    id: str
+    model: str
+    classifier: str
+    name: str
+    mpp: float | None
+    status: Status
+    error: str | None
+    created: str
+    finished: str | None
+
+
+class Job(JobInfo):
+    """Content of ``job.json``."""
+
+    format: str
+    path: str | None
+
+
+class JobStatus(JobInfo):
+    """A job with its progress, 0-1, and the names of its results."""
+
+    progress: float
+    results: list[str]
 
 
 class Jobs:
@@ -59,7 +92,7 @@ class Jobs:
     ) -> None:
         self.folder, self.root = folder, None if root is None else root.resolve()
         self._classifiers, self._device, self._max_waiting = classifiers, device, max_waiting
-        self._jobs: dict[str, dict[str, Any]] = {}
+        self._jobs: dict[str, Job] = {}
         self._progress: dict[str, tuple[int, int]] = {}
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -85,13 +118,13 @@ class Jobs:
         result = []
         for path in self.folder.glob(f"*/{DOCUMENT}"):
             try:
-                result.append(read_json(path, format=FORMAT))
+                result.append(validate(path, Job, read_json(path, format=FORMAT)))
             except DataError as error:
                 logger.warning("job left out: %s", error)
-        for job in sorted(result, key=lambda job: str(job["created"])):
+        for job in sorted(result, key=lambda job: job["created"]):
             self._jobs[job["id"]] = job
             if job["status"] in ("queued", "running"):
-                self._set(job["id"], status="queued")
+                self._set(job["id"], "queued")
                 self._queue.put(job["id"])
 
     def find(self, path: str) -> Path:
@@ -156,7 +189,7 @@ class Jobs:
         upload_folder.mkdir(parents=True)
         return identity, upload_folder / f"slide{Path(name).suffix.lower()}"
 
-    def add(self, model: str, path: Path, mpp: float | None) -> dict[str, object]:
+    def add(self, model: str, path: Path, mpp: float | None) -> JobStatus:
         """Queue a slide that `find` returned; return the job."""
         identity, _ = self.create(model, path.name, mpp)
         self.start(identity, path)
@@ -164,7 +197,7 @@ class Jobs:
 
     def start(self, identity: str, path: Path) -> None:
         """Queue a job whose slide is in its place."""
-        self._set(identity, status="queued", path=str(path))
+        self._set(identity, "queued", path=str(path))
         self._queue.put(identity)
 
     def drop(self, identity: str) -> None:
@@ -179,7 +212,7 @@ class Jobs:
             del self._jobs[identity]
         shutil.rmtree(self.folder / identity, ignore_errors=True)
 
-    def get(self, identity: str) -> dict[str, object]:
+    def get(self, identity: str) -> JobStatus:
         """Return the status, progress and results of a job.
 
         Raises:
@@ -187,14 +220,13 @@ class Jobs:
         """
         job = self._jobs[identity]
         done, total = self._progress.get(identity, (0, 0))
-        hidden = ("format", "path", "document_sha256")
         return {
-            **{key: value for key, value in job.items() if key not in hidden},
+            **validate(DOCUMENT, JobInfo, job),
             "progress": 1.0 if job["status"] == "done" else done / total if total else 0.0,
             "results": sorted(self._files(identity)) if job["status"] == "done" else [],
         }
 
-    def list(self) -> "list[dict[str, object]]":
+    def list(self) -> "list[JobStatus]":
         """Return all jobs, oldest first."""
         return [self.get(identity) for identity in list(self._jobs)]
 
@@ -230,9 +262,19 @@ class Jobs:
         maps = self.folder / identity / "maps"
         return {path.name: path for name in RESULTS for path in maps.glob(f"*/{name}")}
 
-    def _set(self, identity: str, **changes: Any) -> None:
+    def _set(
+        self,
+        identity: str,
+        status: Status,
+        *,
+        path: str | None = None,
+        error: str | None = None,
+        finished: str | None = None,
+    ) -> None:
         with self._lock:
-            job = self._jobs[identity] | changes
+            job = self._jobs[identity]
+            path = path or job["path"]
+            job = {**job, "path": path, "status": status, "error": error, "finished": finished}
             self._jobs[identity] = job
             write_json(self.folder / identity / DOCUMENT, job)
 
@@ -250,7 +292,9 @@ class Jobs:
 
     def _map(self, identity: str) -> None:
         job = self._jobs[identity]
-        self._set(identity, status="running")
+        path = job["path"]
+        assert path is not None  # of a queued job
+        self._set(identity, "running")
         job_folder = self.folder / identity
 
         def on_progress(done: int, total: int, name: str | None = None) -> None:
@@ -261,14 +305,14 @@ class Jobs:
                 raise DataError(f"the server has no model {job['model']!r} any more")
             slide(
                 self._classifiers[job["model"]],
-                [job["path"]],
+                [path],
                 out=job_folder / "maps",
                 mpp=job["mpp"],
                 device=self._device,
                 on_progress=on_progress,
             )
         except (BiopsyError, OSError) as error:
-            reason = str(error).replace(job["path"], job["name"]).replace(os.fspath(job_folder), "")
+            reason = str(error).replace(path, job["name"]).replace(os.fspath(job_folder), "")
             self._finish(identity, "failed", reason)
         except Exception as error:
             logger.exception("job %s failed", identity)
@@ -276,6 +320,6 @@ class Jobs:
         else:
             self._finish(identity, "done")
 
-    def _finish(self, identity: str, status: str, error: str | None = None) -> None:
+    def _finish(self, identity: str, status: Status, error: str | None = None) -> None:
         shutil.rmtree(self.folder / identity / "upload", ignore_errors=True)
-        self._set(identity, status=status, error=error, finished=now())
+        self._set(identity, status, error=error, finished=now())

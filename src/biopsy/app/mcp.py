@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
-from biopsy.app.jobs import Jobs
-from biopsy.app.service import describe_models, pick_model
+from biopsy.app.jobs import Jobs, JobStatus
+from biopsy.app.service import ModelDescription, describe_models, pick_model
 from biopsy.core.errors import BiopsyError, DataError
 from biopsy.core.loaders import load_json
 from biopsy.evaluation.predict import predict
@@ -56,7 +56,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
 
     @server.tool()
     @_named_errors(jobs.root)
-    def list_models() -> list[dict[str, Any]]:
+    def list_models() -> list[ModelDescription]:
         """List the models: classes, decision threshold, size of a patch in pixels, um/px, licence."""
         return describe_models(classifiers)
 
@@ -84,7 +84,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
 
     @server.tool()
     @_named_errors(jobs.root)
-    def map_slide(path: str, model: str | None = None, mpp: float | None = None) -> dict[str, object]:
+    def map_slide(path: str, model: str | None = None, mpp: float | None = None) -> JobStatus:
         """Start to map a slide; ``mpp`` is its um/px at level 0, for slides that do not record it."""
         slide = jobs.find(path)
         return jobs.add(pick_model(classifiers, model), slide, mpp)
@@ -98,8 +98,8 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
         except KeyError:
             raise DataError(f"there is no slide {identity!r}: map_slide returns its id") from None
         if job["status"] != "done":
-            return job
-        files = {name: jobs.result(identity, name) for name in cast(list[str], job["results"])}
+            return dict(job)
+        files = {name: jobs.result(identity, name) for name in job["results"]}
         below = {name: file.relative_to(jobs.folder).as_posix() for name, file in files.items()}
         return {**job, "files": below, "summary": load_json(files[SUMMARY])}
 

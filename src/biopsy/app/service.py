@@ -21,9 +21,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import TypedDict
 
 from biopsy.app.batching import Batcher, Busy
-from biopsy.app.jobs import RESULTS, Jobs
+from biopsy.app.jobs import RESULTS, Jobs, JobStatus
 from biopsy.app.pictures import TILE_PX, SlidePicture, count_levels, encode_jpeg, open_picture, read_tile
 from biopsy.app.web import Guard, answer, name_errors
 from biopsy.core.errors import DataError
@@ -106,6 +107,40 @@ class SlideByPath(BaseModel):
     mpp: float | None = Field(
         None, gt=0, le=100, description="Micrometres per pixel, for slides that do not say"
     )
+
+
+class ModelDescription(TypedDict):
+    """A model; ``threshold`` is that of single patches, the other one of slides."""
+
+    name: str
+    sha256: str
+    network: str
+    class_names: list[str]
+    class_titles: list[str]
+    positive_class: str | None
+    threshold: float | None
+    threshold_with_neighbours: float | None
+    patch_px: int
+    mpp: float | None
+    licence: str
+
+
+class Health(TypedDict):
+    """The answer of ``GET /health``: version of biopsy, and slide jobs by status."""
+
+    status: str
+    version: str
+    jobs: dict[str, int]
+
+
+class Tiles(TypedDict):
+    """Size of a slide and of its tiles, and the number of levels."""
+
+    width: int
+    height: int
+    mpp: float | None
+    tile_px: int
+    levels: int
 
 
 def make_service(
@@ -193,8 +228,8 @@ def pick_model(classifiers: Mapping[str, Classifier], name: str | None) -> str:
     return name
 
 
-def describe_models(classifiers: Mapping[str, Classifier]) -> list[dict[str, object]]:
-    """Describe models; ``threshold`` is that of single patches, the other one of slides."""
+def describe_models(classifiers: Mapping[str, Classifier]) -> list[ModelDescription]:
+    """Describe models."""
     return [
         {
             "name": name,
@@ -349,7 +384,7 @@ class _Service:
         app.get("/slides/{identity}/{file}", summary=f"A result: {', '.join(RESULTS)}")(self.result)
 
     # --- what there is
-    async def health(self) -> dict[str, Any]:
+    async def health(self) -> Health:
         """Say that the server answers."""
         from biopsy import __version__
 
@@ -359,7 +394,7 @@ class _Service:
         """Return the counters."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[ModelDescription]:
         """Describe the models; ``threshold`` is that of ``/predict``, the other one of slides."""
         return describe_models(self.classifiers)
 
@@ -452,7 +487,7 @@ class _Service:
         model: Annotated[str | None, Query(max_length=200)] = None,
         name: Annotated[str | None, Query(max_length=200)] = None,
         mpp: Annotated[float | None, Query(gt=0, le=100)] = None,
-    ) -> dict[str, Any]:
+    ) -> JobStatus:
         """Queue a slide."""
         if request.headers.get("content-type", "").partition(";")[0] == "application/json":
             return await self._add_by_path(request)
@@ -467,7 +502,7 @@ class _Service:
         self.jobs.start(identity, place)
         return self.jobs.get(identity)
 
-    async def _add_by_path(self, request: Request) -> dict[str, Any]:
+    async def _add_by_path(self, request: Request) -> JobStatus:
         body = b""
         async for chunk in request.stream():
             body += chunk
@@ -481,11 +516,11 @@ class _Service:
         path = self.jobs.find(requested.path)
         return self.jobs.add(self._pick(requested.model), path, requested.mpp)
 
-    def list_slides(self) -> list[dict[str, Any]]:
+    def list_slides(self) -> list[JobStatus]:
         """List all slide jobs, oldest first."""
         return self.jobs.list()
 
-    def slide(self, identity: str) -> dict[str, Any]:
+    def slide(self, identity: str) -> JobStatus:
         """Return status and progress of a slide."""
         try:
             return self.jobs.get(identity)
@@ -504,11 +539,16 @@ class _Service:
         except KeyError:
             raise HTTPException(404, "there is no such job, or its upload is no longer kept") from None
 
-    def tiles(self, identity: str) -> dict[str, Any]:
+    def tiles(self, identity: str) -> Tiles:
         """Describe a slide's tiles; each level has half the pixels a side of the one before."""
         picture = self._picture(identity)
-        size = {"width": picture.width, "height": picture.height, "mpp": picture.mpp}
-        return {**size, "tile_px": TILE_PX, "levels": count_levels(picture)}
+        return {
+            "width": picture.width,
+            "height": picture.height,
+            "mpp": picture.mpp,
+            "tile_px": TILE_PX,
+            "levels": count_levels(picture),
+        }
 
     def tile(self, identity: str, level: int, column: int, row: int) -> Response:
         """Return a tile."""

@@ -194,12 +194,11 @@ def _describe_initial_weights(record: StartWeights) -> str:
 @section("recipe", order=160)
 def describe_recipe(facts: RunFacts) -> Section | None:
     """Return the published metrics, their known flaws, and all settings."""
-    if facts.run is None:
+    if facts.run is None or facts.recipe is None:
         return None
-    origin = facts.recipe.get("origin") or {}
     blocks: list[Block] = []
-    published = origin.get("claim") or {}
-    corrected = origin.get("corrected") or {}
+    origin = facts.recipe.origin
+    published, corrected = origin.claim, origin.corrected
     if published:
         names = [name for name in METRICS if name in published or name in corrected]
         rows = [
@@ -212,7 +211,7 @@ def describe_recipe(facts: RunFacts) -> Section | None:
             ]
             for name in names
         ]
-        source = ", ".join(str(origin[key]) for key in ("authors", "title", "year") if origin.get(key))
+        source = ", ".join(str(part) for part in (origin.authors, origin.title, origin.year) if part)
         blocks.append(
             Table(
                 ["metric", "published", f"corrected, {facts.positive} positive", "this run", "95 % interval"],
@@ -222,17 +221,13 @@ def describe_recipe(facts: RunFacts) -> Section | None:
                 f"{facts.run['split']['name']!r}.",
             )
         )
-    if origin.get("flaws"):
-        blocks += [Text("Known flaws of the published result:"), Bullets(origin["flaws"])]
-    if origin.get("not_stated"):
+    if origin.flaws:
+        blocks += [Text("Known flaws of the published result:"), Bullets(origin.flaws)]
+    if origin.not_stated:
         blocks.append(
-            Text(f"Not stated by the source, chosen for this recipe: {'; '.join(origin['not_stated'])}.")
+            Text(f"Not stated by the source, chosen for this recipe: {'; '.join(origin.not_stated)}.")
         )
-    if facts.recipe.get("notes"):
-        blocks.append(Text(str(facts.recipe["notes"])))
-    if facts.recipe_toml:
-        blocks.append(Listing(facts.recipe_toml, fold="All settings (TOML)"))
-    return Section("recipe", "Recipe", blocks or [Text("No recipe is available.")])
+    return Section("recipe", "Recipe", [*blocks, Listing(facts.recipe_toml, fold="All settings (TOML)")])
 
 
 @section("reproduction", order=170)

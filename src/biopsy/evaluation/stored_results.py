@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from torch import nn
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json
@@ -20,9 +21,19 @@ MAX_PREDICTED, MIN_PREDICTED = 1_000, 100  # patches that are predicted again
 MAX_MULTIPLICATIONS = 5e11  # of one pass over these: some seconds on two cores
 
 
+class ResultKey(TypedDict):
+    """The predictions from which a result was computed."""
+
+    format: str
+    subset: str
+    n_patches: int
+    classifier_sha256: str
+    seed: int
+
+
 def result_key(
     run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: PredictionsInfo
-) -> dict[str, str | int]:
+) -> ResultKey:
     """Return the entries that identify the predictions from which a result was computed.
 
     Args:
@@ -38,7 +49,7 @@ def result_key(
     }
 
 
-def read_result(path: Path, key: Mapping[str, str | int], record: type[Model]) -> Model | None:
+def read_result(path: Path, key: Mapping[str, object], record: type[Model]) -> Model | None:
     """Return a stored result with all entries of a key; None if there is none."""
     try:
         result = read_json(path, format=str(key["format"]))

@@ -1,25 +1,28 @@
 """`biopsy probe`: compares encoders by logistic regression on their features, on the same patients."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from biopsy.core.errors import RecipeError
-from biopsy.core.files import write_json
+from biopsy.core.files import plain, write_json
 from biopsy.core.loaders import map_array
 from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.comparison.compare import compare
+from biopsy.evaluation.comparison.measure import MetricDifference
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.predictions import evaluate_predictions
 from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.weights import choose_weights, feed_as_encoder
 from biopsy.recipes import Overrides, load_recipe, setting_lines
+from biopsy.statistics.resampling import Interval
 from biopsy.training.fit import OnEpoch
 from biopsy.training.probe import FOLDER, neighbour_votes
 from biopsy.training.runs import DOCUMENT as RUN
@@ -28,26 +31,65 @@ from biopsy.training.train import open_data, train
 
 RECIPE, FORMAT = "probe", "biopsy-probe/1"
 DOCUMENT, TABLE = "probe.json", "probe.csv"
-SHOWN = ("auroc", "balanced_accuracy", "ece")
 
 
+@dataclass(frozen=True)
+class EncoderResult:
+    """Results of an encoder: a row of ``probe.csv``.
+
+    Attributes:
+        difference: Paired difference in AUROC from the first encoder, NaN for that one.
+    """
+
+    encoder: str
+    auroc: Interval
+    balanced_accuracy: Interval
+    ece: Interval
+    knn_auroc: float | None
+    difference: Interval
+    p_holm: float | None
+    C: float
+    n_features: int
+    parameters: int
+    input_px: int
+    um_per_px: float | None
+    feature_seconds: float
+    ms_per_patch: float
+    licence: str | None
+    weights: str
+    run: str
+
+    def to_row(self) -> dict[str, object]:
+        """Return the columns; an interval has three."""
+        row: dict[str, object] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Interval):
+                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            else:
+                row[name] = value
+        return row
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Probe(Result):
     """Comparison of encoders on a pack; ``probe["rows"]`` has a row per encoder, first the reference."""
+
+    results: Sequence[EncoderResult]
 
     def blocks(self) -> list[str | Table]:
         rows = [
             [
-                row["encoder"],
-                _estimate(row, "auroc"),
-                _estimate(row, "difference", "+"),
-                number(row["knn_auroc"]),
-                _estimate(row, "balanced_accuracy"),
-                _estimate(row, "ece"),
-                number(row["n_features"]),
-                number(row["ms_per_patch"]),
-                row["licence"],
+                result.encoder,
+                _estimate(result.auroc),
+                _estimate(result.difference, "+"),
+                number(result.knn_auroc),
+                _estimate(result.balanced_accuracy),
+                _estimate(result.ece),
+                number(result.n_features),
+                number(result.ms_per_patch),
+                number(result.licence),
             ]
-            for row in self["rows"]
+            for result in self.results
         ]
         header = ["encoder", "AUROC (95 %)", "difference from the first", "k-NN AUROC", "balanced accuracy"]
         return [Table([*header, "ECE", "features", "ms a patch", "licence"], rows), str(self["path"])]
@@ -57,12 +99,11 @@ class Probe(Result):
         return pd.DataFrame(self["rows"])
 
 
-def _estimate(row: Mapping[str, Any], name: str, sign: str = "") -> str:
-    if row[name] is None:
+def _estimate(result: Interval, sign: str = "") -> str:
+    if math.isnan(result.value):
         return ""
-    low, high = (row[f"{name}_{end}"] for end in ("low", "high"))
-    interval = "" if low is None else f" ({low:{sign}.3f} to {high:{sign}.3f})"
-    return f"{row[name]:{sign}.3f}{interval}"
+    interval = "" if result.low is None else f" ({result.low:{sign}.3f} to {result.high:{sign}.3f})"
+    return f"{result.value:{sign}.3f}{interval}"
 
 
 def probe(
@@ -114,9 +155,16 @@ def probe(
         _train(pack, folder / f"{_slug(name)}-s{seed}", lines, split, fold, seed, device, on_epoch)
         for name, lines in settings.items()
     ]
-    rows = [_row(name, run, pack) for name, run in zip(settings, runs, strict=True)]
+    differences: dict[str, MetricDifference] = {}
     if len(runs) > 1:
-        _add_differences(rows, runs, folder / "comparison")
+        comparison = compare(runs, out=folder / "comparison").record
+        assert comparison is not None
+        differences = {difference.of: difference.metrics["auroc"] for difference in comparison.differences}
+    results = [
+        _measure(name, run, pack, differences.get(run.path.name))
+        for name, run in zip(settings, runs, strict=True)
+    ]
+    rows = [result.to_row() for result in results]
     document = {
         "format": FORMAT,
         "pack": pack.path.name,
@@ -125,7 +173,7 @@ def probe(
     }
     write_csv(folder / TABLE, pd.DataFrame(rows))
     write_json(folder / DOCUMENT, document)
-    return Probe(document | {"path": str(folder)})
+    return Probe(plain(document | {"path": folder}), results)
 
 
 def _settings(name: str, overrides: Sequence[str]) -> list[str]:
@@ -172,31 +220,29 @@ def _train(
     return run
 
 
-def _row(name: str, run: Run, pack: Pack) -> dict[str, Any]:
+def _measure(name: str, run: Run, pack: Pack, difference: MetricDifference | None) -> EncoderResult:
     metrics, record = run.metrics(), run.log()[-1]
     input_px = run.recipe.preprocessing.input_px
     um = None if pack.info.mpp is None else pack.info.patch_px * pack.info.mpp
-    row: dict[str, Any] = {"encoder": name.partition("=")[0]}
-    for metric in SHOWN:
-        estimate = metrics.patch[metric]
-        row |= {metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
-    return row | {
-        "knn_auroc": _neighbours(run, pack, record),
-        "difference": None,
-        "difference_low": None,
-        "difference_high": None,
-        "p_holm": None,
-        "C": record["penalty"],
-        "n_features": record["n_features"],
-        "parameters": run.info["parameters"]["total"],
-        "input_px": input_px,
-        "um_per_px": None if um is None else um / input_px,
-        "feature_seconds": record["feature_seconds"],
-        "ms_per_patch": 1000 * record["feature_seconds"] / len(pack),
-        "licence": run.info["weights"]["licence"],
-        "weights": run.info["weights"]["weights"] or "random",
-        "run": run.path.name,
-    }
+    return EncoderResult(
+        encoder=name.partition("=")[0],
+        auroc=metrics.patch["auroc"],
+        balanced_accuracy=metrics.patch["balanced_accuracy"],
+        ece=metrics.patch["ece"],
+        knn_auroc=_neighbours(run, pack, record),
+        difference=difference or Interval(math.nan),
+        p_holm=difference.p_holm if difference else None,
+        C=record["penalty"],
+        n_features=record["n_features"],
+        parameters=run.info["parameters"]["total"],
+        input_px=input_px,
+        um_per_px=None if um is None else um / input_px,
+        feature_seconds=record["feature_seconds"],
+        ms_per_patch=1000 * record["feature_seconds"] / len(pack),
+        licence=run.info["weights"]["licence"],
+        weights=run.info["weights"]["weights"] or "random",
+        run=run.path.name,
+    )
 
 
 def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
@@ -216,18 +262,3 @@ def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
         (pack.target[test] == positive).astype(int), votes[:, positive], groups=pack.group_ids[test]
     )
     return result["patch"]["auroc"]["value"]
-
-
-def _add_differences(rows: list[dict[str, Any]], runs: list[Run], folder: Path) -> None:
-    """Add the paired difference in AUROC of each encoder from the first."""
-    table = compare(runs, out=folder).to_frame()
-    table = table[table["metric"] == "auroc"].set_index("classifier")
-    for row in rows[1:]:
-        result = table.loc[row["run"]]
-        keys = {
-            "difference": "difference",
-            "difference_low": "low",
-            "difference_high": "high",
-            "p_holm": "p_holm",
-        }
-        row |= {ours: None if pd.isna(result[key]) else float(result[key]) for ours, key in keys.items()}

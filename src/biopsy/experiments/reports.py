@@ -131,7 +131,7 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
         predictions=predictions,
         class_names=pack.class_names,
         log=run.log(),
-        recipe=recipe.model_dump() | {"title": recipe.heading},
+        recipe=recipe,
         recipe_toml=recipe_toml(recipe),
         network=_describe_network(recipe, len(pack.class_names)),
         input_shape=(3, side, side),
@@ -197,7 +197,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
             positive_class=summary.positive_class,
             class_names=entry.pooled.class_names,
             baselines=_baseline_by_group(rows),
-            recipe=recipe.model_dump() | {"title": recipe.heading},
+            recipe=recipe,
             recipe_toml=recipe_toml(recipe),
         )
     return facts

@@ -68,7 +68,6 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     facts = replace(facts, table=facts.table.assign(fold=name_folds(facts.table)))
     m, table = facts.metrics, facts.table
     n_folds, n_seeds = table["fold"].nunique(), table["seed"].nunique()
-    title = facts.recipe.get("title") or facts.recipe.get("name") or "A study"
     sections = [
         _describe_folds(facts),
         _describe_groups(facts),
@@ -82,7 +81,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         describe_reproduction(facts.study),
     ]
     return ReportDocument(
-        title=str(title),
+        title=facts.recipe.heading if facts.recipe else "A study",
         subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
         f"{count(len(table), 'run')}; {count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
         summary=_summarise(facts),

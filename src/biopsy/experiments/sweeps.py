@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 N_DIGITS = 3  # significant digits of suggested floats
 _RANGE = re.compile(r"(?P<low>[^\s,]+?)\.\.(?P<high>[^\s,]+)(?P<log>\s+log)?")
 
-Values = Mapping[str, Any]
+Values = Mapping[str, object]
 Trial = tuple[Values, float | None]
 """Setting to value, and the score on validation (higher is better); None if training diverged."""
 
@@ -150,7 +150,7 @@ def suggest(space: "Mapping[str, BaseDistribution]", trials: Sequence[Trial], *,
     return {key: _round(suggested[key], space[key]) for key in space}
 
 
-def _round(value: Any, distribution: "BaseDistribution") -> Any:
+def _round(value: object, distribution: "BaseDistribution") -> object:
     from optuna.distributions import FloatDistribution
 
     if not isinstance(distribution, FloatDistribution):
@@ -241,8 +241,7 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
 def _combination(recipe: str | Path | Recipe, keys: Sequence[str], lines: Sequence[str]) -> Combination:
     """Return the combination with the given overrides."""
     changed = load_recipe(recipe, lines)
-    document = changed.model_dump()
-    return Combination({key: _find(document, key) for key in keys}, changed)
+    return Combination({key: _find(changed.model_dump(), key) for key in keys}, changed)
 
 
 def _split_values(text: str) -> list[str]:
@@ -403,7 +402,7 @@ def sweep(
     )
 
 
-def _with_values(base: Recipe, values: Mapping[str, Any], overrides: Sequence[str]) -> Combination:
+def _with_values(base: Recipe, values: Values, overrides: Sequence[str]) -> Combination:
     """Return the combination with the values of a search.
 
     Raises:
@@ -446,7 +445,7 @@ def write_tables(study: Study) -> None:
 
 
 def summarise(
-    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metrics: Sequence[Metrics]
+    rows: Sequence[Mapping[str, object]], keys: Sequence[str], metrics: Sequence[Metrics]
 ) -> SweepSummary:
     """Return the results of every combination over seeds, and the best combination on validation.
 
@@ -456,7 +455,7 @@ def summarise(
         keys: The settings of the grid.
         metrics: ``metrics.json`` of the runs; empty for a search.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, object]]] = {}
     for row in rows:
         groups.setdefault(repr([row[key] for key in keys]), []).append(row)
     combinations = [_summarise_combination(group, keys) for group in groups.values()]
@@ -479,7 +478,7 @@ def summarise(
     )
 
 
-def _summarise_combination(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> CombinationSummary:
+def _summarise_combination(rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> CombinationSummary:
     names = [name for name in (*CHOSEN_BY, *SHOWN, "baseline_auroc") if name in rows[0]]
     spreads = {name: Spread.of(_number(row[name]) for row in rows) for name in names}
     return CombinationSummary(
@@ -516,7 +515,7 @@ def _chosen_record(run: Run) -> EpochRecord:
     return next(record for record in run.log() if record["epoch"] == run.info["chosen_epoch"])
 
 
-def _describe(run: Run, info: StudyInfo) -> dict[str, Any]:
+def _describe(run: Run, info: StudyInfo) -> dict[str, object]:
     """Return the row of a run: settings, validation metrics of the selected epoch, and test metrics."""
     settings, chosen = info["runs"][run.path.name], _chosen_record(run)
     if info.get("search"):
@@ -532,9 +531,9 @@ def _describe(run: Run, info: StudyInfo) -> dict[str, Any]:
     }
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return format_value(value) if isinstance(value, list | dict | bool) else value
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

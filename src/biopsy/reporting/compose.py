@@ -40,7 +40,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     m = facts.metrics
     title, source = "Evaluation of predictions", "Predictions from outside biopsy"
     if facts.run is not None:
-        title = str(facts.recipe.get("title") or facts.run["recipe"])
+        title = facts.recipe.heading if facts.recipe else facts.run["recipe"]
         data = "synthetic data" if m.synthetic else f"the data set {facts.run['pack']['dataset']}"
         source = f"Run {facts.run['id']} on {data}, evaluated on the {m.subset} subset"
     size = count_patches(m.n_patches, m.n_patients, facts.unit)

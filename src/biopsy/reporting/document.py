@@ -1,11 +1,10 @@
 """The parts of a report, as plain records without HTML."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from biopsy.core.loaders import validate
 from biopsy.core.results import Table as Table
 from biopsy.core.results import explain_missing as explain_missing
 from biopsy.core.results import interval_text
@@ -228,8 +227,3 @@ class ReportDocument:
 def interval_of(estimate: Interval | None) -> str:
     """Format an interval, or why there is none; a dash without an estimate."""
     return "-" if estimate is None else interval_text(estimate.low, estimate.high, estimate.reason)
-
-
-def read_estimate(document: Mapping[str, object]) -> Interval:
-    """Return an entry of a JSON document, of which an undefined value is null, as an estimate."""
-    return validate("estimate", Interval, document)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from biopsy.core.loaders import Model
 from biopsy.core.text import class_title
 from biopsy.data.audit import Audit
+from biopsy.recipes import Recipe
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.figures import Row
@@ -26,7 +28,7 @@ class EvaluationFacts:
         positive_class: The positive class; None for more than two classes.
         predictions: Predictions of the evaluated subset; of a study, the out-of-fold predictions of all runs.
         class_names: Names by class index.
-        recipe: The recipe as nested values (``name``, ``title``, ``origin``, ...).
+        recipe: The recipe; None for predictions from elsewhere.
         recipe_toml: The recipe as TOML, with defaults.
         ids_hidden: Whether ids have been replaced by numbers.
     """
@@ -35,7 +37,7 @@ class EvaluationFacts:
     positive_class: str | None
     predictions: pd.DataFrame
     class_names: Sequence[str]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
     recipe_toml: str = ""
     ids_hidden: bool = False
 
@@ -117,8 +119,14 @@ class RunFacts(EvaluationFacts):
     patch_px: int | None = None
     mpp: float | None = None
     audit: Audit | None = None
-    results: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, object] = field(default_factory=dict)
     missing: Sequence[tuple[str, str]] = ()
+
+    def result(self, name: str, kind: type[Model]) -> Model | None:
+        """Return a result of a feature; None if it is missing."""
+        result = self.results.get(name)
+        assert result is None or isinstance(result, kind)
+        return result
 
     @property
     def is_run(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pandas as pd
+from pydantic import BaseModel
 
 KINDS = ("patient", "slide", "patch")
 SHORTEST_IN_TEXT = 3  # shorter ids cannot be distinguished from numbers in text
@@ -78,6 +79,8 @@ class Pseudonymizer:
         """Replace ids in every string, key and value, of nested records."""
         if is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{name: self.nested(item) for name, item in vars(value).items()})
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={name: self.nested(item) for name, item in value})
         if isinstance(value, Mapping):
             return {self._whole(key): self.nested(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -51,7 +51,7 @@ def section(name: str, *, order: float, **results: Result) -> Callable[[Compose]
     Args:
         name: Its identifier, unique among sections.
         order: Position in the report; sections are in increasing order.
-        **results: Additional results it renders, by their name in ``facts.results``.
+        **results: Additional results it renders, by the name for ``facts.result``.
     """
 
     def register(compose: Compose) -> Compose:

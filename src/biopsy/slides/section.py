@@ -42,7 +42,7 @@ def load_maps(run: Run) -> list[tuple[SlideSummary, bytes]]:
 )  # a name is drawn on each
 def describe_maps(facts: RunFacts) -> Section | None:
     """Mapped slides with pictures, areas and their calibrated range."""
-    maps = facts.results.get("slide_maps")
+    maps = facts.result("slide_maps", list)
     if not maps:
         return None
     pictures = [

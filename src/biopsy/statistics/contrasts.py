@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError
 from biopsy.core.loaders import FloatOrNan
@@ -26,6 +27,14 @@ from biopsy.statistics.weighted_counts import sort_scores
 AUROC = METRICS["auroc"]
 
 
+class GroupContrast(TypedDict):
+    """Number of chosen patches of a patient and of others, and their AUROC; NaN without both kinds."""
+
+    n_chosen: int
+    n_others: int
+    auroc: FloatOrNan
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Difference of a measured value between chosen patches and the others.
@@ -38,8 +47,7 @@ class Contrast:
         difference_sd: Difference of the means in pooled standard deviations.
         auroc: Probability that a chosen patch has a higher value than another; .5 without a difference.
         within: Summary of the AUROC within patients with both kinds; None if the unit is the patch.
-        by_group: By patient: ``n_chosen``, ``n_others``, ``auroc`` (NaN without both kinds); empty if the
-            unit is the patch.
+        by_group: By patient; empty if the unit is the patch.
     """
 
     n_chosen: int
@@ -49,7 +57,7 @@ class Contrast:
     difference_sd: Interval
     auroc: Interval
     within: PatientSummary | None
-    by_group: dict[str, dict[str, FloatOrNan]]
+    by_group: dict[str, GroupContrast]
 
 
 def contrast_groups(
@@ -86,7 +94,7 @@ def contrast_groups(
     [auroc] = resampler.estimate(
         lambda weight: AUROC.compute(scores.count(weight)), [informative], bounds=AUROC.bounds
     )
-    by_group, within = dict[str, dict[str, float]](), None
+    by_group, within = dict[str, GroupContrast](), None
     if resampler.unit != "patch":
         item = [_auroc(values[codes == code], chosen[codes == code]) for code in range(n_groups)]
         columns = {"n_chosen": sums[:, 0].astype(int), "n_others": sums[:, 3].astype(int), "auroc": item}

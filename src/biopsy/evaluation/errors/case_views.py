@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -11,16 +12,19 @@ import pandas as pd
 
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
-from biopsy.core.files import refuse_inputs, update_directory
+from biopsy.core.files import plain, refuse_inputs, update_directory
+from biopsy.core.loaders import validate
 from biopsy.core.results import Result, Table
 from biopsy.core.tables import write_csv
 from biopsy.core.text import class_title, file_name
 from biopsy.data.packs import Pack
 from biopsy.evaluation.errors.measure import (
+    DOCUMENT,
     FOLDER,
     N_SHOWN,
     CaseView,
     ErrorRecord,
+    Errors,
     measure_errors,
     read_errors,
 )
@@ -31,7 +35,6 @@ from biopsy.evaluation.neighbours import SlideViews
 from biopsy.models.engine import Engine
 from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png
-from biopsy.reporting.document import read_estimate
 from biopsy.reporting.elements import make_table
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
@@ -56,29 +59,35 @@ class ErrorAnalysis(Result):
     table: pd.DataFrame
     path: Path
 
+    @cached_property
+    def errors(self) -> Errors:
+        """The content of ``errors.json``."""
+        return validate(DOCUMENT, Errors, self.document)
+
     def blocks(self) -> list[str | Table]:
-        counts, positive = self["counts"], class_title(self["positive_class"])
+        m = self.errors
+        counts, positive = m["counts"], class_title(m["positive_class"])
         lines = [
-            f"{self['subset']} subset: {counts['fn']:,} false negatives among "
+            f"{m['subset']} subset: {counts['fn']:,} false negatives among "
             f"{counts['fn'] + counts['tp']:,} {positive} patches, {counts['fp']:,} false positives among "
             f"{counts['fp'] + counts['tn']:,} others"
         ]
-        for zone, part in self["zones"].items():
-            lines.append(f"{zone}: {part['fn'] + part['fp']:,} errors on {part['n_patches']:,} patches")
+        for zone, part in m["zones"].items():
+            lines.append(f"{zone}: {part.fn + part.fp:,} errors on {part.n_patches:,} patches")
         rows = [
             [
-                row["errors"],
-                row["property"],
-                f"{row['mean_chosen']:.4g}",
-                f"{row['mean_others']:.4g}",
-                read_estimate(row["within"] or row["auroc"]),
-                row["verdict"],
+                row.errors,
+                row.property,
+                f"{row.mean_chosen:.4g}",
+                f"{row.mean_others:.4g}",
+                row.within or row.auroc,
+                row.verdict,
             ]
-            for row in self["contrasts"]
-            if row["n_chosen"] and row["n_others"]
+            for row in m["contrasts"]
+            if row.n_chosen and row.n_others
         ]
         columns = ["errors", "property", "mean, wrong", "mean, right", "P(wrong > right) (AUC)", "difference"]
-        note = f"95 % intervals are simultaneous over {self['n_comparisons']} comparisons."
+        note = f"95 % intervals are simultaneous over {m['n_comparisons']} comparisons."
         table = make_table(columns, rows, note=note, text_columns=2)
         return [*lines, *([table] if rows else []), str(self.path / TABLE)]
 
@@ -135,7 +144,7 @@ def errors(
         write_csv(partial / TABLE, table)
     if hypotheses:
         measure_hypotheses(run, device=device)
-    return ErrorAnalysis(result.document, table, folder)
+    return ErrorAnalysis(plain(result.document), table, folder)
 
 
 def load_errors(run: Run) -> ErrorRecord | None:
@@ -155,12 +164,12 @@ def load_errors(run: Run) -> ErrorRecord | None:
 
 def hide_errors(record: ErrorRecord, pseudonymizer: Pseudonymizer) -> ErrorRecord:
     """Replace the ids of evaluated patches, and remove those of the nearest training patches."""
-    document = pseudonymizer.nested(record.document)
+    document: Errors = pseudonymizer.nested(record.document)
     for kind, entries in document["galleries"].items():
         for entry, original in zip(entries, record.document["galleries"][kind], strict=True):
             entry["patch_id"] = pseudonymizer.of("patch", original["patch_id"])
             entry["nearest"] = [
-                {**neighbour, "patch_id": None, "patient_id": None, "slide_id": None}
+                {**neighbour, "patch_id": "", "patient_id": None, "slide_id": None}
                 for neighbour in entry["nearest"]
             ]
     views = {pseudonymizer.of("patch", name): view for name, view in record.views.items()}

@@ -5,25 +5,29 @@ recomputed. To measure another property of a patch, add it to `biopsy.evaluation
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import plain, replace_atomic, sha256_file, write_json
+from biopsy.core.files import replace_atomic, sha256_file, write_json
 from biopsy.core.tables import read_parquet_table
 from biopsy.data.packs import Pack
-from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
-from biopsy.evaluation.neighbours import count_neighbours, find_zones, measure_zones
+from biopsy.evaluation.errors.nearest_training_patches import (
+    NearestPatch,
+    ReferenceDescription,
+    TrainingReference,
+)
+from biopsy.evaluation.neighbours import Zone, count_neighbours, find_zones, measure_zones
 from biopsy.evaluation.patch_properties import PROPERTIES, measure_properties
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.stored_results import MAX_MEASURED, draw_rows, read_result, result_key
+from biopsy.evaluation.stored_results import MAX_MEASURED, ResultKey, draw_rows, read_result, result_key
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features
-from biopsy.statistics.contrasts import contrast_groups
+from biopsy.statistics.contrasts import Contrast, contrast_groups
 from biopsy.training.runs import Run
 
 FORMAT = "biopsy-errors/2"
@@ -37,6 +41,66 @@ UNUSUAL = 0.1  # share at either end of the correct patches within which a value
 MIN_CORRECT = 10  # correct patches needed to find unusual values
 DRAWS = 500  # per bootstrap, from 100 patients on; standard errors within 6 % of those of many more draws
 MAX_GROUPS = 24  # groups listed individually
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    property: str
+    errors: str
+    others: str
+
+
+@dataclass(frozen=True)
+class ErrorContrast(Contrast, _Comparison):
+    """A property of errors, ``fn`` or ``fp``, against that of the correct patches ``others``."""
+
+    verdict: str
+
+
+class ErrorContrasts(TypedDict):
+    """Comparisons of properties, the level of each of their intervals, and the draws of a bootstrap."""
+
+    n_comparisons: int
+    level_each: float
+    draws: int
+    contrasts: list[ErrorContrast]
+
+
+class UnusualValue(TypedDict):
+    """A property of a patch, and the share of correct patches with a lower value (ties count half)."""
+
+    property: str
+    value: float
+    rank: float
+
+
+class GalleryPatch(TypedDict):
+    """A patch in a gallery."""
+
+    patch_id: str
+    unusual: list[UnusualValue]
+    nearest: list[NearestPatch]
+
+
+class ErrorsKey(ResultKey):
+    """What was requested."""
+
+    n: int
+
+
+class Errors(ErrorsKey, ErrorContrasts):
+    """Content of ``errors.json``; see the file formats page."""
+
+    positive_class: str
+    unit: str
+    n_groups: int
+    n_measured: int
+    threshold: float
+    counts: dict[str, int]
+    properties: dict[str, str]
+    zones: dict[str, Zone]
+    training_reference: ReferenceDescription
+    galleries: dict[str, list[GalleryPatch]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +133,13 @@ class ErrorRecord:
         caption: What the saliency maps of the images show and what they do not.
     """
 
-    document: dict[str, Any]
+    document: Errors
     table: pd.DataFrame
     views: Mapping[str, CaseView] = field(default_factory=dict)
     caption: str = ""
 
     @property
-    def entries(self) -> dict[str, dict[str, Any]]:
+    def entries(self) -> dict[str, GalleryPatch]:
         """The patches in the galleries by ``patch_id``."""
         return {item["patch_id"]: item for part in self.document["galleries"].values() for item in part}
 
@@ -104,7 +168,7 @@ def measure_errors(
         raise RunError(f"{run.path} has more than two classes: error analysis needs two")
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
-    requested = {**result_key(run, FORMAT, subset, frame, metadata), "n": n}
+    requested: ErrorsKey = {**result_key(run, FORMAT, subset, frame, metadata), "n": n}
     folder = run.path / FOLDER
     cached = _read_cached(folder, requested)
     if cached is not None:
@@ -124,10 +188,10 @@ def read_errors(run: Run) -> ErrorRecord | None:
     return _read_cached(run.path / FOLDER, result_key(run, FORMAT, subset, frame, metadata))
 
 
-def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: str) -> ErrorRecord:
+def _measure(run: Run, frame: pd.DataFrame, request: ErrorsKey, device: str) -> ErrorRecord:
     pack, classifier = run.open_pack(verify=False), run.classifier
     seed, n, threshold = request["seed"], request["n"], classifier.threshold
-    assert pack.positive_index is not None and threshold is not None
+    assert pack.info.positive_class is not None and threshold is not None
     rows = pack.rows_of(frame["patch_id"])
     table = tabulate_errors(pack, rows, frame["prob"].to_numpy(float), threshold)
     sampled = draw_rows(len(table), MAX_MEASURED, seed)
@@ -144,7 +208,7 @@ def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: 
     names = [f"prob_{name}" for name in pack.class_names]
     scored = ScoredPatches.of_pack(pack, rows, frame[names].to_numpy(float), threshold, seed=seed)
     sample = table.iloc[sampled]
-    document = {
+    document: Errors = {
         **request,
         "positive_class": pack.info.positive_class,
         "unit": pack.unit,
@@ -168,7 +232,7 @@ def _measure(run: Run, frame: pd.DataFrame, request: Mapping[str, Any], device: 
             for kind, indices in galleries.items()
         },
     }
-    return ErrorRecord(plain(document), table)
+    return ErrorRecord(document, table)
 
 
 def tabulate_errors(pack: Pack, rows: np.ndarray, prob: np.ndarray, threshold: float) -> pd.DataFrame:
@@ -208,7 +272,7 @@ def pick_galleries(table: pd.DataFrame, threshold: float, n: int) -> dict[str, l
     return {**galleries, "uncertain": ordered.sort_values(["near", "patch_id"]).index[:n].tolist()}
 
 
-def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str) -> dict[str, Any]:
+def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, unit: str) -> ErrorContrasts:
     """Compare every property between errors and correct patches of the same class.
 
     Comparisons are made within each patient: the probability that an error has the higher value, averaged
@@ -216,9 +280,6 @@ def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, u
 
     Args:
         sample: ``kind`` and the columns of `PROPERTIES`.
-
-    Returns:
-        ``n_comparisons``, ``level_each``, ``draws`` of a bootstrap, and ``contrasts``, one record each.
     """
     kinds = sample["kind"].to_numpy(str)
     requested = [
@@ -242,16 +303,10 @@ def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, u
             level=level_each,
             draws=DRAWS,
         )
-        contrasts.append(
-            {
-                "property": name,
-                "errors": wrong,
-                "others": right,
-                **vars(result),
-                "by_group": result.by_group if len(result.by_group) <= MAX_GROUPS else {},
-                "verdict": (result.within or result.auroc).compare(0.5),
-            }
-        )
+        if len(result.by_group) > MAX_GROUPS:
+            result = replace(result, by_group={})
+        verdict = (result.within or result.auroc).compare(0.5)
+        contrasts.append(ErrorContrast(name, wrong, right, **vars(result), verdict=verdict))
     return {
         "n_comparisons": n_comparisons,
         "level_each": level_each,
@@ -260,18 +315,17 @@ def contrast_errors(sample: pd.DataFrame, group_ids: np.ndarray, *, seed: int, u
     }
 
 
-def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[dict[str, Any]]:
+def find_unusual(row: pd.Series, sample: pd.DataFrame) -> list[UnusualValue]:
     """Return the properties in which a patch differs most from correct patches of its class.
 
     Returns:
-        Up to two properties with a value among the `UNUSUAL` lowest or highest: ``property``, ``value`` and
-        ``rank``, the share of correct patches with a lower value (ties count half).
+        Up to two properties with a value among the `UNUSUAL` lowest or highest.
     """
     right = "tp" if row["kind"] in ("tp", "fn") else "tn"
     correct = sample[(sample["kind"] == right) & (sample["patch_id"] != row["patch_id"])]
     if len(correct) < MIN_CORRECT:
         return []
-    result: list[dict[str, Any]] = []
+    result: list[UnusualValue] = []
     for name in PROPERTIES:
         value, others = row[name], correct[name].to_numpy(float)
         rank = float(((others < value) + 0.5 * (others == value)).mean())
@@ -287,11 +341,12 @@ def _write(folder: Path, record: ErrorRecord) -> None:
     write_json(folder / DOCUMENT, {**record.document, "table_sha256": sha256_file(folder / TABLE)})
 
 
-def _read_cached(folder: Path, requested: Mapping[str, Any]) -> ErrorRecord | None:
+def _read_cached(folder: Path, requested: ResultKey) -> ErrorRecord | None:
     """Return the stored record if it belongs to the requested predictions, else None."""
-    document = read_result(folder / DOCUMENT, requested, dict[str, Any])
     try:
-        if document is None or document.pop("table_sha256", None) != sha256_file(folder / TABLE):
+        key = {**requested, "table_sha256": sha256_file(folder / TABLE)}
+        document = read_result(folder / DOCUMENT, key, Errors)
+        if document is None:
             return None
         table, _ = read_parquet_table(folder / TABLE)
     except DataError:

@@ -1,11 +1,11 @@
 """The training patches nearest to a patch in the penultimate layer of a network."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics.pairwise import euclidean_distances
+from typing_extensions import TypedDict
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
@@ -20,6 +20,21 @@ N_NEAREST = 3
 _FACTOR = 2  # times the number of patches that can be predicted in some seconds
 
 
+_Id = str | None
+NearestPatch = TypedDict(
+    "NearestPatch",
+    {"patch_id": str, "patient_id": _Id, "slide_id": _Id, "class": str, "distance": float},
+)
+"""A training patch and its distance."""
+
+
+class ReferenceDescription(TypedDict):
+    """Number of training patches, and the unit of distances in words."""
+
+    n: int
+    distance: str
+
+
 @dataclass(frozen=True)
 class TrainingReference:
     """Training patches of a run that other patches are compared with.
@@ -32,14 +47,14 @@ class TrainingReference:
         features: Scaled features of the penultimate layer, float64 ``(n, n_features)``.
         scale: Divisor of each feature, ``(n_features,)``; infinite where a feature does not vary.
         unit: The distance that counts as 1.
-        description: ``n``, and ``distance``, the unit in words.
+        description: ``n`` and the unit in words.
     """
 
     patches: pd.DataFrame
     features: np.ndarray
     scale: np.ndarray
     unit: float
-    description: dict[str, int | str]
+    description: ReferenceDescription
 
     @classmethod
     def from_run(cls, run: Run, pack: Pack, classifier: Classifier, *, engine: Engine) -> "TrainingReference":
@@ -71,12 +86,11 @@ class TrainingReference:
             description={"n": len(sampled), "distance": unit},
         )
 
-    def find_nearest(self, features: np.ndarray) -> list[list[dict[str, Any]]]:
-        """Return the nearest training patches of patches with some features, ``(n, n_features)``.
+    def find_nearest(self, features: np.ndarray) -> list[list[NearestPatch]]:
+        """Return the `N_NEAREST` training patches of patches with some features, ``(n, n_features)``.
 
         Returns:
-            For each patch `N_NEAREST` records, the nearest first: ``patch_id``, ``patient_id``, ``slide_id``,
-            ``class`` and ``distance``.
+            For each patch, the nearest first.
         """
         distance = euclidean_distances(features / self.scale, self.features) / self.unit
         order = np.argsort(distance, axis=1, kind="stable")[:, :N_NEAREST]

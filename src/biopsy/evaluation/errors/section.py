@@ -1,6 +1,6 @@
 """Report section on misclassified patches: counts, location, associated properties, and galleries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -8,11 +8,20 @@ import numpy as np
 
 from biopsy.core.text import capitalize, class_title, count, plural
 from biopsy.evaluation.errors.case_views import errors, hide_errors, load_errors
-from biopsy.evaluation.errors.measure import AGAINST, KINDS, CaseView, ErrorRecord
+from biopsy.evaluation.errors.measure import (
+    AGAINST,
+    KINDS,
+    CaseView,
+    ErrorContrast,
+    ErrorRecord,
+    Errors,
+    GalleryPatch,
+)
 from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES, Hypotheses, Hypothesis
+from biopsy.evaluation.neighbours import SHOWN
 from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg
-from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Text, number, read_estimate
+from biopsy.reporting.document import Block, Bullets, Case, Cases, Section, Text, number
 from biopsy.reporting.elements import make_table, pick_label
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
@@ -35,20 +44,20 @@ ERRORS = {"fn": ("false negatives", "true positives"), "fp": ("false positives",
 )
 def describe_errors(facts: RunFacts) -> Section | None:
     """Return the counts of errors, the properties associated with them, and the patches."""
-    record: ErrorRecord | None = facts.results.get("errors")
+    record = facts.result("errors", ErrorRecord)
     if record is None:
         return None
     document = record.document
     blocks: list[Block] = [Text(_describe_counts(facts, document)), *_describe_zones(document)]
     blocks += _describe_contrasts(document)
-    tested: Hypotheses | None = facts.results.get("hypotheses")
+    tested = facts.result("hypotheses", Hypotheses)
     answers = [_describe_hypothesis(item) for item in (tested.hypotheses if tested else ())]
     if any(answers):
         blocks.append(Bullets([answer for answer in answers if answer]))
     return Section("errors", "Error analysis", blocks + _galleries(facts, record))
 
 
-def _describe_counts(facts: RunFacts, document: Mapping[str, Any]) -> str:
+def _describe_counts(facts: RunFacts, document: Errors) -> str:
     n = document["counts"]
     return (
         f"{number(n['fn'] + n['fp'])} of {number(document['n_patches'])} patches are misclassified: "
@@ -57,7 +66,7 @@ def _describe_counts(facts: RunFacts, document: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
+def _describe_zones(document: Errors) -> list[Block]:
     """Return the errors at annotated borders and elsewhere."""
     zones, unit = document["zones"], document["unit"]
     if not zones:
@@ -66,19 +75,17 @@ def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
         ]
     rows: list[list[object]] = []
     several = unit != "patch" and document["n_groups"] > 1
-    for name, result in zones.items():
-        levels = ("patch", "patient") if several else ("patch",)
-        rates = [result[level][metric] for level in levels for metric in ("sensitivity", "specificity")]
-        rows.append([name, *(result[key] for key in ("n_patches", "fn", "fp")), *rates])
+    for name, zone in zones.items():
+        means = zone.patient if several and zone.patient else {}
+        rates = [level[metric] for level in (zone.patch, means) for metric in SHOWN if metric in level]
+        rows.append([name, zone.n_patches, zone.fn, zone.fp, *rates])
     columns = ["zone", "patches", "false negatives", "false positives", "sensitivity", "specificity"]
     if several:
-        columns += [f"{name}, mean of {plural(unit)}" for name in ("sensitivity", "specificity")]
-    errors, patches = (
-        {name: sum(result[key] for key in keys) for name, result in zones.items()}
-        for keys in (("fn", "fp"), ("n_patches",))
-    )
+        columns += [f"{name}, mean of {plural(unit)}" for name in SHOWN]
+    errors = {name: zone.fn + zone.fp for name, zone in zones.items()}
+    patches = {name: zone.n_patches for name, zone in zones.items()}
     caption = "Errors at annotated borders and elsewhere"
-    if "border" in zones and sum(errors.values()):
+    if "border" in zones and any(errors.values()):
         share, size = (counts["border"] / sum(counts.values()) for counts in (errors, patches))
         caption = f"{share:.0%} of the errors, but {size:.0%} of the patches, lie at an annotated border"
     note = (
@@ -88,7 +95,7 @@ def _describe_zones(document: Mapping[str, Any]) -> list[Block]:
     return [make_table(columns, rows, caption=caption, note=note)]
 
 
-def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
+def _describe_contrasts(document: Errors) -> list[Block]:
     """Return the properties associated with errors."""
     contrasts, unit = document["contrasts"], document["unit"]
     if not document["n_comparisons"]:
@@ -96,15 +103,15 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
     within = unit != "patch"
     rows = [
         [
-            ERRORS[result["errors"]][0],
-            property_name(result["property"]),
-            number(result["mean_chosen"], _digits(result)),
-            number(result["mean_others"], _digits(result)),
-            read_estimate(result["within"]) if within else read_estimate(result["auroc"]),
-            result["verdict"],
+            ERRORS[result.errors][0],
+            property_name(result.property),
+            number(result.mean_chosen, _digits(result)),
+            number(result.mean_others, _digits(result)),
+            result.within if within else result.auroc,
+            result.verdict,
         ]
         for result in contrasts
-        if result["n_chosen"] and result["n_others"]
+        if result.n_chosen and result.n_others
     ]
     chance = f"P(wrong > right) within a {unit} (AUC)" if within else "P(wrong > right) (AUC)"
     columns = ["errors", "property", "mean, errors", "mean, correct", chance, "difference"]
@@ -116,7 +123,7 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
         "patch of the same class. Without patient ids the unit is the patch, and intervals are too narrow"
     )
     units = "; ".join(f"{property_name(name)}: {text}" for name, text in document["properties"].items())
-    compared = {result["property"] for result in contrasts}
+    compared = {result.property for result in contrasts}
     unmeasured = [property_name(name) for name in document["properties"] if name not in compared]
     left_out = (
         f" Not measured, because the pixel size (µm) is unknown: {', '.join(unmeasured)}."
@@ -136,24 +143,24 @@ def _describe_contrasts(document: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _digits(contrast: Mapping[str, Any]) -> int:
-    return 0 if max(abs(contrast["mean_chosen"]), abs(contrast["mean_others"])) >= 20 else 3
+def _digits(contrast: ErrorContrast) -> int:
+    return 0 if max(abs(contrast.mean_chosen), abs(contrast.mean_others)) >= 20 else 3
 
 
-def _describe_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
+def _describe_verdicts(contrasts: Sequence[ErrorContrast]) -> str:
     """Return one sentence per kind of error."""
     sentences = []
     for kind in AGAINST:
-        results = [result for result in contrasts if result["errors"] == kind and result["n_chosen"]]
+        results = [result for result in contrasts if result.errors == kind and result.n_chosen]
         clear = [
-            f"{result['verdict']} {property_name(result['property'])}"
+            f"{result.verdict} {property_name(result.property)}"
             for result in results
-            if result["verdict"] in ("higher", "lower")
+            if result.verdict in ("higher", "lower")
         ]
         wrong, right = ERRORS[kind]
         if clear:
             sentences.append(f"{wrong.capitalize()} have {', '.join(clear)} than {right}.")
-        elif results and all(result["verdict"] == "inconclusive" for result in results):
+        elif results and all(result.verdict == "inconclusive" for result in results):
             sentences.append(
                 f"Inconclusive: too few {wrong} to test which properties are associated with them."
             )
@@ -162,16 +169,12 @@ def _describe_verdicts(contrasts: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(sentences)
 
 
-def _by_group(contrasts: Sequence[Mapping[str, Any]], unit: str) -> list[Block]:
+def _by_group(contrasts: Sequence[ErrorContrast], unit: str) -> list[Block]:
     rows = [
-        [
-            f"{property_name(result['property'])}, {ERRORS[result['errors']][0]}",
-            str(name),
-            *(item[key] for key in ("n_chosen", "n_others", "auroc")),
-        ]
+        [f"{property_name(result.property)}, {ERRORS[result.errors][0]}", name, *item.values()]
         for result in contrasts
-        for name, item in result["by_group"].items()
-        if item["auroc"] is not None
+        for name, item in result.by_group.items()
+        if not np.isnan(item["auroc"])
     ]
     groups = {row[1] for row in rows}
     if len(groups) < 2:
@@ -221,7 +224,7 @@ def _explain_pictures(facts: RunFacts, record: ErrorRecord) -> str:
     )
 
 
-def _group_cases(record: ErrorRecord, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Case]]]:
+def _group_cases(record: ErrorRecord, entries: Sequence[GalleryPatch]) -> list[tuple[str, list[Case]]]:
     table = record.table
     rows = table.assign(who=pick_label(table)).set_index(table["patch_id"].astype(str))
     groups: dict[str, list[Case]] = {}
@@ -229,7 +232,7 @@ def _group_cases(record: ErrorRecord, entries: Sequence[Mapping[str, Any]]) -> l
         row = rows.loc[entry["patch_id"]]
         lines = [
             number(float(row["prob"])),
-            str(entry["patch_id"]),
+            entry["patch_id"],
             KINDS[row["kind"]],
             *_reasons(entry, row),
         ]
@@ -238,7 +241,7 @@ def _group_cases(record: ErrorRecord, entries: Sequence[Mapping[str, Any]]) -> l
     return list(groups.items())
 
 
-def _reasons(entry: Mapping[str, Any], row: Any) -> list[str]:
+def _reasons(entry: GalleryPatch, row: Any) -> list[str]:
     lines = [
         f"{property_name(item['property'])} {_digits_of(item['value'])}, "
         f"{'higher' if item['rank'] > 0.5 else 'lower'} than in {max(item['rank'], 1 - item['rank']):.0%}"
@@ -251,7 +254,7 @@ def _digits_of(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _pictures(case_view: CaseView | None, entry: Mapping[str, Any]) -> list[tuple[bytes, str]]:
+def _pictures(case_view: CaseView | None, entry: GalleryPatch) -> list[tuple[bytes, str]]:
     if case_view is None:
         return []
     saliency = "saliency (constant)" if case_view.is_constant else "saliency"

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from typing_extensions import TypedDict
 
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
-from biopsy.core.files import read_json, update_directory, write_json
+from biopsy.core.files import update_directory, write_json
 from biopsy.core.text import capitalize, class_title, file_name
 from biopsy.evaluation.stored_results import read_result
 from biopsy.models.classifier import Classifier
@@ -147,43 +147,87 @@ DOCUMENT = "explain.json"
 PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 
 
+class ExplanationSheet(TypedDict):
+    """The picture of all examples with the maps of a method, and the titles of its maps."""
+
+    method: str
+    layer: str | None
+    picture: str
+    maps: list[str]
+    caption: str
+
+
+Example = TypedDict(
+    "Example",
+    {"patch_id": str, "subset": str, "class": str, "predicted": str, "prob": float, "kind": str},
+)
+"""A row of `Explained.examples`."""
+
+
+class ExplainedPatch(Example):
+    """An example, and its picture by a method."""
+
+    method: str
+    layer: str | None
+    picture: str
+
+
+class ExplanationKey(TypedDict):
+    """The explained classifier."""
+
+    format: str
+    classifier_sha256: str
+
+
+class ExplanationDocument(ExplanationKey):
+    """Content of ``explain.json``; see the file formats page."""
+
+    sheets: list[ExplanationSheet]
+    patches: list[ExplainedPatch]
+
+
 def write_explained(
     classifier: Classifier, explained: Explained, folder: Path, *, named_layers: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> ExplanationDocument:
     """Write sheets, pictures and ``explain.json`` into a folder; return the content of the latter."""
-    examples = explained.examples
+    examples: list[Example] = explained.examples.to_dict(orient="records")
     stems = {
         file_name(f"{part.method}-{part.layer}" if part.layer in named_layers else part.method): part
         for part in explained.illustrations
     }
-    names = [f"{index:02d}-{file_name(item)}.png" for index, item in enumerate(examples["patch_id"], start=1)]
+    names = [f"{index:02d}-{file_name(item['patch_id'])}.png" for index, item in enumerate(examples, start=1)]
     outputs = [name for stem in stems for name in (f"{stem}.png", f"{stem}/*")]
+
+    def is_kept(picture: str) -> bool:
+        return Path(picture).parts[0].removesuffix(".png") not in stems
+
     with update_directory(folder, DOCUMENT, *outputs, last=DOCUMENT) as partial:
-        identity: dict[str, str | int] = {"format": FORMAT, "classifier_sha256": classifier.sha256}
-        document = read_result(folder / DOCUMENT, identity, dict[str, Any])
-        document = document or {**identity, "sheets": [], "patches": []}
+        key: ExplanationKey = {"format": FORMAT, "classifier_sha256": classifier.sha256}
+        document = read_result(folder / DOCUMENT, key, ExplanationDocument)
+        document = document or {**key, "sheets": [], "patches": []}
+        document["sheets"] = [sheet for sheet in document["sheets"] if is_kept(sheet["picture"])]
+        document["patches"] = [patch for patch in document["patches"] if is_kept(patch["picture"])]
         for stem, part in stems.items():
             sheet = draw_sheet(explained, range(len(examples)), [part])
             (partial / f"{stem}.png").write_bytes(png(sheet))
             (partial / stem).mkdir()
             for name, patch, maps in zip(names, explained.patches, part.maps, strict=True):
                 (partial / stem / name).write_bytes(png(_lay_out(patch, maps, signed=part.signed)))
-            source = {"method": part.method, "layer": part.layer}
-            for key in ("sheets", "patches"):
-                document[key] = [
-                    entry
-                    for entry in document[key]
-                    if Path(entry["picture"]).parts[0].removesuffix(".png") != stem
-                ]
             document["sheets"].append(
-                {**source, "picture": f"{stem}.png", "maps": part.titles, "caption": part.caption}
+                {
+                    "method": part.method,
+                    "layer": part.layer,
+                    "picture": f"{stem}.png",
+                    "maps": part.titles,
+                    "caption": part.caption,
+                }
             )
             document["patches"] += [
-                {**example, **source, "picture": f"{stem}/{name}"}
-                for example, name in zip(examples.to_dict(orient="records"), names, strict=True)
+                {**example, "method": part.method, "layer": part.layer, "picture": f"{stem}/{name}"}
+                for example, name in zip(examples, names, strict=True)
             ]
         write_json(partial / DOCUMENT, document)
-    return read_json(folder / DOCUMENT, format=FORMAT)
+    return document
 
 
 def _lay_out(patch: np.ndarray, maps: np.ndarray, *, signed: bool) -> np.ndarray:

@@ -152,7 +152,7 @@ def explain(
             )
         chosen = choose_from_data(classifier, Path(data), selection, Engine(device))
     explained = explain_chosen(classifier, chosen, methods, layers, device=device)
-    document = write_explained(classifier, explained, folder, named_layers=layers)
+    document = dict(write_explained(classifier, explained, folder, named_layers=layers))
     if run is not None and not patch and not random:
         with contextlib.suppress(OSError):  # read-only run
             keep_explained(run, explained)

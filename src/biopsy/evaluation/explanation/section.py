@@ -49,7 +49,7 @@ MAX_GROUPS = 24  # groups listed individually
 )
 def describe_attention(facts: RunFacts) -> Section | None:
     """Return misclassified and correct patches with superimposed saliency maps."""
-    explained: Explained | None = facts.results.get("explanation")
+    explained = facts.result("explanation", Explained)
     if explained is None or explained.examples.empty:
         return None
     right = (explained.examples["kind"] == "correct").to_numpy()
@@ -112,7 +112,7 @@ TITLES = {"random": "random order", "edges": "edge detector"}
 )
 def describe_faithfulness(facts: RunFacts) -> Section | None:
     """Return a sentence, a table row and two curves for every tested method."""
-    result: Faithfulness | None = facts.results.get("faithfulness")
+    result = facts.result("faithfulness", Faithfulness)
     if result is None:
         return None
     settings, methods = result.settings, result.methods

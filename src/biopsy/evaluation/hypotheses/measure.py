@@ -17,6 +17,7 @@ from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
 from biopsy.evaluation.stored_results import (
     MAX_MEASURED,
+    ResultKey,
     affordable_patches,
     draw_rows,
     read_result,
@@ -212,7 +213,7 @@ def read_hypotheses(run: Run) -> Hypotheses | None:
     return read_result(run.path / PATH, result_key(run, FORMAT, subset, *run.predictions(subset)), Hypotheses)
 
 
-def _measure(run: Run, frame: pd.DataFrame, key: Mapping[str, str | int], device: str) -> Hypotheses:
+def _measure(run: Run, frame: pd.DataFrame, key: ResultKey, device: str) -> Hypotheses:
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
@@ -239,7 +240,7 @@ def _measure(run: Run, frame: pd.DataFrame, key: Mapping[str, str | int], device
     maps = explain_patches(classifier, patches, sizes, "saliency", engine=engine).maps[:, 0]
     shares = share_saliency(patches, maps, sizes)
     return Hypotheses(
-        **key,  # type: ignore[arg-type]
+        **key,
         positive_class=pack.info.positive_class,
         unit=pack.unit,
         n_groups=len(np.unique(groups)),

@@ -33,7 +33,7 @@ from biopsy.statistics.resampling import Interval
 )
 def describe_hypotheses(facts: RunFacts) -> Section | None:
     """Return each published hypothesis, whether the data support it, and the numbers."""
-    result: Hypotheses | None = facts.results.get("hypotheses")
+    result = facts.result("hypotheses", Hypotheses)
     if result is None:
         return None
     is_sample = result.n_measured < result.n_patches or result.n_predicted < result.n_patches
@@ -108,11 +108,7 @@ def _table_of_saliency(saliency: Mapping[str, ColourShare]) -> Table:
 def _tables_by_group(compared: list[tuple[Hypothesis, PropertyContrast]], unit: str) -> list[Block]:
     """Return the values of each patient."""
     rows = [
-        [
-            f"{measure.property}, {measure.chosen}",
-            str(name),
-            *(values[key] for key in ("n_chosen", "n_others", "auroc")),
-        ]
+        [f"{measure.property}, {measure.chosen}", name, *values.values()]
         for _, measure in compared
         for name, values in list(measure.by_group.items())[:MAX_GROUPS]
     ]
