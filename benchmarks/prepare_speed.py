@@ -5,7 +5,7 @@ Speed: timed in turn, in one process, on the same archive,
 * ``prepare``: from the zip to a pack on disk: listed, checked, decoded on all cores, hashed, written;
 * ``reading``: the part of it between the first and the last call of its progress: decoded, hashed, written;
 * ``decoder``: the decoder alone on all cores, from files that are in memory already, nothing kept;
-* ``pillow``: the usual loop, one thread: zipfile, ``Image.open(...).convert("RGB")``, into an array.
+* ``pillow``: the usual loop, one thread: zipfile or files, ``Image.open(...).convert("RGB")``, into an array.
 
 ``--kinds folder doubled`` first unpacks the archive into a folder, or writes it as Kaggle has it today, every
 patch a second time below ``IDC_regular_ps50_idx5/``; ``prepare`` then reads that.
@@ -26,6 +26,7 @@ shared, and the row says so. Rows are appended to ``results/prepare-speed.csv`` 
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -85,13 +86,18 @@ def write_row(name: str, row: dict[str, object]) -> None:
 
 
 def read_by_pillow(source: Path) -> np.ndarray:
-    """Decode a zip of patches the usual way; none is larger than the first."""
-    with zipfile.ZipFile(source) as archive:
-        names = [name for name in archive.namelist() if name.endswith((".png", ".jpg"))]
-        first = Image.open(io.BytesIO(archive.read(names[0])))
+    """Decode a zip or folder of patches the usual way; none is larger than the first."""
+    with contextlib.ExitStack() as stack:
+        if source.is_dir():
+            names = [str(path) for path in source.rglob("*") if path.suffix in (".png", ".jpg")]
+            read = lambda name: Path(name).read_bytes()  # noqa: E731
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(source))
+            names, read = [n for n in archive.namelist() if n.endswith((".png", ".jpg"))], archive.read
+        first = Image.open(io.BytesIO(read(names[0])))
         patches = np.zeros((len(names), first.height, first.width, 3), np.uint8)
         for row, name in enumerate(names):
-            patch = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+            patch = np.asarray(Image.open(io.BytesIO(read(name))).convert("RGB"))
             patches[row, : patch.shape[0], : patch.shape[1]] = patch
     return patches
 
@@ -154,7 +160,7 @@ def compare_speed(source: Path, kind: str, repeats: int) -> None:
             out = Path(folder) / f"{repeat}.pack"
             whole, reading = time_prepare(given, out)
             shutil.rmtree(out)
-            turn = (whole, reading, time_decoder(source), time_pillow(source))
+            turn = (whole, reading, time_decoder(source), time_pillow(given if kind == "folder" else source))
             if repeat:
                 for name, rate in zip(rates, turn, strict=True):
                     rates[name].append(rate)

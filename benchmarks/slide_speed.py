@@ -193,7 +193,7 @@ def compare_modes(run: Path, work: Path, annotated: pd.DataFrame) -> dict[str, f
         frame = slide_map.to_frame()
         middle = (frame[["x", "y"]] / ENLARGED + 25).astype(int)
         frame["target"] = [targets.get(((x - 1) // 50, (y - 1) // 50)) for x, y in middle.to_numpy()]
-        known = frame.dropna()
+        known = frame.dropna(subset=["target"])
         truth, prob = known["target"].to_numpy(bool), known["prob"].to_numpy()
         called = prob >= slide_map.threshold
         found[f"auroc_{name}"] = float(roc_auc_score(truth, prob))

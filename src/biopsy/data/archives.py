@@ -50,6 +50,7 @@ _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED = 0x1  # bit 0 of the general purpose flags
 _UTF8 = 0x800  # bit 11
 _RELEASE_BYTES = 2**26
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 class Entry(NamedTuple):
@@ -164,9 +165,16 @@ class FolderArchive:
         if entry.size > MAX_ENTRY_BYTES:
             raise DataError(f"has {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
         try:
-            return self.path_of(entry).read_bytes()
+            file = os.open(f"{self.path}{os.sep}{self._files[entry.offset][0]}", _READ_ONLY)
+            try:  # three system calls, where Path.read_bytes makes eight
+                content = os.read(file, entry.size + 1)
+            finally:
+                os.close(file)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}") from None
+        if len(content) != entry.size:
+            raise DataError(f"has no longer the {entry.size:,} bytes it had when the folder was listed")
+        return content
 
     def same(self, first: Entry, second: Entry) -> bool:
         """Compare size, then bytes."""
