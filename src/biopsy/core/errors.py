@@ -50,8 +50,8 @@ class FileFormatError(DataError):
     Attributes:
         path: The file.
         reason: A code for programs: ``missing``, ``unreadable``, ``not-regular``, ``too-large``,
-            ``too-deep``, ``encoding``, ``syntax``, ``duplicate``, ``value``, ``columns``, ``format`` or
-            ``altered``.
+            ``too-deep``, ``encoding``, ``syntax``, ``duplicate``, ``value``, ``columns``, ``format``,
+            ``architecture`` (weights of another network) or ``altered``.
     """
 
     def __init__(self, path: Path | str, reason: str, message: str) -> None:

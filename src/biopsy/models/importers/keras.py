@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from biopsy.core.errors import DataError, RecipeError, RunError, suggest
+from biopsy.core.errors import FileFormatError, RecipeError, RunError, suggest
 from biopsy.core.files import sha256_file
 from biopsy.core.text import count
 from biopsy.data.datasets import hcd, idc
@@ -53,7 +53,8 @@ def copy_weights(file: KerasFile, module: nn.Module, name: str) -> None:
     if difference and not file.order_is_certain and not _find_difference(file.by_name(), places):
         layers, difference = file.by_name(), ""
     if difference:
-        raise DataError(f"{file.path} does not fit {name}: {difference}; {_guess(file.layers)}")
+        message = f"does not fit {name}: {difference}; {_guess(file.layers)}"
+        raise FileFormatError(file.path, "architecture", message)
     with torch.no_grad():
         for kind in {place.kind for place in places}:
             for place, layer in zip(_of_kind(places, kind), _of_kind(layers, kind), strict=True):
@@ -80,10 +81,9 @@ def compare_steps(file: KerasFile, network: nn.Module, name: str) -> str:
     pairs = zip_longest(network_steps, file_steps, fillvalue="nothing more")
     for number, (expected, actual) in enumerate(pairs, start=1):
         if expected != actual:
-            raise DataError(
-                f"{file.path} does not fit {name}: its step {number} is {actual}, expected {expected}; "
-                f"{_guess(file.layers)}"
-            )
+            difference = f"its step {number} is {actual}, expected {expected}"
+            message = f"does not fit {name}: {difference}; {_guess(file.layers)}"
+            raise FileFormatError(file.path, "architecture", message)
     return outputs
 
 
@@ -208,7 +208,7 @@ def import_keras(
         patch_px: Side of the patches in pixels, as cut from the slide (default: the data set's).
 
     Raises:
-        DataError: If the file cannot be read, holds code, or is of another architecture.
+        FileFormatError: If the file cannot be read, holds code, or is of another architecture.
         RecipeError: If the model is unknown, or ``class_names`` or ``patch_px`` is required.
         RunError: If ``out`` exists.
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from biopsy.core.errors import DataError, FileFormatError
+from biopsy.core.errors import ArchiveError, DataError, FileFormatError
 from biopsy.core.hdf5 import check_heaps, find_dataset, find_group, open_hdf5
 from biopsy.core.loaders import open_regular, parse_json
 from biopsy.data.archives import ZipArchive
@@ -146,8 +146,8 @@ def read_keras(path: Path | str) -> KerasFile:
     """Read a Keras file.
 
     Raises:
-        DataError: If it is not a Keras file, truncated, or has unsupported content: custom code, links, or
-            arrays that are not floating-point numbers or too large.
+        FileFormatError: If it is not a Keras file, truncated, or has unsupported content: custom code,
+            links, or arrays that are not floating-point numbers or too large.
     """
     path = Path(path)
     try:
@@ -155,9 +155,12 @@ def read_keras(path: Path | str) -> KerasFile:
             is_zip = file.read(4) == b"PK\x03\x04"
         return _read_archive(path) if is_zip else _read_h5(path)
     except FileFormatError as error:
-        raise DataError(f"{error}; expected a file saved by Keras (.h5, .weights.h5, .keras)") from None
+        message = str(error).removeprefix(f"{path} ")
+        expected = "expected a file saved by Keras (.h5, .weights.h5, .keras)"
+        raise FileFormatError(path, error.reason, f"{message}; {expected}") from None
     except DataError as error:
-        raise DataError(str(error) if str(path) in str(error) else f"{path} {error}") from None
+        reason = "syntax" if isinstance(error, ArchiveError) else "value"
+        raise FileFormatError(path, reason, str(error).removeprefix(f"{path} ")) from None
 
 
 def _read_archive(path: Path) -> KerasFile:
