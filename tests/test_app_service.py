@@ -30,6 +30,7 @@ from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.statistics.abstention import predict_sets
 from biopsy.training.open_model import open_classifier
 from conftest import encode_png
+from refusals import refuses
 from slide_maps import make_classifier, save_classifier
 
 LIMITS = Limits(images=20, image_bytes=50_000, predict_bytes=500_000, upload_bytes=5_000_000, waiting_jobs=3)
@@ -258,19 +259,19 @@ def test_a_token_is_needed_where_there_is_one(trained_run, images, tmp_path):
 def test_another_machine_needs_a_token_and_a_taken_port_is_named(trained_run, tmp_path, monkeypatch):
     monkeypatch.delenv("BIOPSY_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="--token"):
+    with refuses(DataError, "0.0.0.0", "--token"):
         biopsy.serve(trained_run, host="0.0.0.0")
     from biopsy.app.web import bind
 
     for port in (-1, 65536):
-        with pytest.raises(DataError, match=str(port)):
+        with refuses(DataError, f"port={port}", 65535):
             bind("127.0.0.1", port, default=8900)
     with bind("127.0.0.1", None, default=8900) as taken:
-        with pytest.raises(DataError, match=str(taken.getsockname()[1])):
+        with refuses(DataError, taken.getsockname()[1], "--port"):
             bind("127.0.0.1", taken.getsockname()[1], default=8900)
-        with pytest.raises(DataError, match="cannot listen"):
+        with refuses(DataError, taken.getsockname()[1], "--port"):
             biopsy.serve(tmp_path / "no_model", port=taken.getsockname()[1])
-        with pytest.raises(DataError, match="cannot listen"):
+        with refuses(DataError, taken.getsockname()[1], "--port"):
             biopsy.view(tmp_path / "no_slide", port=taken.getsockname()[1])
         with bind("127.0.0.1", None, default=taken.getsockname()[1]) as free:
             assert free.getsockname()[1] != taken.getsockname()[1]
@@ -285,7 +286,7 @@ def test_a_server_that_cannot_start_ends_with_one_reason(tmp_path, monkeypatch):
     (tmp_path / "jobs").mkdir()
     with FileLock(tmp_path / "jobs" / LOCK):
         for out in ("jobs", "file"):
-            with pytest.raises(DataError, match="--out"):
+            with refuses(DataError, tmp_path / out, "--out"):
                 biopsy.serve(tmp_path / "classifier", port=0, out=tmp_path / out, device="cpu")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -401,7 +402,7 @@ def test_two_servers_do_not_share_a_folder_and_cut_uploads_are_removed(trained_r
     with TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")) as client:
         assert not cut.parent.exists() and (tmp_path / "jobs" / "mine").exists()
         assert not client.get("/slides").json()
-        with pytest.raises(DataError, match="another server"):
+        with refuses(DataError, tmp_path / "jobs", "--out"):
             TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")).__enter__()
 
 

@@ -49,7 +49,7 @@ def test_the_same_arrays_give_the_same_pack_and_others_another():
     assert len({first.path, *(Pack.from_arrays(**plain | change).path for change in changes)}) == 6
     named = Pack.from_arrays(**plain, out="mine.pack")
     assert Pack.from_arrays(**plain, out="mine.pack").path == named.path
-    with refuses(PackError, "mine.pack"):
+    with refuses(PackError, "mine.pack", reason="exists"):
         Pack.from_arrays(**plain | {"mpp": 2.0}, out="mine.pack")
 
 

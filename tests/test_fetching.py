@@ -49,7 +49,7 @@ def test_a_licence_is_accepted_before_anything_is_fetched(known, tmp_path, monke
 
 
 def test_weights_without_an_address_say_where_they_are(tmp_path):
-    with refuses(DownloadError, "squeezenet_v1.1", "https://"):
+    with refuses(DownloadError, "squeezenet_v1.1", "https://", reason="missing"):
         fetching.fetch("weights:keras-squeezenet1_1", tmp_path)
 
 

@@ -37,7 +37,7 @@ def kaggle_source(kind: str = "dataset", files: tuple[RemoteFile, ...] = ()) -> 
 
 def test_without_kagglehub_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
-    with refuses(MissingExtra, "Kaggle", "'fetch'"):
+    with refuses(MissingExtra, "Kaggle", extra="fetch"):
         fetch_source(find_source("idc"), tmp_path / "idc")
     assert not (tmp_path / "idc").exists()
 
@@ -86,7 +86,7 @@ def test_missing_credentials_become_one_clear_line(kagglehub, tmp_path, failure)
         raise error
 
     kagglehub.competition_download = refuse
-    with refuses(DownloadError, "/rules", "API token") as caught:
+    with refuses(DownloadError, "/rules", "API token", reason="refused") as caught:
         fetch_source(kaggle_source("competition"), tmp_path)
     assert "\n" not in str(caught.value)
     assert os.environ["KAGGLEHUB_CACHE"] == "as before"
@@ -100,7 +100,7 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
         raise ConnectionError("reset by peer")
 
     kagglehub.dataset_download = drop
-    with refuses(DownloadError, "reset by peer", "fetch again"):
+    with refuses(DownloadError, "reset by peer", reason="offline"):
         fetch_source(kaggle_source(), tmp_path)
     assert (tmp_path / ".biopsy-kagglehub" / "1.archive").read_bytes() == b"half"
     assert not (tmp_path / "patches").exists()
@@ -108,7 +108,7 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
 
 def test_kaggle_needs_room_too(kagglehub, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(0, 0, 999))
-    with pytest.raises(DownloadError, match="set needs"):
+    with refuses(DownloadError, tmp_path, reason="disk"):
         fetch_source(kaggle_source(), tmp_path)
 
 

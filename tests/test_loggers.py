@@ -7,6 +7,7 @@ import pytest
 
 from biopsy.core.errors import MissingExtra
 from biopsy.training.train import train
+from refusals import refuses
 from tiny_runs import train_tiny
 
 
@@ -90,7 +91,7 @@ def test_a_resumed_run_goes_on_with_its_record(make_pack, tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_one_that_is_not_installed_is_named(make_pack, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=f"--{name} .*'{name}'"):
+    with refuses(MissingExtra, f"--{name}", extra=name):
         train_with(make_pack(), tmp_path / "run", name)
 
 

@@ -48,14 +48,14 @@ def test_a_pack_cut_short_is_refused(make_pack, name):
     pack = make_pack()
     with open(pack.path / name, "rb+") as file:
         file.truncate(100)
-    with pytest.raises(PackError, match=rf"{name} has 100 bytes .*[\d,]+"):
+    with refuses(PackError, name, "100 bytes", reason="truncated"):
         Pack.open(pack.path)
 
 
 def test_a_missing_file_is_refused(make_pack):
     pack = make_pack()
     (pack.path / "patches.npy").unlink()
-    with refuses(PackError, "patches.npy", "missing"):
+    with refuses(PackError, "patches.npy", reason="truncated"):
         Pack.open(pack.path)
 
 
@@ -66,12 +66,12 @@ def test_an_altered_pixel_or_label_is_noticed(make_pack):
         value = file.read(1)[0]
         file.seek(5000)
         file.write(bytes([value ^ 1]))
-    with pytest.raises(PackError, match="was altered"):
+    with refuses(PackError, reason="altered"):
         Pack.open(pack.path).verify()
 
     pack = make_pack("labels.pack")
     pack.table.loc[0, "target"] = 1
-    with pytest.raises(PackError, match="was altered"):
+    with refuses(PackError, reason="altered"):
         pack.verify()
 
 
@@ -88,7 +88,7 @@ def test_patches_are_found_by_their_ids_and_unknown_ones_refused(make_pack):
     ids = pack.table["patch_id"].iloc[[5, 0, 7]]
     assert pack.rows_of(ids).tolist() == pack.rows_of(ids.tolist()).tolist() == [5, 0, 7]
     assert len(pack.rows_of([])) == 0
-    with refuses(PackError, "'nobody'"):
+    with refuses(PackError, "'nobody'", reason="patch"):
         pack.rows_of([ids.iloc[0], "nobody"])
 
 
@@ -96,12 +96,12 @@ def test_a_newer_format_and_a_broken_document_are_refused(make_pack, tmp_path):
     pack = make_pack()
     document = json.loads((pack.path / "pack.json").read_text())
     (pack.path / "pack.json").write_text(json.dumps({**document, "format": "biopsy-pack/2"}))
-    with pytest.raises(PackError, match="newer than 'biopsy-pack/1': update biopsy"):
+    with refuses(PackError, "'biopsy-pack/1'", "'biopsy-pack/2'", reason="format"):
         Pack.open(pack.path)
     write_json(pack.path / "pack.json", {**document, "patch_px": "wide"})
-    with pytest.raises(PackError, match="patch_px"):
+    with refuses(PackError, "patch_px", reason="value"):
         Pack.open(pack.path)
-    with pytest.raises(PackError, match="is not a pack"):
+    with refuses(PackError, "nothing", "pack.json", reason="missing"):
         Pack.open(tmp_path / "nothing")
 
 

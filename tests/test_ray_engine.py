@@ -59,7 +59,7 @@ def test_engines_and_options_that_do_not_fit_are_refused(engine, address, shard)
 
 def test_ray_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("biopsy.core.ray_engine.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match="--extra ray"):
+    with refuses(MissingExtra, "--engine ray", extra="ray"):
         check_engine("ray", None)
 
 

@@ -90,25 +90,25 @@ def test_values_are_spelled_for_readers():
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
+    ("grid", "facts"),
     [
-        (["train.rl=1,2"], "'train.rl'.*'train.lr'"),
-        (["train.lr"], r"--grid 'train.lr' .*'='.*--grid train.lr=0.01,0.001"),
-        (["train.lr="], "lacks a value"),
-        (["train.lr=0.1,,0.2"], "lacks a value"),
-        ([], "grid"),
-        (["train.lr=0.1", "train.lr=0.2"], "has 'train.lr' twice"),
-        (["train.lr=0.1,-1"], "train.lr: .*0"),
-        (["train.epochs=1,2"], "train.epochs .*--grid and --set"),
-        (["model.name=cancernet,cancernot"], "cancernot"),
-        (["model.params.stage_width=[4],[8]"], "stage_width"),
-        (["model.trainable=all,block9"], "block9"),
-        (["model.pretrained=false,true"], "pretrained"),
+        (["train.rl=1,2"], ["'train.rl'", "'train.lr'"]),
+        (["train.lr"], ["--grid 'train.lr'", "'='", "--grid train.lr=0.01,0.001"]),
+        (["train.lr="], ["'train.lr='", "value"]),
+        (["train.lr=0.1,,0.2"], ["'train.lr=0.1,,0.2'", "value"]),
+        ([], ["--grid", "--search"]),
+        (["train.lr=0.1", "train.lr=0.2"], ["'train.lr'", "twice"]),
+        (["train.lr=0.1,-1"], ["train.lr", "greater than 0", "-1"]),
+        (["train.epochs=1,2"], ["train.epochs", "--grid", "--set"]),
+        (["model.name=cancernet,cancernot"], ["'cancernot'", "'cancernet'"]),
+        (["model.params.stage_width=[4],[8]"], ["'stage_width'"]),
+        (["model.trainable=all,block9"], ["'block9'"]),
+        (["model.pretrained=false,true"], ["model.pretrained", "model.weights"]),
     ],
 )
-def test_a_grid_that_cannot_be_is_refused_before_anything_is_trained(finished, tmp_path, grid, message):
+def test_a_grid_that_cannot_be_is_refused_before_anything_is_trained(finished, tmp_path, grid, facts):
     pack = finished[0].runs()[0].open_pack()
-    with pytest.raises(RecipeError, match=message):
+    with refuses(RecipeError, *facts):
         ask(pack, tmp_path / "sweep", grid=grid)
     assert not (tmp_path / "sweep").exists()
 
@@ -280,9 +280,9 @@ def test_more_settings_are_ranked():
 
 
 def test_figures_refuse_what_does_not_fit():
-    with pytest.raises(MetricError, match="2 runs have 1 settings"):
+    with refuses(MetricError, "2 runs", "1 settings"):
         draw_sweep({"train.lr": [0.1]}, np.array([0.1, 0.2]))
-    with pytest.raises(MetricError, match="1 runs have 0 settings"):
+    with refuses(MetricError, "1 runs", "0 settings"):
         draw_sweep({}, np.array([0.1]))
 
 
@@ -329,30 +329,30 @@ def look_for(data, out, *, search=SPACE, trials=4, **options):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "facts"),
     [
-        ("train.lr=0.1..0.01", "range is empty"),
-        ("train.lr=0.1..0.1", "range is empty"),
-        ("train.lr=0..0.1 log", "begins above 0"),
-        ("train.lr=a..b", "range .*numbers"),
-        ("train.lr=0.1", "range"),
-        ("train.lr=", "has no range"),
-        ("train.rl=0.1..0.2", "did you mean 'train.lr'"),
-        ("train.lr=-1..0.1", "train.lr: .*0"),
-        ("train.epochs=1..3", "--search and --set"),
-        ("model.trainable=all,block9", "block9"),
+        ("train.lr=0.1..0.01", ["'train.lr=0.1..0.01'", "empty"]),
+        ("train.lr=0.1..0.1", ["'train.lr=0.1..0.1'", "empty"]),
+        ("train.lr=0..0.1 log", ["'train.lr=0..0.1 log'", "above 0"]),
+        ("train.lr=a..b", ["'train.lr=a..b'", "numbers"]),
+        ("train.lr=0.1", ["'train.lr=0.1'", "range", "choice"]),
+        ("train.lr=", ["'train.lr='", "range"]),
+        ("train.rl=0.1..0.2", ["'train.rl'", "'train.lr'"]),
+        ("train.lr=-1..0.1", ["train.lr", "greater than 0", "-1"]),
+        ("train.epochs=1..3", ["train.epochs", "--search", "--set"]),
+        ("model.trainable=all,block9", ["'block9'"]),
     ],
 )
-def test_a_search_that_cannot_be_is_refused_before_anything_is_trained(finished, tmp_path, line, message):
+def test_a_search_that_cannot_be_is_refused_before_anything_is_trained(finished, tmp_path, line, facts):
     pack = finished[0].runs()[0].open_pack()
-    with pytest.raises(RecipeError, match=message):
+    with refuses(RecipeError, *facts):
         look_for(pack, tmp_path / "search", search=[line])
     assert not (tmp_path / "search").exists()
 
 
 def test_a_search_or_a_grid_but_not_both(finished, tmp_path):
     pack = finished[0].runs()[0].open_pack()
-    with pytest.raises(RecipeError, match="either --grid or --search"):
+    with refuses(RecipeError, "--grid", "--search"):
         ask(pack, tmp_path / "search", search=SPACE)
     with refuses(RecipeError, "trial"):
         look_for(pack, tmp_path / "search", trials=0)
@@ -395,5 +395,5 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, 
 
 def test_a_search_without_optuna_names_the_extra(monkeypatch):
     monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match="search"):
+    with refuses(MissingExtra, extra="search"):
         read_space(SPACE)

@@ -121,7 +121,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(pack, whole, tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "replace", fill)
-        with pytest.raises(RunError, match=rf"{name} .*No space left.*--resume") as caught:
+        with refuses(RunError, name, "No space left", "--resume") as caught:
             train_tiny(pack, tmp_path / "cut", THREE)
     assert str(tmp_path / "cut") in str(caught.value) and ".partial" not in str(caught.value)
     assert list((tmp_path / "cut").rglob("*.partial")) == []
@@ -159,7 +159,7 @@ def test_killed_while_the_classifier_is_made(pack, whole, tmp_path, monkeypatch)
 
 def test_a_loss_that_is_not_finite_stops_the_run(pack, tmp_path):
     settings = ("train.optimiser=sgd", "train.lr=1e30")
-    with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+"):
+    with refuses(TrainingDiverged, "epoch 1, step ", "train.lr"):
         train_tiny(pack, tmp_path / "run", *settings)
     info = read_json(tmp_path / "run" / "run.json")
     assert info["status"] == "failed" and "step" in info["reason"]
@@ -226,7 +226,7 @@ def test_refusals(pack, whole, tmp_path):
         train(resume=whole.path)
     with refuses(RunError, whole.path, "empty"):
         train_tiny(pack, whole.path)
-    with pytest.raises(RunError, match="is not a run"):
+    with refuses(RunError, pack.path, "run.json"):
         train(resume=pack.path)
     for options in ({"recipe": RECIPE, "data": pack}, {"overrides": {"train.lr": 1}}, {"split": "patients"}):
         with refuses(RunError, "recipe", "settings"):
@@ -236,18 +236,18 @@ def test_refusals(pack, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "error", "message"),
+    ("settings", "options", "error", "facts"),
     [
-        (["train.momentum=0.9"], {}, RecipeError, "'adagrad' .*momentum"),
-        (["preprocessing.input_px=4"], {}, RecipeError, "input_px=4 .*8"),
-        (["model.params.dropout=0.1"], {}, RecipeError, "'dropout'"),
-        ([], {"split": "patient"}, SplitError, "did you mean 'patients'"),
-        ([], {"fold": 1}, SplitError, "folds"),
-        ([], {"plot": "curves.txt"}, RunError, r"curves.txt: .*.png, .svg, .pdf"),
+        (["train.momentum=0.9"], {}, RecipeError, ["'adagrad'", "momentum=0.9", "'sgd'"]),
+        (["preprocessing.input_px=4"], {}, RecipeError, ["input_px=4", "8"]),
+        (["model.params.dropout=0.1"], {}, RecipeError, ["'dropout'", "'stage_dropout'"]),
+        ([], {"split": "patient"}, SplitError, ["'patient'", "'patients'"]),
+        ([], {"fold": 1}, SplitError, ["'patients'", "fold=1"]),
+        ([], {"plot": "curves.txt"}, RunError, ["curves.txt", ".png, .svg, .pdf"]),
     ],
 )
-def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings, options, error, message):
-    with pytest.raises(error, match=message):
+def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings, options, error, facts):
+    with refuses(error, *facts):
         train_tiny(pack, tmp_path / "run", *settings, **options)
     assert not (tmp_path / "run").exists()
 
@@ -268,7 +268,7 @@ def test_a_run_whose_pack_changed_is_refused(whole, tmp_path):
     with refuses(RunError, "another pack"):
         run.open_pack()
     shutil.rmtree(pack)
-    with pytest.raises(RunError, match="is not a pack"):
+    with refuses(RunError, pack, "pack.json"):
         run.open_pack()
 
 
@@ -279,7 +279,7 @@ def test_a_class_missing_from_training_is_refused(make_pack, tmp_path):
         train_tiny(two, tmp_path / "run", split="one-class")
     three = make_pack("three.pack", n_patients=6, patches_per_patient=6, n_classes=3)
     keep_in_training(three, "two-classes", 99, 99, 0)
-    with pytest.raises(DataError, match=r"class.*found counts \[\d+, \d+, 0\]"):
+    with refuses(DataError, "class", ", 0]", "train.class_weights=none"):
         train_tiny(three, tmp_path / "run", split="two-classes")
     assert not (tmp_path / "run").exists()
 

@@ -33,7 +33,14 @@ class BiopsyError(Exception):
     """Base class of the exceptions of this package.
 
     The message is one line of at most `MAX_MESSAGE` characters.
+
+    Attributes:
+        reason: A code for programs, of the classes that list their codes.
     """
+
+    def __init__(self, message: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
     def __str__(self) -> str:
         text = " ".join(line.strip() for line in super().__str__().splitlines())
@@ -55,9 +62,8 @@ class FileFormatError(DataError):
     """
 
     def __init__(self, path: Path | str, reason: str, message: str) -> None:
-        super().__init__(f"{path} {message}")
+        super().__init__(f"{path} {message}", reason)
         self.path = Path(path)
-        self.reason = reason
 
 
 class UserFileError(DataError):
@@ -70,9 +76,8 @@ class UserFileError(DataError):
     """
 
     def __init__(self, path: Path | str, reason: str, message: str) -> None:
-        super().__init__(f"{path} {message}")
+        super().__init__(f"{path} {message}", reason)
         self.path = Path(path)
-        self.reason = reason
 
 
 class ArchiveError(DataError):
@@ -80,7 +85,12 @@ class ArchiveError(DataError):
 
 
 class PackError(DataError):
-    """A pack is truncated, altered, newer than this version, or read-only."""
+    """A pack is truncated, altered, newer than this version, or read-only.
+
+    Attributes:
+        reason: ``missing``, ``truncated``, ``altered``, ``format``, ``value``, ``read-only``, ``patch`` (one
+            that it does not hold) or ``exists`` (another pack is in the place of the output).
+    """
 
 
 class SplitError(DataError):
@@ -108,7 +118,12 @@ class TrainingDiverged(RunError):
 
 
 class DownloadError(BiopsyError, OSError):
-    """A file could not be downloaded."""
+    """A file could not be downloaded.
+
+    Attributes:
+        reason: ``offline`` (none or dropped connections), ``refused`` (by the server), ``missing``,
+            ``changed`` (other bytes than published) or ``disk`` (no room, or not writable).
+    """
 
 
 class HubError(DownloadError):
@@ -121,19 +136,23 @@ class HubError(DownloadError):
     """
 
     def __init__(self, repository: str, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message, reason)
         self.repository = repository
-        self.reason = reason
 
 
 class MissingExtra(BiopsyError, ImportError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Attributes:
+        extra: The extra that has it.
+    """
 
     def __init__(self, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the extra {extra!r}: install it with `pip install 'biopsy[{extra}]'` or, in a "
             f"checkout, `uv sync --extra {extra}`"
         )
+        self.extra = extra
 
 
 def first_line(error: BaseException) -> str:

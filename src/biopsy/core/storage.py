@@ -63,7 +63,7 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     prefix = root.rstrip("/") + "/"
     files = {name.removeprefix(prefix): info for name, info in found.items() if name.startswith(prefix)}
     if not files:
-        raise DownloadError(f"{show_url(url)} holds no file")
+        raise DownloadError(f"{show_url(url)} holds no file", "missing")
     for name in files:
         if ".." in PurePosixPath(name).parts or "\0" in name or name.startswith("/"):
             raise DataError(
@@ -103,7 +103,9 @@ def staged(url: str) -> Iterator[Path]:
             n_free -= n_bytes
             if info.get("size") not in (None, n_bytes):
                 expected = info["size"]
-                raise DownloadError(f"{show_url(url)}: {n_bytes:,} of {expected:,} bytes came: try again")
+                raise DownloadError(
+                    f"{show_url(url)}: {n_bytes:,} of {expected:,} bytes came: try again", "offline"
+                )
         yield partial / name
 
 
@@ -203,13 +205,13 @@ def _one_error(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DownloadError(f"{show_url(url)} does not exist, or cannot be reached") from None
+        raise DownloadError(f"{show_url(url)} does not exist, or cannot be reached", "missing") from None
     except _list_client_errors() as error:
         if isinstance(error, DownloadError) or getattr(error, "errno", None) in NO_SPACE:
             raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DownloadError(
-            f"{show_url(url)} cannot be reached: {reason.replace(url, show_url(url))}"
+            f"{show_url(url)} cannot be reached: {reason.replace(url, show_url(url))}", "offline"
         ) from None
 
 

@@ -273,7 +273,7 @@ def build_pack(
         elif not is_pack(final):
             raise DataError(f"{final} exists and is not a pack: pass another out=")
         elif _identify(Pack.open(final)) != identity:
-            raise PackError(f"{final} is a pack of other patches: pass another out=, or remove it")
+            raise PackError(f"{final} is a pack of other patches: pass another out=, or remove it", "exists")
     return Pack.open(final)
 
 

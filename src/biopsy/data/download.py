@@ -119,7 +119,7 @@ def fetch_source(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})") from None
+        raise DownloadError(f"{out} cannot be used as a folder ({error.strerror or error})", "disk") from None
     _check_disk(out, needed_bytes(source, out), source.name)
     logger.info("%s; licence: %s; credentials: %s", source.title, source.terms, source.credentials)
     path, fetched, kept = out, [], []
@@ -202,9 +202,11 @@ def unpack(path: Path, target: Path, *, on_progress: OnProgress | None = None) -
                     meter.report(packed.tell())
             meter.report(n_bytes, is_last=True)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DownloadError(f"{path} cannot be unpacked ({error}); delete it and fetch again") from None
+        raise DownloadError(
+            f"{path} cannot be unpacked ({error}); delete it and fetch again", "changed"
+        ) from None
     except OSError as error:
-        raise DownloadError(f"{target} could not be written ({error.strerror or error})") from error
+        raise DownloadError(f"{target} could not be written ({error.strerror or error})", "disk") from error
 
 
 class _ConnectionLost(Exception):
@@ -226,7 +228,8 @@ def _download_all(
             if failures >= retry.tries:
                 raise DownloadError(
                     f"{file.url}: {drop}, {failures} times in a row; {reached:,} bytes are kept in {partial},"
-                    " fetch again to resume"
+                    " fetch again to resume",
+                    "offline",
                 ) from None
             pause_s = retry.backoff_s * 2 ** (failures - 1)
             logger.warning("%s: %s; trying again in %.0f s", file.name, drop, pause_s)
@@ -249,7 +252,8 @@ def _continue(file: RemoteFile, partial: Path, on_progress: OnProgress | None, t
         if total is not None and file.size_bytes not in (None, total):
             raise DownloadError(
                 f"{file.url} is {total:,} bytes long where {file.size_bytes:,} were published;"
-                " the file was replaced on the server, so nothing was fetched"
+                " the file was replaced on the server, so nothing was fetched",
+                "changed",
             )
         total = file.size_bytes if total is None else total
         _check_disk(partial.parent, (total or start) - start, file.name)
@@ -271,7 +275,8 @@ def _request(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse
             return error.headers.get("Content-Range", "")
         raise DownloadError(
             f"{url}: the server answered {error.code} {error.reason}; the file may have moved,"
-            " see the data set's page in the documentation"
+            " see the data set's page in the documentation",
+            "refused",
         ) from None
     except (OSError, http.client.HTTPException) as error:
         raise _ConnectionLost(f"no connection ({getattr(error, 'reason', error)})") from error
@@ -286,7 +291,8 @@ def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | No
     if match is None or int(match[1]) != start:
         raise DownloadError(
             f"{response.url}: the server sent another range than requested;"
-            f" delete the {PARTIAL} file and fetch again"
+            f" delete the {PARTIAL} file and fetch again",
+            "changed",
         )
     return start, None if match[2] == "*" else int(match[2])
 
@@ -304,7 +310,8 @@ def _append(response: http.client.HTTPResponse, partial: Path, meter: "_Meter") 
             os.fsync(output.fileno())
     except OSError as error:
         raise DownloadError(
-            f"{partial} could not be written ({error.strerror or error}); free space and fetch again"
+            f"{partial} could not be written ({error.strerror or error}); free space and fetch again",
+            "disk",
         ) from error
     meter.report(done, is_last=True)
     return done
@@ -322,7 +329,8 @@ def _check_disk(folder: Path, n_bytes: int, name: str) -> None:
     if free_bytes < n_bytes:
         raise DownloadError(
             f"{name} needs {n_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free;"
-            " free some space or choose another folder"
+            " free some space or choose another folder",
+            "disk",
         )
 
 
@@ -330,14 +338,18 @@ def _verify(file: RemoteFile, path: Path, advice: str) -> None:
     """Compare size and checksum with those published."""
     size_bytes = _size(path)
     if file.size_bytes not in (None, size_bytes):
-        raise DownloadError(f"{file.name} has {size_bytes:,} bytes, expected {file.size_bytes:,}; {advice}")
+        raise DownloadError(
+            f"{file.name} has {size_bytes:,} bytes, expected {file.size_bytes:,}; {advice}", "changed"
+        )
     if file.checksum is None:
         return
     algorithm, _, published = file.checksum.partition(":")
     with open(path, "rb") as content:
         result = hashlib.file_digest(content, algorithm).hexdigest()
     if result != published:
-        raise DownloadError(f"{file.name} has {algorithm} {result}, expected {published}; {advice}")
+        raise DownloadError(
+            f"{file.name} has {algorithm} {result}, expected {published}; {advice}", "changed"
+        )
 
 
 def _size(path: Path) -> int:
@@ -389,14 +401,15 @@ def _download_from_kaggle(data: KaggleData, out: Path) -> Path:
         with _cache_at(cache):
             downloaded = Path(fetch(data.handle))
     except (UnauthenticatedError, CredentialError) as error:
-        raise DownloadError(_refusal(data, error)) from error
+        raise DownloadError(_refusal(data, error), "refused") from error
     except (BackendError, DataCorruptionError, zipfile.BadZipFile, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise DownloadError(_refusal(data, error)) from error
+            raise DownloadError(_refusal(data, error), "refused") from error
         raise DownloadError(
             f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to resume,"
-            f" or download it manually from {data.page}"
+            f" or download it manually from {data.page}",
+            "offline",
         ) from error
     if not downloaded.is_relative_to(cache):
         return downloaded

@@ -143,7 +143,9 @@ def _write_audit(pack: Pack, audit: Audit, out: Path | str | None) -> Path:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         if out is None:
-            raise PackError(f"{pack.path} is read-only: set --out, the output folder of the audit") from None
+            raise PackError(
+                f"{pack.path} is read-only: set --out, the output folder of the audit", "read-only"
+            ) from None
         path = Path(out) / "audit.json"
         with update_directory(out, path.name) as partial:
             write_json(partial / path.name, audit)

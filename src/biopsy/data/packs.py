@@ -155,7 +155,8 @@ class Pack(Output):
             if result != size:
                 fault = "is missing" if result is None else f"has {result:,} bytes instead of {size:,}"
                 raise PackError(
-                    f"{path / name} {fault}: the pack is damaged, make it again with `biopsy prepare`"
+                    f"{path / name} {fault}: the pack is damaged, make it again with `biopsy prepare`",
+                    "truncated",
                 )
         state = _file_state(path)
         try:
@@ -164,7 +165,7 @@ class Pack(Output):
             patches = map_array(path / PIXELS, dtype=np.uint8, ndim=4)
             table, _ = read_parquet_table(path / TABLE, _KINDS)
         except FileFormatError as error:
-            raise PackError(str(error)) from None
+            raise PackError(str(error), error.reason) from None
         _check_parts(path, info, patches, table)
         return cls(path, info, patches, table.astype({"x": "Int64", "y": "Int64"}), state)
 
@@ -357,7 +358,7 @@ class Pack(Output):
         rows = pd.Index(self.table["patch_id"].astype(str)).get_indexer(requested)
         if (rows < 0).any():
             raise PackError(
-                f"{self.path} has no patch {requested[rows < 0][0]!r}: use the pack they are from"
+                f"{self.path} has no patch {requested[rows < 0][0]!r}: use the pack they are from", "patch"
             )
         return rows
 
@@ -371,7 +372,8 @@ class Pack(Output):
         if result != self.info.content_sha256:
             raise PackError(
                 f"{self.path} was altered: its content hash is {result[:12]} instead of "
-                f"{self.info.content_sha256[:12]}; make it again with `biopsy prepare`"
+                f"{self.info.content_sha256[:12]}; make it again with `biopsy prepare`",
+                "altered",
             )
 
     def require_unchanged(self) -> None:
@@ -391,7 +393,7 @@ class Pack(Output):
                 raise PackError(f"its content hash is now {reopened.info.content_sha256[:12]}")
             reopened.verify()
         except PackError as error:
-            raise PackError(f"{self.path} was changed while it was in use: {error}") from None
+            raise PackError(f"{self.path} was changed while it was in use: {error}", "altered") from None
         self._state = state
 
 
@@ -521,17 +523,19 @@ def is_pack(path: Path | str) -> bool:
 def _read_info(path: Path) -> PackInfo:
     if not is_pack(path):
         raise PackError(
-            f"{path} is not a pack (it has no {DOCUMENT}): make one with `biopsy prepare SOURCE --out PACK`"
+            f"{path} is not a pack (it has no {DOCUMENT}): make one with `biopsy prepare SOURCE --out PACK`",
+            "missing",
         )
     try:
         document = read_json(path / DOCUMENT, format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
         info = validate(path / DOCUMENT, PackInfo, document)
     except DataError as error:
-        raise PackError(str(error)) from None
+        raise PackError(str(error), error.reason) from None
     names, positive = info.class_names, info.positive_class
     if len(set(names)) < len(names) or (positive is not None and positive not in names):
         raise PackError(
-            f"{path / DOCUMENT} has the classes {names}, positive {positive!r}: it was changed; {_REMEDY}"
+            f"{path / DOCUMENT} has the classes {names}, positive {positive!r}: it was changed; {_REMEDY}",
+            "value",
         )
     return info
 
@@ -562,4 +566,4 @@ def _check_parts(path: Path, info: PackInfo, patches: np.ndarray, table: pd.Data
         ).all(axis=None),
     }
     if fault := next((fault for fault, is_so in faults.items() if is_so), None):
-        raise PackError(f"{path} {fault}: the pack is damaged, {_REMEDY}")
+        raise PackError(f"{path} {fault}: the pack is damaged, {_REMEDY}", "value")

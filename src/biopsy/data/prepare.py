@@ -223,7 +223,8 @@ def _open_finished(out: Path, request: dict[str, object]) -> Pack | None:
     pack = Pack.open(out)
     if pack.info.origin.get("request") != request:
         raise PackError(
-            f"{out} is a pack of another source or other options: choose another --out, or remove it"
+            f"{out} is a pack of another source or other options: choose another --out, or remove it",
+            "exists",
         )
     logger.info("%s exists and was made from the same source and options", out)
     return pack

@@ -511,7 +511,8 @@ def _fetch_weights(tag: str, out: Path | str, on_progress: OnProgress | None) ->
     else:
         if not weights.url:
             raise DownloadError(
-                f"the weights {weights.tag!r} have no fixed address: get {weights.file} from {weights.page}"
+                f"the weights {weights.tag!r} have no fixed address: get {weights.file} from {weights.page}",
+                "missing",
             )
         source = Source(weights.tag, weights.tag, weights.licence, files=(RemoteFile(weights.url),))
         result = fetch_source(source, out, on_progress=on_progress)
