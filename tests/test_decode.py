@@ -87,8 +87,9 @@ def test_a_cut_file_is_refused_or_whole(picture):
     for kind in ("PNG", "JPEG", "TIFF"):
         data = encode(picture, kind)
         for length in (0, 1, 7, 20, 30, 100, len(data) // 2):
-            with pytest.raises(DataError, match=r"is empty|image|decoded"):
+            with refuses(DataError) as caught:
                 decode(data[:length])
+            assert caught.value.reason in ("empty", "format", "syntax")
     data = encode(picture, "PNG")
     assert np.array_equal(decode(data[:-12]), np.array(picture))  # only the end mark is missing
     assert np.array_equal(decode(data + b"more"), np.array(picture))
@@ -128,8 +129,9 @@ def test_a_tiff_that_decodes_in_part_is_refused(picture, compression):
     tags = Image.open(io.BytesIO(data)).tag_v2
     start, n_bytes = tags[273][0], sum(tags[279])
     for damaged in (data[: start + n_bytes // 2], data[:start] + data[start : start + n_bytes // 2]):
-        with pytest.raises(DataError, match=r"decoded|image"):
+        with refuses(DataError) as caught:
             decode(damaged)
+        assert caught.value.reason in ("format", "syntax")
     if compression != "raw":
         zeros = data[: start + n_bytes // 2] + bytes(n_bytes - n_bytes // 2) + data[start + n_bytes :]
         with refuses(DataError, "decoded"):
@@ -205,7 +207,7 @@ def test_an_animation_is_several_pictures_and_a_transparent_colour_becomes_white
 def test_a_jpeg_of_very_many_scans_is_refused(picture):
     data = encode(picture, "JPEG", progressive=True)
     start = data.rindex(b"\xff\xda")
-    with pytest.raises(DataError, match="scans"):
+    with refuses(DataError, "200 scans", reason="syntax"):
         decode(data[:start] + data[start:-2] * 500 + data[-2:])
 
 
@@ -215,14 +217,15 @@ def png_header(width, height, depth=8, mode=2):
 
 
 def test_a_huge_image_is_refused_before_decoding():
-    with pytest.raises(DataError, match=r"is 100,000 x 100,000 pixels; 1 to 67,108,864 are decoded"):
+    with refuses(DataError, "100,000 x 100,000", "67,108,864", reason="too-large"):
         decode(png_header(100_000, 100_000) + b"IEND")
-    with pytest.raises(DataError, match="is 0 x 5 pixels"):
+    with refuses(DataError, "0 x 5", reason="too-large"):
         read_header(png_header(0, 5))
     bitmap = bytearray(encode(Image.new("RGB", (2, 2)), "BMP"))
     struct.pack_into("<ii", bitmap, 18, 100_000, 100_000)
-    with pytest.raises(DataError, match=r"pixels; 1 to|exceeds limit"):
+    with refuses(DataError, "10") as caught:
         decode(bytes(bitmap))
+    assert caught.value.reason in ("too-large", "syntax")  # the latter from Pillow's own limit
 
 
 def sixteen_bit_rgb_png():
@@ -236,27 +239,27 @@ def sixteen_bit_rgb_png():
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "fact", "reason"),
     [
-        (b"", "is empty"),
-        (b"hello, I am no image", "is not an image"),
-        (encode(Image.new("CMYK", (4, 4)), "JPEG"), "is of mode CMYK"),
-        (encode(Image.new("CMYK", (4, 4)), "TIFF"), "is of mode CMYK"),
-        (encode(Image.new("LAB", (4, 4)), "TIFF"), "is of mode LAB"),
-        (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits|mode F"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "16 bits"),
-        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "16 bits"),
-        (sixteen_bit_rgb_png(), "16 bits"),
+        (b"", "", "empty"),
+        (b"hello, I am no image", "PNG, JPEG, TIFF, BMP or WebP", "format"),
+        (encode(Image.new("CMYK", (4, 4)), "JPEG"), "CMYK", "colour"),
+        (encode(Image.new("CMYK", (4, 4)), "TIFF"), "CMYK", "colour"),
+        (encode(Image.new("LAB", (4, 4)), "TIFF"), "LAB", "colour"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits", "colour"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "16 bits", "colour"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "16 bits", "colour"),
+        (sixteen_bit_rgb_png(), "16 bits", "colour"),
         (
             encode(Image.new("RGB", (4, 4)), "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4))]),
+            "",
             "pages",
         ),
     ],
 )
-def test_what_has_no_certain_colour_is_refused_in_one_line(data, reason):
-    with pytest.raises(DataError, match=reason) as caught:
+def test_what_has_no_certain_colour_is_refused_in_one_line(data, fact, reason):
+    with refuses(DataError, fact, reason=reason):
         decode(data)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.data

@@ -322,14 +322,14 @@ def test_unreadable_files_are_named(tmp_path, make_slide, monkeypatch):
     os.mkfifo(tmp_path / "pipe.svs")
     (tmp_path / "link.svs").symlink_to(tmp_path / "gone.svs")
     for path, reason in {
-        tmp_path: "is a folder where a file was expected",
-        tmp_path / "pipe.svs": "is a pipe, device or socket",
-        "/dev/zero": "is a pipe, device or socket",
-        tmp_path / "link.svs": "does not exist",
-        tmp_path / "a\0b.svs": "embedded null byte",
-        tmp_path / ("n" * 300): "File name too long",
+        tmp_path: "not-regular",
+        tmp_path / "pipe.svs": "not-regular",
+        "/dev/zero": "not-regular",
+        tmp_path / "link.svs": "missing",
+        tmp_path / "a\0b.svs": "unreadable",
+        tmp_path / ("n" * 300): "unreadable",
     }.items():
-        with pytest.raises(SlideError, match=reason):
+        with refuses(SlideError, reason=reason):
             open_slide(path)
     Image.fromarray(draw_slide()).save(tmp_path / "large.png")
     monkeypatch.setattr(backends, "MAX_IMAGE_PX", 1000)
@@ -429,7 +429,7 @@ def test_a_slide_cut_short_is_named(make_slide):
     with tifffile.TiffFile(path) as file:
         end = file.pages[0].dataoffsets[-1] + 10
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(SlideError, match=r"slide.tiff"), open_slide(path, mpp=0.5) as slide:
+    with refuses(SlideError, "slide.tiff"), open_slide(path, mpp=0.5) as slide:
         slide.read(0, 0, slide.width, slide.height)
 
 

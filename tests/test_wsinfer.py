@@ -104,32 +104,32 @@ def test_a_wsinfer_model_predicts_images(make_model, tmp_path):
 
 def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
     folder, digest = make_model()
-    with pytest.raises(RunError, match=f"contains code.* --trust-model {digest}"):
+    with refuses(RunError, f"--trust-model {digest}"):
         open_classifier(folder)
-    with pytest.raises(RunError, match=f"{digest}.*00ff"):
+    with refuses(RunError, digest, "00ff"):
         open_classifier(folder, trust_model="00ff")
     done = call("predict", str(folder), str(folder), "--trust-model", "00ff")
     assert done.exit_code == 1 and "it was not run" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "facts"),
     [
-        ({"class_names": ["a", "b", "c"]}, "has the classes .* num_classes 2"),
-        ({"spacing_um_px": 0}, "spacing_um_px: .*0"),
-        ({"num_classes": "two"}, "num_classes"),
-        ({"spacing_um_px": float("inf")}, "Infinity"),
-        ({"patch_size_pixels": 10**6}, "patch_size_pixels"),
-        ({"patch_size_pixels": 10**12}, "patch_size_pixels"),
-        ({"transform": [{"name": "Resize", "arguments": {"size": 0}}]}, "a step Resize with"),
-        ({"transform": [{"name": "CenterCrop"}]}, "name: Input should be 'Resize'"),
-        ({"transform": [{"name": "Resize", "arguments": {"size": [9, 8]}}]}, "a step Resize with"),
-        ({"transform": [{"name": "Normalize", "arguments": {"mean": [0.5]}}]}, "a step Normalize with"),
+        ({"class_names": ["a", "b", "c"]}, ["['a', 'b', 'c']", "num_classes 2"]),
+        ({"spacing_um_px": 0}, ["spacing_um_px", "0"]),
+        ({"num_classes": "two"}, ["num_classes"]),
+        ({"spacing_um_px": float("inf")}, ["Infinity"]),
+        ({"patch_size_pixels": 10**6}, ["patch_size_pixels"]),
+        ({"patch_size_pixels": 10**12}, ["patch_size_pixels"]),
+        ({"transform": [{"name": "Resize", "arguments": {"size": 0}}]}, ["Resize", "{'size': 0}"]),
+        ({"transform": [{"name": "CenterCrop"}]}, ["transform.0.name", "'Resize'"]),
+        ({"transform": [{"name": "Resize", "arguments": {"size": [9, 8]}}]}, ["{'size': [9, 8]}"]),
+        ({"transform": [{"name": "Normalize", "arguments": {"mean": [0.5]}}]}, ["{'mean': [0.5]}"]),
     ],
 )
-def test_a_malformed_configuration_is_refused(make_model, config, message):
+def test_a_malformed_configuration_is_refused(make_model, config, facts):
     folder, digest = make_model(**config)
-    with pytest.raises(RunError, match=message):
+    with refuses(RunError, "config.json", *facts):
         open_wsinfer(folder, trust_model=digest)
 
 
@@ -139,7 +139,7 @@ def test_an_incomplete_or_unreadable_model_is_refused(make_model, tmp_path):
     with refuses(RunError, "TorchScript"):
         open_wsinfer(folder, trust_model=sha256_file(folder / "torchscript_model.pt"))
     (folder / "torchscript_model.pt").unlink()
-    with pytest.raises(RunError, match=r"but no torchscript_model\.pt"):
+    with refuses(RunError, folder, "torchscript_model.pt"):
         open_classifier(folder)
     (folder / "torchscript_model.pt").touch()
     (folder / "config.json").unlink()
@@ -162,11 +162,11 @@ class OneForAll(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "shape"), [(Sums(3), r"3\) for"), (Scalar(), "for"), (OneForAll(), "for")]
+    ("network", "shape"), [(Sums(3), "(4, 3)"), (Scalar(), "()"), (OneForAll(), "(1, 2)")]
 )
 def test_outputs_of_another_shape_are_refused(make_model, network, shape):
     folder, digest = make_model(2, network=network)
-    with pytest.raises(RunError, match=shape):
+    with refuses(RunError, shape, "4 patches", "2 classes"):
         our_probs(open_wsinfer(folder, trust_model=digest), draw(4, 16))
 
 

@@ -409,7 +409,7 @@ def read_split(path: Path | str) -> Split:
             raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
         table = read_csv_table(path, required=["patch_id"])
     except FileFormatError as error:
-        raise SplitError(str(error)) from None
+        raise SplitError(str(error), error.reason) from None
     subsets = set(table["subset"].fillna("")) if "subset" in table else set()
     folds = table["fold"].fillna("") if "fold" in table else pd.Series(dtype=str)
     are_folds = len(folds) > 0 and folds.str.fullmatch(f"{ALWAYS_TRAIN}|{LEFT_OUT}|[0-9]{{1,6}}").all()

@@ -197,7 +197,7 @@ class Classifier(Output):
                 raise RunError(f"{weights} was altered since the classifier was saved: {remedy}")
             tensors, _ = read_tensors(weights, keep=_is_extra)
         except DataError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
         extras = {name.removeprefix(_EXTRA): tensor.astype(np.float64) for name, tensor in tensors.items()}
         parts = ("mean", "spread", "precision")
         needed = {f"{kind}_{part}" for kind in KINDS for part in parts}

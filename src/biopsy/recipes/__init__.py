@@ -114,7 +114,7 @@ def _override(document: dict[str, Any], override: str) -> None:
         value = parse_toml(f"value = {text.strip()}", f"--set {key}")["value"]
     except FileFormatError as error:
         if error.reason != "syntax":
-            raise RecipeError(str(error)) from None
+            raise RecipeError(str(error), error.reason) from None
         value = text.strip()
     *tables, name = key.split(".")
     for table in tables:

@@ -143,9 +143,9 @@ class ImageBackend:
             data = read_bytes(path, max_bytes=_MAX_IMAGE_BYTES)
             self._pixels = decode(data, max_px=MAX_IMAGE_PX)
         except FileFormatError as error:
-            raise SlideError(f"slide {error}") from None
+            raise SlideError(f"slide {error}", error.reason) from None
         except DataError as error:
-            raise SlideError(f"slide {path} {error}{_advice(str(error))}") from None
+            raise SlideError(f"slide {path} {error}{_ADVICE.get(error.reason, '')}", error.reason) from None
         height, width = self._pixels.shape[:2]
         self.levels: tuple[Level, ...] = (Level(width, height, 1.0),)
         self.format = next((kind for start, kind in _IMAGES.items() if data.startswith(start)), "image")
@@ -220,10 +220,10 @@ def _whole_downsample(base: tuple[int, int], size: tuple[int, int], downsample: 
     return float(integer) if near else downsample
 
 
-def _advice(reason: str) -> str:
-    if reason.startswith("is not an image"):
-        return ", nor of a format that OpenSlide reads: the file may be damaged"
-    return " without tiles; save it as a pyramidal TIFF" if "are decoded" in reason else ""
+_ADVICE = {
+    "format": ", nor of a format that OpenSlide reads: the file may be damaged",
+    "too-large": " without tiles; save it as a pyramidal TIFF",
+}
 
 
 def _number(properties: Any, name: str) -> float | None:

@@ -93,7 +93,9 @@ def read_header(data: Data, *, max_px: int = MAX_PX) -> Header:
     else:
         header = _read_other_header(view)
     if header.width * header.height > max_px or not header.width or not header.height:
-        raise DataError(f"is {header.width:,} x {header.height:,} pixels; 1 to {max_px:,} are decoded")
+        raise DataError(
+            f"is {header.width:,} x {header.height:,} pixels; 1 to {max_px:,} are decoded", "too-large"
+        )
     return header
 
 
@@ -107,8 +109,9 @@ def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
         uint8 ``(height, width, 3)`` RGB.
 
     Raises:
-        DataError: With the reason only: not an image, damaged or truncated, larger than ``max_px`` pixels, or
-            not supported (see the rules of this module).
+        DataError: Without the name of the file; ``reason`` is ``empty``, ``format`` (not an image),
+            ``syntax`` (damaged or truncated), ``too-large`` (more than ``max_px`` pixels), or ``colour`` or
+            ``pages`` (not supported, see the rules of this module).
     """
     header = read_header(data, max_px=max_px)
     start = bytes(memoryview(data)[:4])
@@ -137,14 +140,16 @@ def _check_tiff(data: Data, max_px: int) -> None:
     with _decoder_errors(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         if page.sampleformat == tifffile.SAMPLEFORMAT.INT or page.samplesperpixel > 4:
-            raise DataError("holds signed numbers or more than four channels; save it as 8-bit RGB")
+            raise DataError("holds signed numbers or more than four channels; save it as 8-bit RGB", "colour")
         tables = page.jpegtables
         if page.is_tiled and page.tilewidth * page.tilelength > max_px:
-            raise DataError(f"has tiles of {page.tilewidth:,} x {page.tilelength:,} pixels: it is damaged")
+            raise DataError(
+                f"has tiles of {page.tilewidth:,} x {page.tilelength:,} pixels: it is damaged", "syntax"
+            )
         for index, (start, n_bytes) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
             part = bytes(memoryview(data)[start : start + n_bytes])
             if len(part) < n_bytes:
-                raise DataError("cannot be decoded: the file is truncated")
+                raise DataError("cannot be decoded: the file is truncated", "syntax")
             if page.compression == tifffile.COMPRESSION.JPEG:
                 simplejpeg.decode_jpeg(tables[:-2] + part[2:] if tables else part, strict=True)
             elif page.compression != tifffile.COMPRESSION.NONE:
@@ -167,18 +172,19 @@ def _decoder_errors() -> Iterator[None]:
     except DataError:
         raise
     except _DECODER_ERRORS as error:
-        raise DataError(f"cannot be decoded: {' '.join(str(error).split())}") from None
+        raise DataError(f"cannot be decoded: {' '.join(str(error).split())}", "syntax") from None
 
 
 def _decode_by_rules(data: Data) -> np.ndarray:
     with _without_warnings(), _decoder_errors(), _open(data) as image:
         if getattr(image, "n_frames", 1) > 1:
-            raise DataError("has several pages or frames; expected one image")
+            raise DataError("has several pages or frames; expected one image", "pages")
         if _bits(image, data) > 8:
-            raise DataError("has 16 bits per channel; save it as 8-bit RGB")
+            raise DataError("has 16 bits per channel; save it as 8-bit RGB", "colour")
         if image.mode not in _KNOWN_MODES:
             raise DataError(
-                f"is of mode {image.mode}, which has no defined conversion to RGB; save it as 8-bit RGB"
+                f"is of mode {image.mode}, which has no defined conversion to RGB; save it as 8-bit RGB",
+                "colour",
             )
         if image.format == "PNG":
             _check_png(memoryview(data))
@@ -200,9 +206,9 @@ def _open(data: Data) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise DataError(
-            "is not an image (PNG, JPEG, TIFF, BMP or WebP)" if memoryview(data).nbytes else "is empty"
-        ) from None
+        if not memoryview(data).nbytes:
+            raise DataError("is empty", "empty") from None
+        raise DataError("is not an image (PNG, JPEG, TIFF, BMP or WebP)", "format") from None
 
 
 def _read_other_header(view: memoryview) -> Header:
@@ -213,7 +219,7 @@ def _read_other_header(view: memoryview) -> Header:
 def _read_png_header(view: memoryview) -> Header:
     """Read the size, and from the chunks before the pixels whether the image is plain."""
     if len(view) < 33 or bytes(view[12:16]) != b"IHDR":
-        raise DataError("cannot be decoded: the file is truncated or damaged")
+        raise DataError("cannot be decoded: the file is truncated or damaged", "syntax")
     width, height, depth, mode = struct.unpack_from(">IIBB", view, 16)
     plain = depth == 8 and mode == 2 and bytes(view[-8:-4]) == b"IEND"
     for kind, _, _ in _walk_png(view) if plain else ():
@@ -237,9 +243,9 @@ def _check_png(view: memoryview) -> None:
     for kind, start, length in _walk_png(view):
         end = start + length
         if end + 4 > len(view):
-            raise DataError("cannot be decoded: the file is truncated")
+            raise DataError("cannot be decoded: the file is truncated", "syntax")
         if zlib.crc32(view[start - 4 : end]) != struct.unpack_from(">I", view, end)[0]:
-            raise DataError(f"cannot be decoded: chunk {kind!r} does not match its checksum")
+            raise DataError(f"cannot be decoded: chunk {kind!r} does not match its checksum", "syntax")
         if kind == b"IEND":
             return
 
@@ -251,7 +257,7 @@ def _read_jpeg_header(view: memoryview) -> Header:
         while True:
             mark, kind = struct.unpack_from(">BB", view, position)
             if mark != 0xFF:
-                raise DataError("cannot be decoded: it is a damaged JPEG")
+                raise DataError("cannot be decoded: it is a damaged JPEG", "syntax")
             if kind == 0xFF or kind in _LONE_MARKERS:  # a marker may be preceded by any number of 0xFF
                 position += 1 if kind == 0xFF else 2
                 continue
@@ -260,9 +266,9 @@ def _read_jpeg_header(view: memoryview) -> Header:
                 break
             position += 2 + struct.unpack_from(">H", view, position + 2)[0]
     except struct.error:
-        raise DataError("cannot be decoded: the file is truncated") from None
+        raise DataError("cannot be decoded: the file is truncated", "syntax") from None
     if bytes(view).count(b"\xff\xda") > _MAX_SCANS:
-        raise DataError(f"cannot be decoded: it has more than {_MAX_SCANS} scans")
+        raise DataError(f"cannot be decoded: it has more than {_MAX_SCANS} scans", "syntax")
     return Header(width, height, depth == 8 and channels in (1, 3))
 
 

@@ -220,7 +220,7 @@ def _open_backend(path: Path) -> Backend:
             return ImageBackend(path)
         return TiffBackend(path) if vendor in PLAIN_TIFF else OpenSlideBackend(path)
     except FileFormatError as error:
-        raise SlideError(f"slide {error}") from None
+        raise SlideError(f"slide {error}", error.reason) from None
     except openslide.OpenSlideError as error:
         raise SlideError(f"slide {path} cannot be read: {error}") from None
 

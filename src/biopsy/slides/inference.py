@@ -126,7 +126,7 @@ def open_view(source: Source, classifier: Classifier, stride_um: float | None = 
         try:
             path = source.path if source.url is None else files.enter_context(staged(source.url))
         except DownloadError as error:
-            raise SlideError(str(error)) from None
+            raise SlideError(str(error), error.reason) from None
         slide = open_slide(path, mpp=source.mpp)
         files.callback(slide.close)
         level, downsample = slide.level_for(info.mpp)

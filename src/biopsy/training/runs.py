@@ -195,7 +195,7 @@ class Run(Written):
                     path / DOCUMENT, "value", "a finished run has chosen_epoch and threshold"
                 )
         except DataError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
         return cls(path, cast(RunInfo, info))
 
     @classmethod
@@ -235,7 +235,7 @@ class Run(Written):
                     path, "altered", "was changed since it was written: restore it, or train again"
                 )
         except FileFormatError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
         return path
 
     @property
@@ -327,7 +327,7 @@ class Run(Written):
         try:
             split = read_csv_table(path, required=["patch_id", "subset"])
         except FileFormatError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
         subsets = split["subset"].fillna("")
         if split["patch_id"].tolist() != pack.table["patch_id"].tolist() or not subsets.isin(_SUBSETS).all():
             raise RunError(f"{path} does not list the patches of {pack.path}, or names unknown subsets")

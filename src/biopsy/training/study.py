@@ -130,7 +130,7 @@ class Study(Written):
             validate(path / DOCUMENT, StudyInfo, info)
             return cls(path, cast(StudyInfo, info))
         except DataError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
 
     def __repr__(self) -> str:
         return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"

@@ -203,7 +203,7 @@ def _read_config(path: Path) -> HostConfig:
     try:
         config = validate(file, HostConfig, load_json(file, max_bytes=MAX_CONFIG_BYTES))
     except FileFormatError as error:
-        raise RunError(str(error)) from None
+        raise RunError(str(error), error.reason) from None
     if len(set(config.class_names)) != config.num_classes:
         raise RunError(f"{file} has the classes {config.class_names}, but num_classes {config.num_classes}")
     return config
@@ -217,4 +217,4 @@ def load_script(script: Path) -> nn.Module:
             with refusing(script, "TorchScript"):
                 return torch.jit.load(str(script), map_location="cpu").eval()  # noqa: TID251
         except FileFormatError as error:
-            raise RunError(str(error)) from None
+            raise RunError(str(error), error.reason) from None
