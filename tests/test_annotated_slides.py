@@ -206,12 +206,12 @@ def test_the_pixel_size_of_slides_can_be_stated_one_by_one(slides, tmp_path):
     (tmp_path / "blank.csv").write_text("slide,mpp\ncase,\nother,0.5\n")
     with refuses(SlideError, "case.png", "--mpp"):
         prepare(folder, tmp_path / "blank.pack", **CUT, slide_mpp=tmp_path / "blank.csv")
-    for text, message in (
-        ("slide,mpp\ncase,x\n", "an mpp"),
-        ("a,b\n1,2\n", "slide, mpp is missing"),
+    for text, *facts in (
+        ("slide,mpp\ncase,x\n", "slide case", "mpp"),
+        ("a,b\n1,2\n", "a, b", "slide, mpp"),
     ):
         (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(DataError, match=message):
+        with refuses(DataError, "bad.csv", *facts):
             prepare(folder, tmp_path / "bad.pack", **CUT, slide_mpp=str(tmp_path / "bad.csv"))
 
 
@@ -223,42 +223,42 @@ REFUSALS = {
     "another slide's": (
         outside(),
         {},
-        r"feature 1 \(Tumor\) lies at x 900 to 1400, y 900 to 1300, mostly outside",
+        ["feature 1", "Tumor", "x 900 to 1400, y 900 to 1300", "600 x 400 px"],
     ),
     "a class not named": (
         {},
         {"classes": ["Tumour", "Stroma"]},
-        r"is of class 'Tumor'.*mean 'Tumour'.*=Tumor",
+        ["'Tumor'", "'Tumour'", "=Tumor ", "--classes"],
     ),
-    "one class": ({"annotations": [("Tumor", TUMOUR)]}, {}, r"only one class \(Tumor\): annotate another"),
-    "no region": ({}, {"rest": "other"}, r"has no annotation of class Region\*"),
+    "one class": ({"annotations": [("Tumor", TUMOUR)]}, {}, ["Tumor", "--rest", "Region*"]),
+    "no region": ({}, {"rest": "other"}, ["case.geojson", "Region*", "'other'"]),
     "too coarse": (
         {},
         {"mpp": 0.3},
-        r"at 0\.30 um/px, level 0 of case\.tiff is 0\.50 um/px: too coarse",
+        ["0.30 um/px", "case.tiff", "0.50 um/px", "1.5x"],
     ),
-    "too small": ({}, {"patch_px": 300}, "smaller than a patch of 300 um"),
-    "a share": ({}, {"label_frac": 0.0}, r"label_frac=0\.0"),
-    "a side": ({}, {"patch_px": 0}, "must be 1 or more"),
-    "a step": ({}, {"stride_px": 0}, "must be 1 or more"),
-    "no side": ({}, {"patch_px": None}, "patches"),
-    "a step alone": ({}, {"patch_px": None, "stride_px": 8}, "--patch-px"),
-    "no mpp": ({}, {"mpp": None}, "--mpp"),
-    "two positive": ({}, {"positive": None}, "--positive"),
+    "too small": ({}, {"patch_px": 300}, ["case.tiff", "300 x 200 um", "patch of 300 um"]),
+    "a share": ({}, {"label_frac": 0.0}, ["label_frac=0.0"]),
+    "a side": ({}, {"patch_px": 0}, ["patch_px=0", "1 or more"]),
+    "a step": ({}, {"stride_px": 0}, ["stride_px=0", "1 or more"]),
+    "no side": ({}, {"patch_px": None}, ["--mpp", "--patch-px"]),
+    "a step alone": ({}, {"patch_px": None, "stride_px": 8}, ["--stride-px", "--patch-px"]),
+    "no mpp": ({}, {"mpp": None}, ["--patch-px", "--mpp"]),
+    "two positive": ({}, {"positive": None}, ["Stroma", "Tumor", "--positive"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_does_not_fit_is_refused(slides, name):
-    made, options, message = REFUSALS[name]
+    made, options, facts = REFUSALS[name]
     folder = slides(**made)
-    with pytest.raises((DataError, SlideError), match=message):
+    with refuses((DataError, SlideError), *facts):
         cut(folder, **options)
     assert not folder.with_suffix(".pack").exists()
 
 
 def test_options_for_slides_are_refused_for_patches(make_idc_zip, tmp_path):
-    with pytest.raises(DataError, match=r"holds patches \(idc\)"):
+    with refuses(DataError, "idc.zip", "--patch-px"):
         prepare(make_idc_zip(), tmp_path / "x.pack", **CUT)
     with refuses(DataError, ".geojson"):
         prepare(make_idc_zip(), tmp_path / "x.pack", **CUT, dataset="annotated-slides")
@@ -452,12 +452,12 @@ def test_annotations_may_lie_elsewhere_under_names_that_fit(slides, tmp_path):
     (notes / "nobody.xml").unlink()
     with refuses(DataError, "slides.pack", "--out"):
         cut(folder, annotations=notes)
-    for reason, annotations in {
-        "does not exist": notes / "none.xml",
-        "no annotations": folder,
-        "no slides with annotations": notes / "readme.txt",
+    for fact, annotations in {
+        str(notes / "none.xml"): notes / "none.xml",
+        ".geojson .json .xml .annotations": folder,
+        "readme.txt": notes / "readme.txt",
     }.items():
-        with pytest.raises(DataError, match=reason):
+        with refuses(DataError, fact):
             prepare(folder, tmp_path / "x.pack", **CUT, annotations=annotations)
 
 
@@ -470,7 +470,7 @@ def test_one_file_is_that_of_one_slide(slides, tmp_path):
         one = prepare(source, tmp_path / f"{number}.pack", **CUT, annotations=tmp_path / "export 1.geojson")
         assert one.info.content_sha256 == pack.info.content_sha256
     shutil.copy(folder / "case.tiff", folder / "case.tif")
-    with pytest.raises(DataError, match=r"case\.geojson"):
+    with refuses(DataError, "case.geojson", "case.tif and case.tiff"):
         write_annotations(folder / "case.geojson", [("Tumor", TUMOUR)])
         prepare(folder, tmp_path / "y.pack", **CUT, annotations=folder / "case.geojson")
 
@@ -483,7 +483,7 @@ def test_annotations_drawn_at_another_pixel_size_are_refused(slides, tmp_path):
     (tmp_path / "case.xml").write_text(imagescope(*areas, mpp=0.51))
     assert len(cut(folder, annotations=tmp_path / "case.xml")) > 40
     (tmp_path / "case.xml").write_text(imagescope(*areas, mpp=0.25))
-    with pytest.raises(DataError, match=r"drawn at 0\.25 um/px, case\.tiff has 0\.5"):
+    with refuses(DataError, "case.xml", "0.25 um/px", "case.tiff has 0.5"):
         prepare(folder, tmp_path / "x.pack", **CUT, annotations=tmp_path / "case.xml")
 
 

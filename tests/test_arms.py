@@ -133,7 +133,7 @@ def test_no_patch_of_the_blocked_half_touches_a_tested_one():
 def test_without_coordinates_or_another_patient_arms_are_missing(make_pack: MakePack) -> None:
     lost = make_pack("lost.pack", n_patients=4, columns={"x": pd.NA, "y": pd.NA})
     assert sorted(make_leak_splits(lost, "8863", "8865")) == ["leak-apart", "leak-placebo", "leak-with"]
-    with pytest.raises(SplitError, match="no coordinates"):
+    with refuses(SplitError, "coordinates"):
         make_split(
             lost, protocol="leak-blocked-with", test_patients=["8863"], val_patients=["8865"], save=False
         )
@@ -223,13 +223,13 @@ def test_wrong_patients_are_refused(make_pack: MakePack, tested: str, validating
 def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
     target = np.concatenate([np.zeros(12, int), np.tile([0, 1], 18)])
     one_class = make_pack("one.pack", n_patients=4, columns={"target": target})
-    with pytest.raises(SplitError, match="patient 8863 has non_idc patches only"):
+    with refuses(SplitError, "8863", "non_idc"):
         make_leak_splits(one_class, "8863", "8865")
     nobody = make_pack("nobody.pack", n_patients=4, columns={"patient_id": None, "slide_id": None})
     with refuses(SplitError, "patients", "slides"):
         make_leak_splits(nobody, "8863", "8865")
     scarce = make_pack("scarce.pack", n_patients=3, columns={"target": [0, 1] * 12 + [1] * 12})
-    with pytest.raises(SplitError, match=r"3 non_idc patches of 8863 would"):
+    with refuses(SplitError, "3 non_idc", "8863"):
         make_leak_splits(scarce, "8863", "8865")
     with refuses(SplitError, "test patient"):
         find_split(make_pack(n_patients=3), "leak-with")
@@ -257,5 +257,5 @@ def test_matched_trims_the_larger_training_subset(make_pack: MakePack) -> None:
     assert (again == after).all() and (other != after).any()
     save_split(pack, trimmed)
     assert (load_split(pack, trimmed.name).subsets(pack) == after).all()
-    with pytest.raises(SplitError, match="'folds' has folds"):
+    with refuses(SplitError, "'folds'", "subsets"):
         matched(make_split(pack, protocol="folds", save=False), apart, pack)

@@ -253,7 +253,7 @@ def test_operating_points_drift_from_validation_to_test(run):
 
 
 def test_a_prevalence_that_is_none_is_refused_before_the_test_subset_is_opened(run):
-    with pytest.raises(MetricError, match=r"such as 0\.02"):
+    with refuses(MetricError, "0.02"):
         evaluate(run, prevalence=2.0)
     assert not (run.path / "predictions" / "test.parquet").exists()
 

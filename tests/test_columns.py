@@ -5,6 +5,7 @@ import pytest
 
 from biopsy.core.errors import DataError
 from biopsy.data.tables import add_people, check_ids, join_columns
+from refusals import refuses
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_what_a_table_says_of_a_patient_replaces_the_source_with_a_warning(table
 
 
 def test_one_slide_of_two_patients_is_refused(table):
-    with pytest.raises(DataError, match=r"slide 's1' of '1' and '2'"):
+    with refuses(DataError, "'s1'", "'1' and '2'"):
         check_ids(table.assign(patient_id=["1", "2", "2"]))
 
 
@@ -123,35 +124,32 @@ def test_ids_that_are_likely_one_are_named(table, ids, caplog):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("text", "facts"),
     [
-        ("patch_id,patient_id\nx,1\n", "such as 'a/p1_1': 'x'"),
-        (
-            "patch_id,patient_id\nb/p2_1,1\n,2\n",
-            r"column patch_id is empty \(NaN\) in 1 rows, first in row 1",
-        ),
-        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", "1 .*b/p2_1"),
-        ("name,patient_id\nb/p2_1,1\n", "patch_id, id, source, slide_id"),
-        ("", "empty"),
+        ("patch_id,patient_id\nx,1\n", ["patch_id", "'a/p1_1'", "'x'"]),
+        ("patch_id,patient_id\nb/p2_1,1\n,2\n", ["patch_id", "1 rows", "row 1"]),
+        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", ["patch_id", "1 ", "b/p2_1"]),
+        ("name,patient_id\nb/p2_1,1\n", ["name, patient_id", "patch_id, id, source, slide_id"]),
+        ("", ["empty"]),
     ],
 )
-def test_people_refusals(table, csv, text, match):
-    with pytest.raises(DataError, match=match):
+def test_people_refusals(table, csv, text, facts):
+    with refuses(DataError, "x.csv", *facts):
         add_people(table, csv(text))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "match"),
+    ("pattern", "facts"),
     [
-        ("(p", r"csv.*regular expression.*missing \)"),
-        ("p1", "group"),
-        ("(?P<who>p)", "group"),
-        ("(z)", "of the 3 patches"),
-        ("absent.csv", "absent.csv"),
+        ("(p", ["'(p'", "csv", "missing )"]),
+        ("p1", ["'p1'", "(?P<patient>"]),
+        ("(?P<who>p)", ["(?P<patient>"]),
+        ("(z)", ["(z)", "3 patches"]),
+        ("absent.csv", ["absent.csv"]),
     ],
 )
-def test_pattern_refusals(table, pattern, match):
-    with pytest.raises(DataError, match=match):
+def test_pattern_refusals(table, pattern, facts):
+    with refuses(DataError, *facts):
         add_people(table, pattern)
 
 
@@ -173,21 +171,21 @@ def test_join_fills_the_site(table, csv):
     assert joined["site_id"].tolist() == ["1", "1", "2"]
     joined, _ = join_columns(table, csv("slide_id,site_id\ns1,north\ns2,south\n"))
     assert joined["site_id"].tolist() == ["north", "north", "south"]
-    with pytest.raises(DataError, match="columns named site_id already"):
+    with refuses(DataError, "x.csv", "site_id"):
         join_columns(joined, csv("slide_id,site_id\ns1,north\n"))
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("text", "facts"),
     [
-        ("slide_id,target\ns1,1\n", "target"),
-        ("slide_id,official_subset,sha256\ns1,1,2\n", "official_subset, sha256"),
-        ("name,age\ns1,1\n", "patch_id, patient_id, slide_id"),
-        ("slide_id,age\nS1,1\n", "slide_id.*'s1'"),
-        ("slide_id,age\ns1,1\n,2\n", r"empty \(NaN\) in 1 rows"),
-        ("slide_id,age\ns1,1\ns1,2\n", "repeated values"),
+        ("slide_id,target\ns1,1\n", ["target"]),
+        ("slide_id,official_subset,sha256\ns1,1,2\n", ["official_subset, sha256"]),
+        ("name,age\ns1,1\n", ["name, age", "patch_id, patient_id, slide_id"]),
+        ("slide_id,age\nS1,1\n", ["slide_id", "'s1'", "'S1'"]),
+        ("slide_id,age\ns1,1\n,2\n", ["slide_id", "1 rows", "row 1"]),
+        ("slide_id,age\ns1,1\ns1,2\n", ["slide_id", "1 ", "s1"]),
     ],
 )
-def test_join_refusals(table, csv, text, match):
-    with pytest.raises(DataError, match=match):
+def test_join_refusals(table, csv, text, facts):
+    with refuses(DataError, "x.csv", *facts):
         join_columns(table, csv(text))

@@ -323,7 +323,7 @@ def test_folders_keep_their_own_subsets_and_classes(tree, tmp_path):
 
 
 def test_breakhis_keeps_subtypes_and_cases_and_wants_its_resolution(tmp_path):
-    with pytest.raises(DataError, match="--mpp"):
+    with refuses(DataError, "--mpp"):
         prepare(TREES / "breakhis", tmp_path / "x.pack")
     pack = prepare(TREES / "breakhis", tmp_path / "x.pack", mpp=0.65)
     assert pack.class_names == [
@@ -348,7 +348,7 @@ def test_breakhis_magnifications_are_not_mixed(tree, tmp_path):
     image = next(folder.rglob("SOB_B_A-14-22549AB-100-001.png"))
     (image.parents[1] / "40X").mkdir()
     shutil.copy(image, image.parents[1] / "40X" / "SOB_B_A-14-22549AB-40-001.png")
-    with pytest.raises(DataError, match=r"the magnifications 40X, 100X"):
+    with refuses(DataError, "40X, 100X"):
         prepare(folder, tmp_path / "x.pack", mpp=0.65)
     pack = prepare(folder, tmp_path / "x.pack", mpp=1.6, dataset="breakhis-40x")
     assert pack.table["patch_id"].tolist() == ["SOB_B_A-14-22549AB-40-001"]

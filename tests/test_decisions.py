@@ -64,7 +64,7 @@ def test_net_benefit_with_its_interval_is_net_benefit():
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, float("nan")])
 def test_threshold_probabilities_lie_between_0_and_1(threshold):
-    with pytest.raises(MetricError, match="above 0 and below 1"):
+    with refuses(MetricError, "above 0 and below 1"):
         net_benefit(*TEN, [threshold])
 
 
@@ -137,7 +137,7 @@ def test_few_patients_allow_no_interval():
 @pytest.mark.parametrize("prevalence", [0, 1, 2.0, -0.1, float("nan")])
 def test_a_prevalence_is_a_share(prevalence):
     target, prob, groups = draw(20)
-    with pytest.raises(MetricError, match=r"above 0 and below 1, such as 0\.02"):
+    with refuses(MetricError, "0.02"):
         estimate_predictive_values(count_decisions(target, prob, groups, [0.5], seed=0), 0, prevalence)
 
 

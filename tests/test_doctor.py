@@ -12,6 +12,7 @@ from biopsy.checks import doctor as module
 from biopsy.checks.doctor import doctor, measure_write_speed
 from biopsy.core.errors import DataError
 from command_line import call
+from refusals import refuses
 
 
 def statuses(report):
@@ -72,6 +73,6 @@ def test_few_open_files_are_seen_from_the_command_line(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(DataError, match="--path"):
+    with refuses(DataError, "--path"):
         doctor(path=tmp_path / "none")
     assert call("doctor", "--path", tmp_path / "none").exit_code == 1

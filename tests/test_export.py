@@ -145,7 +145,7 @@ def test_names_that_several_files_share_become_their_paths(tmp_path, tree, caplo
 def test_file_names():
     assert name_files(["a/1.png", "b/2.png"]) == ["1.png", "2.png"]
     assert name_files(["a/b/1.png", "c/1.PNG", "2.png"]) == ["a__b__1.png", "c__1.PNG", "2.png"]
-    with pytest.raises(DataError, match="file name"):
+    with refuses(DataError, "same file name"):
         name_files(["a/b__1.png", "a__b/1.png", "x/b__1.png", "x/1.png"])
 
 
@@ -180,7 +180,7 @@ def test_refusals(source, make_idc_zip, tree, tmp_path):
             biopsy.prepare(source, out, **options)
         assert not out.exists()
     pack = biopsy.prepare(source, out)
-    with pytest.raises(SplitError, match="'folds' has folds"):
+    with refuses(SplitError, "'folds'", "subsets"):
         export_tree(pack, source, tree, make_split(pack, protocol="folds", save=False))
     with refuses(DataError, "other.zip", "idc.pack"):
         export_tree(pack, make_idc_zip("other.zip", n_patients=1), tree, find_split(pack))
@@ -200,7 +200,7 @@ def test_arrays_have_no_files_to_export(make_patches, tree, tmp_path):
         biopsy.prepare(folder, tmp_path / "pcam.pack", export_tree=tree)
     assert not (tmp_path / "pcam.pack").exists()
     pack = biopsy.prepare(folder, tmp_path / "pcam.pack")
-    with pytest.raises(DataError, match="HDF5 arrays"):
+    with refuses(DataError, "HDF5 arrays"):
         export_tree(pack, folder, tree, find_split(pack, "patients"))
 
 

@@ -37,7 +37,7 @@ def test_weights_come_once_and_are_found_by_their_tag(known, tmp_path, monkeypat
 
 def test_another_file_than_was_published_is_refused(known, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "find_weights", lambda tag: replace(known, digest="sha256:00ff"))
-    with pytest.raises(DataError, match="expected"):
+    with refuses(DataError, "expected"):
         fetching.fetch("weights:keras-vgg16", tmp_path)
 
 

@@ -51,25 +51,25 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("text", "facts"),
     [
         (
             "patch_id,label\nx,normal\ny,normal\na,normal\n",
-            "2 patches .*'x', 'y'",
+            ["2 patches", "'x', 'y'"],
         ),
         (
             "patch_id,label\na,norml\n",
-            "'norml' .*normal, in_situ",
+            ["'norml'", "normal, in_situ"],
         ),
-        ("patch_id,label\na,\n", "label, a"),
-        ("patch_id,label\na,3\n", "'3' for a first"),
-        ("patch_id,label\n,normal\n", r"patch_id is empty \(NaN\)"),
-        ("patch_id,label\na,normal\na,in_situ\n", "1 repeated .*a"),
-        ("patch_id,class\na,normal\n", "one of patch_id, source and one of label is needed"),
+        ("patch_id,label\na,\n", ["label", "a"]),
+        ("patch_id,label\na,3\n", ["'3'", "normal, in_situ"]),
+        ("patch_id,label\n,normal\n", ["patch_id", "1 rows", "row 0"]),
+        ("patch_id,label\na,normal\na,in_situ\n", ["patch_id", "1 ", "a"]),
+        ("patch_id,class\na,normal\n", ["patch_id, class", "patch_id, source", "label"]),
     ],
 )
-def test_label_refusals(table, csv, text, match):
-    with pytest.raises(DataError, match=match):
+def test_label_refusals(table, csv, text, facts):
+    with refuses(DataError, "labels.csv", *facts):
         relabel(table, csv(text), CLASSES)
 
 
@@ -91,7 +91,7 @@ def test_labels_are_read_in_one_spelling(table, csv):
 
 @pytest.mark.parametrize("label", ["Normal", "norml", "3", "in-situ", "invasiv"])
 def test_a_label_that_is_likely_a_class_misspelt_is_refused(table, csv, label):
-    with pytest.raises(DataError, match=f"'{label}' for a first"):
+    with refuses(DataError, f"'{label}'", "a ", "normal, in_situ, invasive"):
         relabel(table, csv(f"patch_id,label\na,{label}\n"), CLASSES)
 
 
@@ -112,9 +112,9 @@ def test_two_classes_keep_their_order():
 def test_fold_refusals(table):
     with refuses(DataError, "invasiv"):
         fold_classes(table, CLASSES, "invasiv")
-    with pytest.raises(DataError, match="must leave a negative class"):
+    with refuses(DataError, "--positive", "normal, in_situ, invasive"):
         fold_classes(table, CLASSES, ",".join(CLASSES))
-    with pytest.raises(DataError, match="must leave a negative class"):
+    with refuses(DataError, "--positive", "normal, in_situ, invasive"):
         fold_classes(table, CLASSES, [])
 
 
@@ -138,14 +138,14 @@ def test_a_class_called_yes_is_that_class(csv):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"),
+    ("text", "facts"),
     [
-        (SHEET + "a,normal,invasive,,\n", "decision .*yes, no"),
-        (SHEET + "a,normal,invasive,maybe,\n", "1 .*'maybe'"),
-        ("patch_id,label,decision\na,normal,yes\n", "suggested"),
-        (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", "1 repeated values"),
+        (SHEET + "a,normal,invasive,,\n", ["decision", "yes, no"]),
+        (SHEET + "a,normal,invasive,maybe,\n", ["1 ", "'maybe'"]),
+        ("patch_id,label,decision\na,normal,yes\n", ["'yes'", "suggested"]),
+        (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", ["patch_id", "1 ", "a"]),
     ],
 )
-def test_sheet_refusals(table, csv, text, match):
-    with pytest.raises(DataError, match=match):
+def test_sheet_refusals(table, csv, text, facts):
+    with refuses(DataError, "labels.csv", *facts):
         relabel(table, csv(text), CLASSES)

@@ -215,9 +215,9 @@ def test_precision_that_is_named_is_used():
 
 def test_slides_that_cannot_be_mapped_are_refused(make_slide):
     white = np.full((100, 100, 3), 250, np.uint8)
-    with pytest.raises(SlideError, match="tissue"):
+    with refuses(SlideError, "tissue"):
         open_view(Source("case", make_slide("white.tiff", pixels=white)), make_classifier())
-    with pytest.raises(SlideError, match="um/px"):
+    with refuses(SlideError, "um/px"):
         open_view(Source("case", make_slide()), make_classifier(mpp=None))
     with pytest.raises(SlideError, match="too coarse"):
         open_view(Source("case", make_slide(mpp=2.0)), make_classifier())

@@ -70,7 +70,7 @@ def test_refusals_name_the_fault():
     patch = np.zeros((50, 50, 3), np.uint8)
     with refuses(DataError, "1 of 2", "coordinates"):
         stitch([patch, patch], [1, np.nan], [1, 51], patch_px=50)
-    with pytest.raises(DataError, match="1 patches have 2 coordinates"):
+    with refuses(DataError, "1 patches", "2 coordinates"):
         stitch([patch], [1, 51], [1, 1], patch_px=50)
     with refuses(DataError, "1 coordinates"):
         stitch([patch, patch], [1], [1], patch_px=50)
@@ -78,14 +78,14 @@ def test_refusals_name_the_fault():
         stitch([patch, patch], [0, 20_000], [0, 20_000], patch_px=50)
     with refuses(DataError, "scale 2", "(0, 1]"):
         stitch([patch], [1], [1], patch_px=50, scale=2)
-    with pytest.raises(DataError, match="2 values have 1 coordinates"):
+    with refuses(DataError, "2 values", "1 coordinates"):
         stitch_values([1.0, 2.0], [1], [1], patch_px=50)
-    with pytest.raises(DataError, match="0 x and 0 y"):
+    with refuses(DataError, "0 x and 0 y"):
         stitch_values([], [], [], patch_px=50)
 
 
 def test_a_far_place_is_refused_and_named_before_memory_is_asked_for():
     x, y = np.array([0, 50, 5_000_001]), np.array([0, 0, 5_000_001])
-    with pytest.raises(DataError, match="x=5000001, y=5000001"):
+    with refuses(DataError, "x=5000001, y=5000001"):
         stitch_values([1, 2, 3], x, y, patch_px=50)
     assert stitch_values([1, 2], [0, 450_000], [0, 0], patch_px=50).shape == (1, 9001)

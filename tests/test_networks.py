@@ -141,7 +141,7 @@ def test_what_the_authors_left_open_are_parameters():
     assert counts[1][-2:] == ["Dropout", "Linear"] and counts[0][-2] == "ReLU"
     three = build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[64, 128, 128], dropout=0.0)
     assert [row.output_shape[0] for row in describe(three, 50) if row.type == "MaxPool2d"] == [64, 128, 128]
-    with pytest.raises(RecipeError, match="at least 2 convolutions"):
+    with refuses(RecipeError, "n_convolutions=1", "n_dense=2"):
         build_network("baruah", n_classes=2, input_px=50, n_convolutions=1)
     with refuses(RecipeError, "stage"):
         build_network("dabydeen_hedges", n_classes=2, input_px=50, widths=[])
@@ -274,7 +274,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         build_network("cancer-net", n_classes=2, input_px=48)
     with refuses(RecipeError, "'droput'", "'dropout'"):
         build_network("residual", n_classes=2, input_px=48, droput=0.1)
-    with pytest.raises(RecipeError, match="unknown network 'vgg'"):
+    with refuses(RecipeError, "'vgg'", "'vgg16'"):
         network_parameters("vgg")
 
 
@@ -341,20 +341,20 @@ def test_a_librarys_vit_takes_another_size():
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "message"),
+    ("name", "params", "facts"),
     [
-        ("timm:resnet81", {}, "timm.*'resnet81'.*resnet18"),
-        ("timm:resnet18.a1_in2k", {}, "resnet18.a1_in1k"),
-        ("torchvision:squeezenet", {}, "squeezenet1_1, squeezenet1_0"),
-        ("timm:zzzzzz", {}, "timm has .* others"),
-        ("tim:resnet18", {}, "'tim'.*'timm'"),
-        ("timm:test_resnet", {"pretrained": True}, "'pretrained'"),
-        ("torchvision:resnet18", {"dropout": 0.1}, "torchvision:resnet18"),
-        ("torchvision:vit_b_32", {}, "cannot be built for input_px=50 .* indivisible"),
+        ("timm:resnet81", {}, ["timm", "'resnet81'", "resnet18"]),
+        ("timm:resnet18.a1_in2k", {}, ["'resnet18.a1_in2k'", "resnet18.a1_in1k"]),
+        ("torchvision:squeezenet", {}, ["'squeezenet'", "squeezenet1_1, squeezenet1_0"]),
+        ("timm:zzzzzz", {}, ["timm", "'zzzzzz'"]),
+        ("tim:resnet18", {}, ["'tim'", "'timm'"]),
+        ("timm:test_resnet", {"pretrained": True}, ["timm:test_resnet", "'pretrained'"]),
+        ("torchvision:resnet18", {"dropout": 0.1}, ["torchvision:resnet18", "'dropout'"]),
+        ("torchvision:vit_b_32", {}, ["torchvision:vit_b_32", "input_px=50"]),
     ],
 )
-def test_what_a_library_does_not_have_is_refused(name, params, message):
-    with pytest.raises(RecipeError, match=message):
+def test_what_a_library_does_not_have_is_refused(name, params, facts):
+    with refuses(RecipeError, *facts):
         build_network(name, n_classes=2, input_px=50, **params)
 
 
@@ -370,7 +370,7 @@ def test_what_a_library_does_not_have_is_refused(name, params, message):
     ],
 )
 def test_an_input_too_small_is_refused(name, input_px):
-    with pytest.raises(RecipeError, match="at least"):
+    with refuses(RecipeError, name, f"input_px={input_px}"):
         build_network(name, n_classes=2, input_px=input_px)
     least = {"cancernet": 8, "residual": 16, "baruah": 26, "dabydeen_hedges": 32, "vgg16": 32}[name]
     assert build_network(name, n_classes=2, input_px=least).eval()(torch.rand(1, 3, least, least)).shape == (

@@ -162,7 +162,7 @@ def test_refusals():
     params = [nn.Parameter(torch.zeros(1))]
     with refuses(RecipeError, "'adgrad'", "'adagrad'"):
         make_optimiser("adgrad", params, 0.1)
-    with pytest.raises(RecipeError, match="unfreeze"):
+    with refuses(RecipeError, "unfreeze"):
         make_optimiser("adam", [torch.zeros(1)], 0.1)
     with refuses(RecipeError, "'adam'", "momentum=0.9"):
         make_optimiser("adam", params, 0.1, momentum=0.9)

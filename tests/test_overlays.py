@@ -94,5 +94,5 @@ def test_what_does_not_fit_is_refused():
         superimpose(PATCH, np.zeros((7, 9)))
     with refuses(DataError, "1 rows", "2 maps"):
         draw_overlays([Overlay("a", PATCH, np.zeros((1, 9, 7)))], ["one", "two"])
-    with pytest.raises(DataError, match="0 rows"):
+    with refuses(DataError, "0 rows"):
         draw_overlays([], ["one"])

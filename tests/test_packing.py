@@ -176,7 +176,7 @@ def test_patches_of_two_very_different_sizes_are_refused(tmp_path):
             (tmp_path / "x" / name / f"{index}.png").write_bytes(
                 encode(Image.new("RGB", (side, side), index))
             )
-    with pytest.raises(DataError, match=r"malignant/0\.png has 100 px"):
+    with refuses(DataError, "malignant/0.png", "100 px"):
         prepare(tmp_path / "x", tmp_path / "x.pack")
 
 
@@ -336,7 +336,7 @@ def test_two_classes_without_a_known_positive_one_ask(make_patches, tmp_path):
 def test_wrong_values_are_refused(make_idc_zip, tmp_path):
     source = make_idc_zip()
     for mpp in (0, -1.0, float("nan")):
-        with pytest.raises(DataError, match="between"):
+        with refuses(DataError, "between"):
             prepare(source, tmp_path / "x.pack", mpp=mpp)
     with refuses(ArchiveError, "nothing.zip"):
         prepare(tmp_path / "nothing.zip", tmp_path / "x.pack")

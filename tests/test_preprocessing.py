@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from biopsy.core.errors import DataError
 from biopsy.recipes import load_recipe
 from biopsy.recipes.preprocessing import Preprocessing, to_unit
+from refusals import refuses
 
 RNG = np.random.default_rng(0)
 ODD = [(50, 35), (41, 50), (50, 49), (12, 50), (31, 50), (32, 50), (50, 50), (1, 1), (3, 47)]  # width, height
@@ -116,5 +117,5 @@ def test_patches_of_another_shape_or_size_are_refused():
     spec = Preprocessing(input_px=48)
     with pytest.raises(DataError, match=r"float32 .* uint8 \(N, H, W, 3\) is needed"):
         spec.resize_patches(np.zeros((1, 50, 50, 3), np.float32))
-    with pytest.raises(DataError, match="patch 1"):
+    with refuses(DataError, "patch 1"):
         spec.resize_patches(np.zeros((2, 50, 50, 3), np.uint8), np.array([50, 51]), np.array([50, 50]))

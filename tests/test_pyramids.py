@@ -12,6 +12,7 @@ import tifffile
 from biopsy.core.errors import SlideError
 from biopsy.slide_io.pyramids import write_pyramid
 from conftest import draw_slide
+from refusals import refuses
 
 
 def write(path, image, **options):
@@ -121,9 +122,9 @@ def test_refusals(tmp_path, options, message):
 
 
 def test_refusals_of_pixels(tmp_path):
-    with pytest.raises(SlideError, match="expected uint8"):
+    with refuses(SlideError, "uint8"):
         write(tmp_path / "a.tiff", draw_slide()[..., 0])
-    with pytest.raises(SlideError, match="expected uint8"):
+    with refuses(SlideError, "uint8"):
         write(tmp_path / "a.tiff", draw_slide() / 255)
     with pytest.raises(SlideError, match=r"shape \(3, 3, 3\)"):
         write_pyramid(

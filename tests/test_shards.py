@@ -21,6 +21,7 @@ from biopsy.core.errors import DataError, SlideError
 from biopsy.core.files import LOCK, machine_id
 from biopsy.slides.cohorts import slide
 from conftest import PROJECT
+from refusals import refuses
 from slide_maps import save_classifier
 
 
@@ -157,7 +158,7 @@ def test_what_another_process_has_is_left_to_it_while_it_lives(slides, tmp_path)
     model, out = save_classifier(tmp_path / "c"), tmp_path / "out"
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     leave_claim(out, "1", pid=other.pid)
-    with pytest.raises(DataError, match="--shard"):
+    with refuses(DataError, "--shard"):
         slide(model, slides, out=out)
     with ThreadPoolExecutor(1) as pool:
         mapping = pool.submit(slide, model, slides, out=out, shard="1/2")
@@ -171,13 +172,13 @@ def test_what_another_process_has_is_left_to_it_while_it_lives(slides, tmp_path)
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3"])
 def test_a_shard_that_is_none_is_refused(slides, tmp_path, shard):
-    with pytest.raises(DataError, match="I/N"):
+    with refuses(DataError, "I/N"):
         slide(save_classifier(tmp_path / "c"), slides, out=tmp_path / "out", shard=shard)
 
 
 def test_shards_need_a_folder_and_a_failed_slide_fails(slides, tmp_path):
     model = save_classifier(tmp_path / "c")
-    with pytest.raises(DataError, match="out=DIR"):
+    with refuses(DataError, "out=DIR"):
         slide(model, slides / "0.tiff", shard="1/2")
     with pytest.raises(SlideError):
         slide(model, slides / "broken.tiff", out=tmp_path / "out", shard="1/2")
