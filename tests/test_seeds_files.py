@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,22 @@ def test_every_error_has_the_package_base_and_a_builtin_one():
         builtins = [base for base in error.__mro__ if base.__module__ == "builtins"]
         assert builtins[0] not in (Exception, BaseException), error
         assert error.__name__ in errors.__doc__, "the tree in the docstring lacks it"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.PackError("a.pack was changed", "altered"),
+        errors.FileFormatError("a.json", "value", "is empty"),
+        errors.UserFileError("a.csv", "edited", "is yours"),
+        errors.HubError("org/name", "missing", "there is no org/name"),
+        errors.DownloadError("no room", "disk"),
+        MissingExtra("ray", "--engine ray"),
+    ],
+)
+def test_errors_of_other_processes_keep_message_and_attributes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error) and vars(copy) == vars(error)
 
 
 def test_missing_extra_says_how_to_install_it():

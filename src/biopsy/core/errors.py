@@ -46,6 +46,17 @@ class BiopsyError(Exception):
         text = " ".join(line.strip() for line in super().__str__().splitlines())
         return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), str(self), vars(self))
+
+
+def _restore(kind: type[BiopsyError], message: str, attributes: dict[str, object]) -> BiopsyError:
+    """Return an error from another process, whatever the arguments of its class."""
+    error = kind.__new__(kind)
+    BiopsyError.__init__(error, message)
+    vars(error).update(attributes)
+    return error
+
 
 class DataError(BiopsyError, ValueError):
     """Patches, labels, tables or images are invalid."""
