@@ -170,7 +170,7 @@ def test_a_hugging_face_data_set():
     assert pack.group_ids.tolist() == PATIENTS
     with refuses(DataError, "train"):
         Pack.from_dataset({"train": HuggingFace()})
-    with pytest.raises(DataError, match="not as a stream"):
+    with refuses(DataError, "list_iterator", "__len__"):
         Pack.from_dataset(iter([]))
 
 
@@ -185,31 +185,35 @@ def test_a_pack_of_arrays_is_trained_on(tmp_path):
 
 
 REFUSED = {
-    "no image": (([], []), {}, "no images"),
-    "labels": ((IMAGES, [0, 1]), {}, r"labels have shape \(2,\) for 8 images"),
-    "patients": ((IMAGES, LABELS, ["a"]), {}, r"patient_id has shape \(1,\) for 8 patches"),
-    "floats": ((IMAGES / 255, LABELS), {}, "float64 where uint8 is needed"),
-    "channels first": ((np.moveaxis(IMAGES, -1, 1), LABELS), {}, "move the channels to the end"),
-    "grey": ((IMAGES[..., 0], LABELS), {}, "expected uint8"),
-    "unknown class": ((IMAGES, [0, 1, 2, 0, 0, 1, 0, 1]), {"class_names": NAMES}, "first '2' in row 2"),
-    "missing label": ((IMAGES, [0, 1, None, 0, 0, 1, 0, 1]), {"class_names": NAMES}, "1 labels are missing"),
-    "names": ((IMAGES, LABELS), {"class_names": ["a", "a"]}, "distinct names"),
-    "one class": ((IMAGES, [0] * 8), {}, "two or more"),
+    "no image": (([], []), {}, ["images"]),
+    "labels": ((IMAGES, [0, 1]), {}, ["labels", "(2,)", "8 images"]),
+    "patients": ((IMAGES, LABELS, ["a"]), {}, ["patient_id", "(1,)", "8 patches"]),
+    "floats": ((IMAGES / 255, LABELS), {}, ["float64", "uint8"]),
+    "channels first": ((np.moveaxis(IMAGES, -1, 1), LABELS), {}, ["(3, 12, 12)", "(height, width, 3)"]),
+    "grey": ((IMAGES[..., 0], LABELS), {}, ["(8, 12, 12)", "(n, height, width, 3)"]),
+    "unknown class": (
+        (IMAGES, [0, 1, 2, 0, 0, 1, 0, 1]),
+        {"class_names": NAMES},
+        ["'2'", "row 2"],
+    ),
+    "missing label": ((IMAGES, [0, 1, None, 0, 0, 1, 0, 1]), {"class_names": NAMES}, ["1 labels", "row 2"]),
+    "names": ((IMAGES, LABELS), {"class_names": ["a", "a"]}, ["['a', 'a']"]),
+    "one class": ((IMAGES, [0] * 8), {}, ["['0']", "two"]),
     "positive": (
         (IMAGES, LABELS),
         {"class_names": NAMES, "positive_class": "tumor"},
-        "did you mean 'tumour'",
+        ["'tumor'", "'tumour'"],
     ),
-    "mpp": ((IMAGES, LABELS), {"mpp": -1}, "mpp is -1"),
-    "ids": ((IMAGES, LABELS), {"columns": {"patch_id": ["a"] * 8}}, "patch ids are repeated"),
-    "column": ((IMAGES, LABELS), {"columns": {"sha256": LABELS}}, "may not be called sha256"),
+    "mpp": ((IMAGES, LABELS), {"mpp": -1}, ["-1", "0 and 1000"]),
+    "ids": ((IMAGES, LABELS), {"columns": {"patch_id": ["a"] * 8}}, ["7 patch ids", "'a'"]),
+    "column": ((IMAGES, LABELS), {"columns": {"sha256": LABELS}}, ["sha256"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_makes_no_pack_is_refused(case, tmp_path):
-    arguments, options, message = REFUSED[case]
-    with pytest.raises(DataError, match=message):
+    arguments, options, facts = REFUSED[case]
+    with refuses(DataError, *facts):
         Pack.from_arrays(*arguments, **options)
     assert not list(tmp_path.rglob("*.pack"))
 

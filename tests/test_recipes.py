@@ -154,48 +154,51 @@ def test_a_setting_is_changed(override, value):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "facts"),
     [
-        ("train.lrr=1", "'train.lrr'.*'train.lr'"),
-        ("preprocesing.resize=nearest", "did you mean 'preprocessing.resize'"),
-        ("train.epoch=3", "did you mean 'train.epochs'"),
-        ("train.lr", "'='.*--set"),
-        ("name=other", "no setting 'name'"),
-        ("train.optimiser=adagradd", "train.optimiser: Input should be .*'adagrad'.*found 'adagradd'"),
-        ("train.lr=0", "train.lr: .*0, found 0"),
-        ("train.lr=inf", "--set train.lr holds inf"),
-        ("train.epochs=1.5", "train.epochs: .*found 1.5"),
-        ("train.momentum=1", "train.momentum: .*1"),
-        ("train.precision=fp16", "train.precision: .*found 'fp16'"),
-        ("preprocessing.std=[1, 1]", "preprocessing.std.2: Field required"),
-        ("preprocessing.std=[1, 0, 1]", r"preprocessing.std.1: .*0"),
+        ("train.lrr=1", ["'train.lrr'", "'train.lr'"]),
+        ("preprocesing.resize=nearest", ["'preprocesing.resize'", "'preprocessing.resize'"]),
+        ("train.epoch=3", ["'train.epoch'", "'train.epochs'"]),
+        ("train.lr", ["'='", "--set"]),
+        ("name=other", ["'name'"]),
+        ("train.optimiser=adagradd", ["train.optimiser", "'adagrad'", "'adagradd'"]),
+        ("train.lr=0", ["train.lr", "greater than 0", "found 0"]),
+        ("train.lr=inf", ["--set train.lr", "inf"]),
+        ("train.epochs=1.5", ["train.epochs", "integer", "found 1.5"]),
+        ("train.momentum=1", ["train.momentum", "less than 1", "found 1"]),
+        ("train.precision=fp16", ["train.precision", "'bf16'", "found 'fp16'"]),
+        ("preprocessing.std=[1, 1]", ["preprocessing.std.2", "[1, 1]"]),
+        ("preprocessing.std=[1, 0, 1]", ["preprocessing.std.1", "greater than 0", "found 0"]),
         (
             "decision.threshold=youdenn",
-            "decision.threshold: .*'youden'",
+            ["decision.threshold", "'youdenn'", "'youden'"],
         ),
-        ("decision.threshold=sensitivity=1.5", "above 0 and at most 1"),
-        ("as_published.threshold=cost=0", "as_published.threshold: .*cost of a false negative"),
+        ("decision.threshold=sensitivity=1.5", ["decision.threshold", "'sensitivity=1.5'", "0.95"]),
+        ("as_published.threshold=cost=0", ["as_published.threshold", "'cost=0'", "cost=5"]),
     ],
 )
-def test_a_wrong_setting_is_refused(override, message):
-    with pytest.raises(RecipeError, match=message):
+def test_a_wrong_setting_is_refused(override, facts):
+    with refuses(RecipeError, *facts):
         load_recipe("cancernet-2020", [override])
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "facts"),
     [
-        ("name = 'x'", "x: model"),
-        ("name = 'a/b'\n[model]\nname = 'cancernet'", "a/b: name: String should match pattern"),
-        ("name = 'x'\n[model]\nname = 'cancernet'\n[train]\nlearn = 1", "'train.learn'"),
-        ("format = 'biopsy-recipe/2'\nname = 'x'\n[model]\nname = 'cancernet'", "update biopsy"),
-        ("name = ", "TOML"),
+        ("name = 'x'", ["x: model"]),
+        ("name = 'a/b'\n[model]\nname = 'cancernet'", ["a/b: name"]),
+        ("name = 'x'\n[model]\nname = 'cancernet'\n[train]\nlearn = 1", ["'train.learn'"]),
+        (
+            "format = 'biopsy-recipe/2'\nname = 'x'\n[model]\nname = 'cancernet'",
+            ["'biopsy-recipe/1'", "/2'"],
+        ),
+        ("name = ", ["x.toml", "TOML"]),
     ],
 )
-def test_a_wrong_file_is_refused(text, message, tmp_path):
+def test_a_wrong_file_is_refused(text, facts, tmp_path):
     path = tmp_path / "x.toml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with refuses(RecipeError, *facts):
         load_recipe(path)
 
 
@@ -205,7 +208,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     with refuses(RecipeError, "none.toml"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(RecipeError, match=r"folder.toml is a folder"):
+    with refuses(RecipeError, tmp_path / "folder.toml", ".toml file"):
         load_recipe(tmp_path / "folder.toml")
 
 

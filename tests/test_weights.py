@@ -264,23 +264,23 @@ def test_a_run_starts_from_weights_and_goes_on_without_the_file(make_pack, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "facts"),
     [
-        (["model.weights=keras-vgg16"], "vgg16.*'residual'"),
-        (["model.weights=keras-vgg61"], "'keras-vgg61'.*'keras-vgg16'"),
-        (["model.weights=gone.safetensors"], r"no file 'gone.safetensors'.* model.pretrained=false"),
-        ([], "model.pretrained .*model.weights.*'residual'"),
-        (["model.name=vgg16"], "'vgg16'.*keras-vgg16"),
+        (["model.weights=keras-vgg16"], ["vgg16", "'residual'"]),
+        (["model.weights=keras-vgg61"], ["'keras-vgg61'", "'keras-vgg16'"]),
+        (["model.weights=gone.safetensors"], ["'gone.safetensors'", "model.pretrained=false"]),
+        ([], ["model.pretrained", "model.weights", "'residual'"]),
+        (["model.name=vgg16"], ["'vgg16'", "keras-vgg16"]),
         (
             ["model.name=torchvision:resnet18", "model.weights=torchvision:resnet18.IMAGENET1K_V7"],
-            "'IMAGENET1K_V7' .*resnet18.*'IMAGENET1K_V1'",
+            ["'IMAGENET1K_V7'", "resnet18", "'IMAGENET1K_V1'"],
         ),
-        (["model.name=timm:test_resnet", "model.weights=timm:test_resnet.nope"], "test_resnet.r160_in1k"),
-        (["model.name=timm:test_resnet"], "download test_resnet.r160_in1k.safetensors from timm/test_resnet"),
+        (["model.name=timm:test_resnet", "model.weights=timm:test_resnet.nope"], ["test_resnet.r160_in1k"]),
+        (["model.name=timm:test_resnet"], ["test_resnet.r160_in1k.safetensors", "timm/test_resnet"]),
     ],
 )
-def test_weights_that_cannot_be_had_are_refused(settings, message):
-    with pytest.raises(RecipeError, match=message):
+def test_weights_that_cannot_be_had_are_refused(settings, facts):
+    with refuses(RecipeError, *facts):
         make_network(recipe_with(*settings), 2, seed=0)
 
 
@@ -293,7 +293,7 @@ def test_weights_that_cannot_be_had_are_refused(settings, message):
 )
 def test_a_licence_that_restricts_use_must_be_accepted(name, tag, monkeypatch):
     recipe = recipe_with(f"model.name={name}", f"model.weights={tag}")
-    with pytest.raises(RecipeError, match=r"licence 'cc-by-nc-4.0', .* BIOPSY_ACCEPT_LICENCE=cc-by-nc-4.0"):
+    with refuses(RecipeError, "'cc-by-nc-4.0'", "BIOPSY_ACCEPT_LICENCE=cc-by-nc-4.0"):
         weights_module.choose_weights(recipe)
     monkeypatch.setenv("BIOPSY_ACCEPT_LICENCE", "other, CC-BY-NC-4.0")
     with refuses(RecipeError, tag):
@@ -305,7 +305,7 @@ def test_a_file_with_another_hash_is_refused(tmp_path):
     save_file(build_network("residual", n_classes=2, input_px=64).state_dict(), path)
     asked = [f"model.weights={path}", f"model.weights_sha256={sha256_file(path)}"]
     assert make_network(recipe_with(*asked), 2, seed=0)[1]["pretrained"]
-    with pytest.raises(DataError, match=f"has the sha256 {sha256_file(path)}, expected 00ff"):
+    with refuses(DataError, path, sha256_file(path), "00ff"):
         make_network(recipe_with(asked[0], "model.weights_sha256=00ff"), 2, seed=0)
 
 
@@ -320,14 +320,14 @@ def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:20])
-    for name, message in {
-        "code.pth": "not unpickled",
-        "zip.pth": "not unpickled",
-        "list.pth": "has no named weights",
-        "cut.safetensors": "cannot be read as safetensors",
+    for name, fact in {
+        "code.pth": "unpickled",
+        "zip.pth": "unpickled",
+        "list.pth": "named weights",
+        "cut.safetensors": "safetensors: ",
         "other.safetensors": "residual",
     }.items():
-        with pytest.raises(DataError, match=message):
+        with refuses(DataError, tmp_path / name, fact):
             make_network(recipe_with(f"model.weights={tmp_path / name}"), 2, seed=0)
 
 
@@ -335,5 +335,5 @@ def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
 def test_weights_of_another_network_are_refused(name, tmp_path):
     path = tmp_path / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), path)
-    with pytest.raises(DataError, match=f"vit.safetensors .*{name}"):
+    with refuses(DataError, path, name):
         make_network(recipe_with(f"model.name={name}", f"model.weights={path}"), 2, seed=0)
