@@ -167,7 +167,7 @@ def start(
         os.chdir(folder)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        faulthandler.enable()  # says where each thread stands when `wait` gives up
+        faulthandler.enable(2)  # says where each thread stands when `wait` gives up
         count = count_operations(folder, disturb)
         code = command()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes too late

@@ -73,6 +73,15 @@ def test_same_compares_contents(tmp_path):
         assert archive.same(a, b) and not archive.same(a, c)
 
 
+def test_a_file_that_comes_in_parts_is_read_whole(tmp_path, monkeypatch):
+    archive = open_archive(write_folder(tmp_path / "x", {"a.png": b"0123456789"}))
+    monkeypatch.setattr(os, "read", lambda file, n, read=os.read: read(file, min(n, 4)))
+    assert archive.read(archive.entries[0]) == b"0123456789"
+    (tmp_path / "x" / "a.png").write_bytes(b"0123")
+    with refuses(DataError, "10 bytes"):
+        archive.read(archive.entries[0])
+
+
 def test_fingerprint_follows_names_and_contents(tmp_path):
     prints = {
         open_archive(write_zip(tmp_path / f"{index}.zip", files)).fingerprint()

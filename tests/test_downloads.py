@@ -93,11 +93,11 @@ def test_pauses_double(server, tmp_path, monkeypatch):
     assert (tmp_path / "data.bin").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("status", [404, 403, 410])
-def test_a_refusal_is_final(server, tmp_path, status):
+@pytest.mark.parametrize(("status", "reason"), [(404, "missing"), (403, "refused"), (410, "missing")])
+def test_a_refusal_is_final(server, tmp_path, status, reason):
     base, does = server
     does.answers = [status]
-    with refuses(DownloadError, status, reason="refused"):
+    with refuses(DownloadError, status, reason=reason):
         get(data_file(base), tmp_path)
     assert len(does.asked) == 1
     assert names(tmp_path) == set()

@@ -228,8 +228,13 @@ def test_what_is_no_keras_file_is_refused(tmp_path):
             read_keras(tmp_path / name)
     layers = keras_layers(build())
     large = write_keras(tmp_path / "large.keras", layers, " " * (2**24 + 1))
-    with refuses(FileFormatError, "config.json", "16,777,217 bytes", path=large):
+    with refuses(FileFormatError, "config.json", "16,777,217 bytes", path=large, reason="too-large"):
         read_keras(large)
+    odd = tmp_path / "two\nlines.h5"
+    odd.write_text("text")
+    with refuses(FileFormatError, path=odd, reason="syntax") as error:
+        read_keras(odd)
+    assert str(error.value).count("lines.h5") == 1
 
 
 def test_groups_that_hold_themselves_are_refused(tmp_path):

@@ -1,11 +1,12 @@
 """Downloads through Kaggle's client, with a stand-in for it, and what is said of every source."""
 
+import errno
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,26 @@ def test_another_failure_of_kaggle_keeps_what_came(kagglehub, tmp_path):
         fetch_source(kaggle_source(), tmp_path)
     assert (tmp_path / ".biopsy-kagglehub" / "1.archive").read_bytes() == b"half"
     assert not (tmp_path / "patches").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "reason"),
+    [
+        ("DataCorruptionError", ["wrong hash"], "changed"),
+        ("OSError", [errno.ENOSPC, "No space left on device"], "disk"),
+        ("OSError", ["404 Client Error"], "missing"),
+    ],
+)
+def test_the_reason_of_a_failure_of_kaggle_is_told(kagglehub, tmp_path, kind, arguments, reason):
+    def fail(handle):
+        error = getattr(kagglehub.exceptions, kind, OSError)(*arguments)
+        if reason == "missing":
+            error.response = SimpleNamespace(status_code=404)
+        raise error
+
+    kagglehub.dataset_download = fail
+    with refuses(DownloadError, arguments[-1], reason=reason):
+        fetch_source(kaggle_source(), tmp_path)
 
 
 def test_kaggle_needs_room_too(kagglehub, tmp_path, monkeypatch):

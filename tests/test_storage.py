@@ -4,6 +4,7 @@ import functools
 import http.server
 import shutil
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -135,9 +136,13 @@ def test_copies_are_bounded(memory, staging, monkeypatch):
 
 
 def test_what_is_not_there_or_lies_outside_is_refused(memory, monkeypatch):
-    with pytest.raises(DownloadError), staged("memory://nothing"):
+    with refuses(DownloadError, "memory://nothing", reason="missing"), staged("memory://nothing"):
         pass
     memory.pipe({"/f/x": b""})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "find", Mock(side_effect=PermissionError("Access Denied")))
+        with refuses(DownloadError, "memory://f", "Access Denied", reason="refused"):
+            list_files("memory://f")
     monkeypatch.setattr(type(memory), "find", lambda *_, **__: {"/f/../../x": {"size": 1}})
     with refuses(DataError, "../../x"):
         list_files("memory://f")

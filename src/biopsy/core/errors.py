@@ -35,7 +35,9 @@ class BiopsyError(Exception):
     The message is one line of at most `MAX_MESSAGE` characters.
 
     Attributes:
-        reason: A code for programs, of the classes that list their codes.
+        reason: A code for programs, of the classes that list their codes. Of slides, splits, runs and recipes
+            whose file or download is at fault, the code of its `FileFormatError` or `DownloadError`; else
+            empty.
     """
 
     def __init__(self, message: str = "", reason: str = "") -> None:
@@ -100,7 +102,8 @@ class PackError(DataError):
 
     Attributes:
         reason: ``missing``, ``truncated``, ``altered``, ``format``, ``value``, ``read-only``, ``patch`` (one
-            that it does not hold) or ``exists`` (another pack is in the place of the output).
+            that it does not hold) or ``exists`` (another pack is in the place of the output), or the code of
+            the `FileFormatError` of one of its files.
     """
 
 

@@ -209,9 +209,11 @@ def _one_error(url: str) -> Iterator[None]:
     except _list_client_errors() as error:
         if isinstance(error, DownloadError) or getattr(error, "errno", None) in NO_SPACE:
             raise
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        text = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        is_refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
         raise DownloadError(
-            f"{show_url(url)} cannot be reached: {reason.replace(url, show_url(url))}", "offline"
+            f"{show_url(url)} cannot be reached: {text.replace(url, show_url(url))}",
+            "refused" if is_refused else "offline",
         ) from None
 
 

@@ -168,12 +168,14 @@ class FolderArchive:
             file = os.open(f"{self.path}{os.sep}{self._files[entry.offset][0]}", _READ_ONLY)
             try:  # three system calls, where Path.read_bytes makes eight
                 content = os.read(file, entry.size + 1)
+                while len(content) < entry.size and (rest := os.read(file, entry.size + 1 - len(content))):
+                    content += rest  # some network file systems return less than was requested
             finally:
                 os.close(file)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}") from None
         if len(content) != entry.size:
-            raise DataError(f"has no longer the {entry.size:,} bytes it had when the folder was listed")
+            raise DataError(f"no longer has the {entry.size:,} bytes it had when the folder was listed")
         return content
 
     def same(self, first: Entry, second: Entry) -> bool:

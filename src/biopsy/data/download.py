@@ -27,7 +27,7 @@ from typing import Literal
 from urllib.error import HTTPError
 
 from biopsy.core.errors import DataError, DownloadError, MissingExtra, suggest
-from biopsy.core.files import replace_atomic
+from biopsy.core.files import NO_SPACE, replace_atomic
 from biopsy.core.results import Written
 from biopsy.data.datasets import list_datasets
 from biopsy.data.datasets.base import KaggleData, RemoteFile, Source
@@ -39,6 +39,7 @@ PARTIAL, PACKED = ".biopsy-partial", ".biopsy-packed"
 """Suffixes of incomplete files, and of packed files, which are deleted once unpacked."""
 REPORT_EVERY_S = 0.1
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_GONE = {404, 410}
 CACHE_VARIABLE = "KAGGLEHUB_CACHE"  # cache folder of kagglehub
 
 
@@ -276,7 +277,7 @@ def _request(url: str, start: int, timeout_s: float) -> http.client.HTTPResponse
         raise DownloadError(
             f"{url}: the server answered {error.code} {error.reason}; the file may have moved,"
             " see the data set's page in the documentation",
-            "refused",
+            "missing" if error.code in _GONE else "refused",
         ) from None
     except (OSError, http.client.HTTPException) as error:
         raise _ConnectionLost(f"no connection ({getattr(error, 'reason', error)})") from error
@@ -406,10 +407,15 @@ def _download_from_kaggle(data: KaggleData, out: Path) -> Path:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise DownloadError(_refusal(data, error), "refused") from error
+        reason = "missing" if status in _GONE else "offline"
+        if isinstance(error, DataCorruptionError | zipfile.BadZipFile):
+            reason = "changed"
+        elif getattr(error, "errno", None) in NO_SPACE:
+            reason = "disk"
         raise DownloadError(
             f"Kaggle's {data.handle} could not be downloaded ({_one_line(error)}); fetch again to resume,"
             f" or download it manually from {data.page}",
-            "offline",
+            reason,
         ) from error
     if not downloaded.is_relative_to(cache):
         return downloaded

@@ -155,12 +155,12 @@ def read_keras(path: Path | str) -> KerasFile:
             is_zip = file.read(4) == b"PK\x03\x04"
         return _read_archive(path) if is_zip else _read_h5(path)
     except FileFormatError as error:
-        message = str(error).removeprefix(f"{path} ")
+        message = error.args[0].removeprefix(f"{error.path} ")
         expected = "expected a file saved by Keras (.h5, .weights.h5, .keras)"
-        raise FileFormatError(path, error.reason, f"{message}; {expected}") from None
+        raise FileFormatError(error.path, error.reason, f"{message}; {expected}") from None
     except DataError as error:
-        reason = "syntax" if isinstance(error, ArchiveError) else "value"
-        raise FileFormatError(path, reason, str(error).removeprefix(f"{path} ")) from None
+        reason = "syntax" if isinstance(error, ArchiveError) else error.reason or "value"
+        raise FileFormatError(path, reason, error.args[0].removeprefix(f"{path} ")) from None
 
 
 def _read_archive(path: Path) -> KerasFile:
@@ -170,7 +170,9 @@ def _read_archive(path: Path) -> KerasFile:
         if sum(entry.name == name for entry in archive.entries) != 1:
             raise DataError(f"is a zip without exactly one {name}: it is not a .keras file")
     if entries["config.json"].size > MAX_CONFIG_BYTES:
-        raise DataError(f"has a config.json of {entries['config.json'].size:,} bytes: it is not read")
+        raise DataError(
+            f"has a config.json of {entries['config.json'].size:,} bytes: it is not read", "too-large"
+        )
     contents = {}
     for name in ("config.json", "model.weights.h5"):
         try:
