@@ -8,12 +8,16 @@ from pathlib import Path
 def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Append rows to a table; columns that only one of them has are empty in the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    header: list[str] = []
     earlier: list[dict[str, str]] = []
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
-            earlier = list(csv.DictReader(file))
-    columns = dict.fromkeys(name for row in (*earlier, *rows) for name in row)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*earlier, *rows])
+            reader = csv.DictReader(file)
+            header, earlier = list(reader.fieldnames or []), list(reader)
+    columns = list(dict.fromkeys([*header, *(name for row in rows for name in row)]))
+    with open(path, "a" if columns == header else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if columns != header:
+            writer.writeheader()
+            writer.writerows(earlier)
+        writer.writerows(rows)

@@ -402,7 +402,7 @@ def test_two_servers_do_not_share_a_folder_and_cut_uploads_are_removed(trained_r
     with TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")) as client:
         assert not cut.parent.exists() and (tmp_path / "jobs" / "mine").exists()
         assert not client.get("/slides").json()
-        with refuses(DataError, tmp_path / "jobs", "--out"):
+        with refuses(DataError, tmp_path / "jobs", "server", "--out"):
             TestClient(make_service(trained_run, out=tmp_path / "jobs", device="cpu")).__enter__()
 
 

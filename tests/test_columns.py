@@ -128,7 +128,7 @@ def test_ids_that_are_likely_one_are_named(table, ids, caplog):
     [
         ("patch_id,patient_id\nx,1\n", ["patch_id", "'a/p1_1'", "'x'"]),
         ("patch_id,patient_id\nb/p2_1,1\n,2\n", ["patch_id", "1 rows", "row 1"]),
-        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", ["patch_id", "1 ", "b/p2_1"]),
+        ("patch_id,patient_id\nb/p2_1,1\nb/p2_1,2\n", ["patch_id", "1 repeated", "b/p2_1"]),
         ("name,patient_id\nb/p2_1,1\n", ["name, patient_id", "patch_id, id, source, slide_id"]),
         ("", ["empty"]),
     ],
@@ -183,7 +183,7 @@ def test_join_fills_the_site(table, csv):
         ("name,age\ns1,1\n", ["name, age", "patch_id, patient_id, slide_id"]),
         ("slide_id,age\nS1,1\n", ["slide_id", "'s1'", "'S1'"]),
         ("slide_id,age\ns1,1\n,2\n", ["slide_id", "1 rows", "row 1"]),
-        ("slide_id,age\ns1,1\ns1,2\n", ["slide_id", "1 ", "s1"]),
+        ("slide_id,age\ns1,1\ns1,2\n", ["slide_id", "1 repeated", "s1"]),
     ],
 )
 def test_join_refusals(table, csv, text, facts):

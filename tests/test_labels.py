@@ -64,7 +64,7 @@ def test_a_class_called_by_a_number_is_meant_by_its_name(csv):
         ("patch_id,label\na,\n", ["label", "a"]),
         ("patch_id,label\na,3\n", ["'3'", "normal, in_situ"]),
         ("patch_id,label\n,normal\n", ["patch_id", "1 rows", "row 0"]),
-        ("patch_id,label\na,normal\na,in_situ\n", ["patch_id", "1 ", "a"]),
+        ("patch_id,label\na,normal\na,in_situ\n", ["patch_id", "1 repeated"]),
         ("patch_id,class\na,normal\n", ["patch_id, class", "patch_id, source", "label"]),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_class_called_yes_is_that_class(csv):
         (SHEET + "a,normal,invasive,,\n", ["decision", "yes, no"]),
         (SHEET + "a,normal,invasive,maybe,\n", ["1 ", "'maybe'"]),
         ("patch_id,label,decision\na,normal,yes\n", ["'yes'", "suggested"]),
-        (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", ["patch_id", "1 ", "a"]),
+        (SHEET + "a,normal,invasive,yes,\na,normal,invasive,,\n", ["patch_id", "1 repeated"]),
     ],
 )
 def test_sheet_refusals(table, csv, text, facts):
