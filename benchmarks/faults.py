@@ -443,6 +443,8 @@ def find_fault(outcome: Outcome, codes: set[int]) -> str | None:
     """Return what is wrong with how a process ended."""
     if "Traceback" in outcome.text:
         return "traceback: " + outcome.text.strip().splitlines()[-1][:200]
+    if outcome.code == -signal.SIGABRT:
+        return f"did not end within {LONGEST_S} s: {outcome.text.strip()}"
     return None if outcome.code in codes else f"exit code {outcome.code}: {outcome.text.strip()[-200:]}"
 
 

@@ -43,3 +43,26 @@ def test_kills_on_slow_storage_cost_nothing(tmp_path):
     rows = disturb(tmp_path, ["slide", "shards", "train"], "--points", "2", "--faults", SLOW)
     assert len(rows) == 3 and (rows["points"] == 2).all()
     assert (rows["passed"] == 2).all() and (rows["ended_before"] < 2).all(), rows
+
+
+def test_a_command_that_does_not_end_is_aborted_and_says_where_it_stood(tmp_path):
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        import faults
+
+        def never_end():
+            time.sleep(60)
+
+        faults.LONGEST_S = 1
+        print(faults.find_fault(faults.wait(faults.start(Path(sys.argv[1]), never_end)), {0}))
+    """
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "here"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PROJECT / "benchmarks",
+    )
+    assert "in never_end" in done.stdout
