@@ -424,6 +424,17 @@ def test_damaged_tiles_are_named(make_slide, tmp_path):
                 slide.read(0, 0, 200, 200)
 
 
+def test_a_codec_that_cannot_be_loaded_is_no_damage(make_slide, monkeypatch):
+    def fail(*_, **__):
+        raise ImportError("could not import name 'jpeg8_decode'")  # as with too few file handles
+
+    with open_slide(make_slide(compression="jpeg")) as slide:
+        monkeypatch.setattr(tifffile.TiffPage, "decode", property(lambda page: fail))
+        with pytest.raises(SlideError) as refused:
+            slide.read(0, 0, 60, 60)
+    assert "jpeg8_decode" in str(refused.value) and "damaged" not in str(refused.value)
+
+
 def test_a_slide_cut_short_is_named(make_slide):
     path = make_slide(compression="jpeg", levels=1)
     with tifffile.TiffFile(path) as file:

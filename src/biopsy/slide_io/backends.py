@@ -344,6 +344,8 @@ class TiffBackend(OpenSlideBackend):
             tile, _, _ = page.decode(data, index, jpegtables=page.jpegtables)
             if tile is None or tile.shape[-1] != 3:
                 raise ValueError("a tile is not RGB")
+        except ImportError as error:  # imagecodecs loads a codec at its first use
+            raise SlideError(f"slide {self._path} cannot be read: {error}") from None
         except _DECODER_ERRORS as error:
             reason = " ".join(str(error).split())
             raise SlideError(
