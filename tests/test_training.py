@@ -66,6 +66,29 @@ def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
     assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
 
 
+def test_a_pack_altered_while_a_run_is_completed_does_not_finish_it(pack, whole, tmp_path, monkeypatch):
+    own = Pack.open(shutil.copytree(pack.path, tmp_path / "own.pack"))
+
+    def flip_last_byte():
+        with open(own.path / "patches.npy", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 0x55]))
+
+    def complete(*arguments):
+        flip_last_byte()
+        finish(*arguments)
+
+    finish = training.complete
+    with monkeypatch.context() as patch, pytest.raises(PackError) as refused:
+        patch.setattr(training, "complete", complete)
+        train_tiny(own, tmp_path / "run", THREE)
+    assert refused.value.reason == "altered" and Run.open(tmp_path / "run").info["status"] == "running"
+    flip_last_byte()
+    assert_same_run(whole, train(resume=tmp_path / "run", device="cpu"))
+
+
 def test_a_pack_that_goes_away_stops_a_training_that_resumes(pack, whole, tmp_path):
     own = Pack.open(shutil.copytree(pack.path, tmp_path / "own.pack"))
 

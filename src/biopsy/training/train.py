@@ -438,4 +438,5 @@ def _train(
     pack.verify()
     run.write_log(progress.history)
     complete(run, network, task, progress)
+    pack.require_unchanged()  # of which completing has read the training and validation patches again
     run.update(status="finished", seconds=before + time.perf_counter() - started)
