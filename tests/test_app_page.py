@@ -42,7 +42,7 @@ def browser():
 @pytest.fixture
 def show(browser):
     """``show(*paths, width=1280)`` serves the paths and opens the page; returns it and its address."""
-    servers = []
+    servers, failures = [], []
 
     def show_paths(*paths, width=1280):
         code = "import sys, biopsy; biopsy.view(sys.argv[1:], port=0, no_browser=True)"
@@ -52,7 +52,7 @@ def show(browser):
         servers.append(server)
         address = server.stdout.readline().strip()
         page = browser.new_page(viewport={"width": width, "height": 800})
-        page.on("pageerror", lambda error: pytest.fail(f"the page failed: {error}"))
+        page.on("pageerror", lambda error: failures.append(str(error)))
         asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
@@ -65,6 +65,7 @@ def show(browser):
     for server in servers:
         server.kill()
         server.communicate()
+    assert not failures, f"the page failed: {failures}"
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_filter_changed_while_patches_load_shows_only_what_it_names(show, make
         field.value = value;
         field.dispatchEvent(new Event("change")); } }""")
     n_idc = int((pack.target == 1).sum())
-    page.wait_for_function("n => document.querySelectorAll('.patch').length === n", arg=n_idc)
+    playwright.expect(page.locator(".patch")).to_have_count(n_idc)
     page.wait_for_timeout(800)
     assert page.locator(".patch span").all_inner_texts() == ["IDC"] * n_idc
     page.fill("#filter-value", "nobody")
@@ -254,7 +255,7 @@ def test_a_slide_that_cannot_be_opened_is_named_and_the_next_one_shown(show, pha
     assert page.evaluate(COUNT_TISSUE) > 0.1
     (tmp_path / "c-removed.tiff").unlink()
     page.get_by_role("button", name="c-removed").click()
-    page.wait_for_function("document.getElementById('note').textContent.includes('c-removed.tiff')")
+    note.filter(has_text="c-removed.tiff").wait_for()
     assert "b-sound" in page.inner_text("#title") and page.evaluate(COUNT_TISSUE) > 0.1
     page.get_by_role("button", name="b-sound").click()
-    page.wait_for_function("document.getElementById('note').hidden")
+    note.wait_for(state="hidden")

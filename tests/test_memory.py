@@ -7,7 +7,7 @@ import pytest
 import memory
 from biopsy.cli.app import COMMANDS
 
-N_PATCHES, SLIDE_PX = 1_000, 4_000
+N_PATCHES, SLIDE_PX = 1_600, 4_000
 SMALL_DEMO = "from biopsy.experiments import demo as d; d.N_PATIENTS, d.PATCHES_PER_PATIENT = 12, 20"
 
 
