@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 PATCHES = "patches.csv"
+WORKERS = 2  # processes that read
 
 
 def read_config(bundle: Path) -> tuple[int, float, int]:
@@ -25,7 +26,7 @@ def read_config(bundle: Path) -> tuple[int, float, int]:
     return config["patch_size_pixels"], config["spacing_um_px"], config["num_classes"]
 
 
-def run_wsinfer(bundle: Path, slide: Path, out: Path, workers: int):
+def run_wsinfer(bundle: Path, slide: Path, out: Path):
     """Run WSInfer's command; the online list of models that it asks for is replaced by an empty one."""
     import types
 
@@ -37,13 +38,13 @@ def run_wsinfer(bundle: Path, slide: Path, out: Path, workers: int):
     from wsinfer.cli.cli import cli
 
     files = ["-c", bundle / "config.json", "-p", bundle / "torchscript_model.pt"]
-    words = ["run", "-i", slide.parent, "-o", out, *files, "-n", workers]
+    words = ["run", "-i", slide.parent, "-o", out, *files, "-n", WORKERS]
     cli([str(word) for word in words], standalone_mode=False)
     table = pd.read_csv(out / "model-outputs-csv" / f"{slide.stem}.csv")
     return table[["minx", "miny", table.columns[-1]]]
 
 
-def run_tiatoolbox(bundle: Path, slide: Path, out: Path, workers: int):
+def run_tiatoolbox(bundle: Path, slide: Path, out: Path):
     """Run TIAToolbox's PatchPredictor."""
     import numpy as np
     import pandas as pd
@@ -69,7 +70,7 @@ def run_tiatoolbox(bundle: Path, slide: Path, out: Path, workers: int):
                 return model(batch_data).numpy()
 
     slide_mpp = float(OpenSlide(slide).properties[PROPERTY_NAME_MPP_X])
-    engine = PatchPredictor(Network().eval(), batch_size=32, num_workers=workers, device="cpu", verbose=False)
+    engine = PatchPredictor(Network().eval(), batch_size=32, num_workers=WORKERS, device="cpu", verbose=False)
     written = engine.run(
         images=[slide],
         patch_mode=False,
@@ -88,7 +89,7 @@ def run_tiatoolbox(bundle: Path, slide: Path, out: Path, workers: int):
     return pd.DataFrame({"x": edges[:, 0], "y": edges[:, 1], "prob": probs[:, -1]})
 
 
-def run_lazyslide(bundle: Path, slide: Path, out: Path, workers: int):
+def run_lazyslide(bundle: Path, slide: Path, out: Path):
     """Run LazySlide's tile prediction."""
     import lazyslide
     import torch
@@ -114,7 +115,7 @@ def run_lazyslide(bundle: Path, slide: Path, out: Path, workers: int):
         Network().eval(),
         transform=to_tensor,
         batch_size=32,
-        num_workers=workers,
+        num_workers=WORKERS,
         device="cpu",
         pbar=False,
     )
@@ -132,10 +133,9 @@ def main() -> None:
     parser.add_argument("peer", choices=PEERS)
     for name in ("bundle", "slide", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
-    table = PEERS[arguments.peer](arguments.bundle, arguments.slide, arguments.out, arguments.workers)
+    table = PEERS[arguments.peer](arguments.bundle, arguments.slide, arguments.out)
     table.columns = ["x", "y", "prob"]
     table.to_csv(arguments.out / PATCHES, index=False)
 
