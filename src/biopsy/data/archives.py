@@ -72,11 +72,13 @@ class Archive(Protocol):
     Attributes:
         path: The zip or the folder.
         entries: Files in order of name, without hidden files and metadata files of macOS and Windows.
+        images: The entries with the suffix of an image.
         unread: Zips inside a folder, which are not read.
     """
 
     path: Path
     entries: list[Entry]
+    images: list[Entry]
     unread: list[str]
 
     def read(self, entry: Entry) -> bytes | memoryview:
@@ -96,6 +98,7 @@ class ZipArchive:
         self.path = path
         self.unread: list[str] = []
         self.entries = _list_zip(path)
+        self.images = _find_images(self.entries)
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._read_bytes = 0
@@ -153,6 +156,7 @@ class FolderArchive:
             for index, (name, size, _) in enumerate(self._files)
         ]
         self.entries = [entry for entry in entries if not entry.name.lower().endswith(".zip")]
+        self.images = _find_images(self.entries)
         self.zips = [entry for entry in entries if entry.name.lower().endswith(".zip")]
         self.unread = [entry.name for entry in self.zips]
 
@@ -226,6 +230,10 @@ def _is_junk_folder(path: str) -> bool:
 
 def _is_junk_part(part: str) -> bool:
     return (part[:1] == "." and part != ".") or part.lower() in _JUNK
+
+
+def _find_images(entries: list[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def _list_zip(path: Path) -> list[Entry]:

@@ -28,7 +28,7 @@ def check_exportable(source: Path | str, folder: Path | str) -> None:
     """Check that a source can be exported as a tree, before anything is decoded."""
     _require_empty(folder)
     archive = open_archive(source)
-    if not any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in archive.entries):
+    if not archive.images:
         raise _refuse_arrays(archive)
 
 

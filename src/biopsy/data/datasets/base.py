@@ -13,7 +13,7 @@ from biopsy.core.errors import DataError
 from biopsy.core.plugins import Registry
 from biopsy.data.archives import Archive, Entry
 from biopsy.data.packs import Origin
-from biopsy.slide_io.images import IMAGE_SUFFIXES, decode
+from biopsy.slide_io.images import decode
 
 SUBSET_BY_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -209,15 +209,16 @@ def register_dataset(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def is_image(entry: Entry) -> bool:
-    """Return whether an entry has the suffix of an image."""
-    return entry.name.lower().endswith(IMAGE_SUFFIXES)
-
-
 def mostly(archive: Archive, is_named: Callable[[Entry], object]) -> bool:
     """Return whether an archive has images, and at least half of them have the names of a data set."""
-    images = [entry for entry in archive.entries if is_image(entry)]
-    return bool(images) and 2 * sum(bool(is_named(entry)) for entry in images) >= len(images)
+    n_named, n_images = 0, len(archive.images)
+    for n_seen, entry in enumerate(archive.images, start=1):
+        n_named += bool(is_named(entry))
+        if 2 * n_named >= n_images:
+            return True
+        if 2 * (n_seen - n_named) > n_images:
+            return False
+    return False
 
 
 def list_images(
@@ -234,10 +235,9 @@ def list_images(
         Identities and entries, sorted; the images that are not usable, or differ from another image of the
         same patch; and the counts of a `Listing`.
     """
-    all_images = [entry for entry in archive.entries if is_image(entry)]
     entries: dict[str, Entry] = {}
     n_copies, skipped, differing = 0, list[Skipped](), list[Skipped]()
-    for entry in all_images if images is None else images:
+    for entry in archive.images if images is None else images:
         try:
             first = entries.setdefault(identify(entry), entry)
         except DataError as error:
@@ -251,7 +251,7 @@ def list_images(
             differing.append(
                 {"source": entry.name, "reason": f"differs from {first.name}, the same patch by name"}
             )
-    counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(all_images)}
+    counts = {"duplicates": n_copies, "other_files": len(archive.entries) - len(archive.images)}
     return sorted(entries.items()), skipped + differing, counts
 
 

@@ -22,7 +22,6 @@ from biopsy.data.datasets.base import (
     Listing,
     find_positive,
     find_subset,
-    is_image,
     list_images,
     make_table,
     register_dataset,
@@ -65,7 +64,7 @@ def recognise(archive: Archive) -> bool:
     Raises:
         DataError: If the classes are likely a level lower; ``--dataset folders`` overrides the check.
     """
-    paths = _strip_common([entry.name.split("/") for entry in archive.entries if is_image(entry)])
+    paths = _strip_common([entry.name.split("/") for entry in archive.images])
     below = _list_below(paths)
     lower = next(filter(_are_classes, _list_levels(paths)), set())
     if lower and not _are_classes(set(below)):
@@ -91,7 +90,7 @@ def recognise(archive: Archive) -> bool:
 
 def list_patches(archive: Archive) -> Listing:
     """List the patches by their class folders."""
-    images = [entry for entry in archive.entries if is_image(entry)]
+    images = archive.images
     paths = dict(zip(images, _strip_common([entry.name.split("/") for entry in images]), strict=True))
 
     def identify(entry: Entry) -> str:

@@ -18,7 +18,6 @@ from biopsy.data.datasets.base import (
     KaggleData,
     Listing,
     Skipped,
-    is_image,
     list_images,
     make_table,
     mostly,
@@ -56,7 +55,7 @@ def _find_labels(archive: Archive) -> Entry | None:
 
 def _list_by_csv(archive: Archive, labels_entry: Entry) -> Listing:
     labels = _read_labels(archive, labels_entry)
-    images = [entry for entry in archive.entries if is_image(entry)]
+    images = archive.images
     labelled = [entry for entry in images if entry.name.rpartition("/")[0].rpartition("/")[2] != "test"]
 
     def identify(entry: Entry) -> str:

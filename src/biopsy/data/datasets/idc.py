@@ -15,7 +15,6 @@ from biopsy.data.datasets.base import (
     KaggleData,
     Listing,
     RemoteFile,
-    is_image,
     list_images,
     make_table,
     mostly,
@@ -40,7 +39,7 @@ def recognise(archive: Archive) -> bool:
 
 def list_patches(archive: Archive) -> Listing:
     """List the patches by their names, checked against their folders."""
-    names = (entry.name.rpartition("/")[2] for entry in archive.entries if is_image(entry))
+    names = (entry.name.rpartition("/")[2] for entry in archive.images)
     patients = {name.partition("_idx")[0] for name in names}
 
     def identify(entry: Entry) -> str:
