@@ -10,6 +10,9 @@ view and the mean over the eight symmetries; the patch by itself and with its ne
 Command::
 
     python benchmarks/idc.py idc.pack --recipe idc-small --seeds 0,1,2 --out runs/idc
+    python benchmarks/idc.py idc.pack --set augmentation.cutout=0.3 --name "cutout .3"
+
+The second one changes settings of the recipe, and NAME is what the rows are called.
 
 Finished runs are not trained again, interrupted ones are gone on with. Writes a row a run to
 ``results/idc-loso.csv`` as soon as it is there.
@@ -29,6 +32,7 @@ from biopsy.data.splits import Split, find_split
 from biopsy.models.classifier import average_neighbours
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
+from biopsy.recipes import Recipe, load_recipe
 from biopsy.training.checkpoints import LAST, _read, _tensors_of
 from biopsy.training.runs import Run
 
@@ -49,16 +53,16 @@ def find_or_make_split(pack: Pack, slide: str) -> Split:
         )
 
 
-def train_one(recipe: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:
+def train_one(recipe: Recipe, name: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:
     """Return the finished run of one slide and seed."""
-    path = out / f"{recipe}-lo-{slide}-s{seed}"
+    path = out / f"{name.replace(' ', '-')}-lo-{slide}-s{seed}"
     if (path / "run.json").exists():
         run = Run.open(path)
         return run if run.info["status"] == "finished" else biopsy.train(resume=path)
     return biopsy.train(recipe, pack, split=find_or_make_split(pack, slide), seed=seed, out=path)
 
 
-def measure(run: Run) -> dict[str, object]:
+def measure(run: Run, name: str) -> dict[str, object]:
     """Return one row: AUROC at every step after training, decision and calibration on the tested slide."""
     pack, classifier, engine = run.open_pack(verify=False), run.classifier, Engine("cpu")
     rows = np.flatnonzero(run.subsets(pack) == "test")
@@ -88,7 +92,7 @@ def measure(run: Run) -> dict[str, object]:
     with_context = average_neighbours(symmetric, table, patch_px=classifier.info.patch_px, length=length)
     metrics = biopsy.evaluate(run)
     return {
-        "recipe": run.info["recipe"],
+        "recipe": name,
         "slide": "+".join(sorted(set(table["patient_id"]))),
         "seed": run.info["seed"],
         "n_patches": len(rows),
@@ -107,14 +111,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pack", type=Path)
     parser.add_argument("--recipe", default="idc-small")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--name", help="name of the rows (default: that of the recipe)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--slides", default=",".join(SLIDES))
     parser.add_argument("--out", type=Path, default=Path("runs/idc"))
     arguments = parser.parse_args()
-    pack = Pack.open(arguments.pack)
+    if arguments.set and not arguments.name:
+        parser.error("--set needs --name: rows of changed settings must not replace those of the recipe")
+    recipe, pack = load_recipe(arguments.recipe, arguments.set), Pack.open(arguments.pack)
+    name = arguments.name or recipe.name
     for seed in map(int, arguments.seeds.split(",")):
         for slide in arguments.slides.split(","):
-            row = measure(train_one(arguments.recipe, pack, slide, seed, arguments.out))
+            row = measure(train_one(recipe, name, pack, slide, seed, arguments.out), name)
             known = pd.read_csv(RESULTS, dtype={"slide": str}) if RESULTS.exists() else pd.DataFrame()
             if len(known):
                 same = (
