@@ -12,6 +12,7 @@ from biopsy.training.optimisers import (
     count_plateaus,
     learning_rate,
     make_optimiser,
+    orthogonalise,
     set_learning_rate,
 )
 from refusals import refuses
@@ -19,6 +20,7 @@ from refusals import refuses
 GRADIENTS = np.random.default_rng(0).normal(0, [1e-4, 1e-2, 1, 0], (10, 4))  # the last weight gets none
 START = np.array([0.5, -0.2, 0.1, 0.3])
 LR, DECAY = 1e-2, 1e-2 / 40
+NEEDED = {"muon": {"momentum": 0.95, "nesterov": True}}
 
 
 def run(name, lr_of_step=lambda step: LR, **options):
@@ -113,15 +115,16 @@ def test_saved_and_loaded_goes_on_as_never_stopped(name):
             optimiser.step()
 
     torch.manual_seed(0)
-    network = nn.Linear(6, 3)
-    optimiser = make_optimiser(name, network.parameters(), 0.05)
+    network = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimiser = make_optimiser(name, network.parameters(), 0.05, **NEEDED.get(name, {}))
     steps(optimiser, network, range(3))
     resumed = copy.deepcopy(network)
-    again = make_optimiser(name, resumed.parameters(), 0.05)
+    again = make_optimiser(name, resumed.parameters(), 0.05, **NEEDED.get(name, {}))
     again.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     steps(optimiser, network, range(3, 6))
     steps(again, resumed, range(3, 6))
-    assert torch.equal(network.weight, resumed.weight)
+    for layer, other in zip(network, resumed, strict=True):
+        assert torch.equal(layer.weight, other.weight)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -129,11 +132,67 @@ def test_frozen_weights_stay(name):
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     network[0].requires_grad_(False)
     before = network[0].weight.clone()
-    optimiser = make_optimiser(name, network.parameters(), 0.1)
+    optimiser = make_optimiser(name, network.parameters(), 0.1, **NEEDED.get(name, {}))
     network(torch.rand(3, 4)).sum().backward()
     optimiser.step()
     assert torch.equal(network[0].weight, before)
     assert sum(len(group["params"]) for group in optimiser.param_groups) == 2
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 15), (15, 4)])
+def test_orthogonalised_matrices_have_the_directions_of_the_nearest_orthogonal_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    assert s.min() > 0.02 * matrix.norm()  # smaller ones need more than five steps
+    result = orthogonalise(matrix)
+    inside = u.T @ result @ vh.T  # the directions stay, all values are about 1
+    assert torch.allclose(inside, torch.diag(inside.diagonal()), atol=1e-9)
+    assert (inside.diagonal() > 0.65).all() and (inside.diagonal() < 1.25).all()
+    assert torch.allclose(orthogonalise(1e-3 * matrix), result)
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_pytorchs(nesterov):
+    generator = torch.Generator().manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    start = ours[0].weight.detach().flatten(1).clone()
+    theirs = nn.Parameter(start.clone())
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
+    optimiser = make_optimiser("muon", ours.parameters(), 0.02, **options)
+    other = torch.optim.Muon([theirs], 0.02, adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(5):
+        gradient = torch.randn(ours[0].weight.shape, generator=generator)
+        ours[0].weight.grad, theirs.grad = gradient, gradient.flatten(1)
+        optimiser.step()
+        other.step()
+    moved = (theirs - start).norm()
+    assert (ours[0].weight.flatten(1) - theirs).norm() < 0.02 * moved  # theirs multiplies in bfloat16
+
+
+def test_muon_leaves_to_adamw_what_is_no_matrix():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(16, 2)
+    )
+    twin = copy.deepcopy(network)
+    optimiser = make_optimiser("muon", network.parameters(), 0.01, weight_decay=0.1, momentum=0.95)
+    reference = make_optimiser("adamw", twin.parameters(), 0.01, weight_decay=0.1)
+    assert [len(group["params"]) for group in optimiser.param_groups] == [1, 2, 5]
+    for _ in range(3):
+        x = torch.rand(5, 3, 6, 6)
+        for model, steps in ((network, optimiser), (twin, reference)):
+            steps.zero_grad()
+            model(x).square().mean().backward()
+        for own, copied in zip(network.parameters(), twin.parameters(), strict=True):
+            copied.grad = own.grad.clone()
+        optimiser.step()
+        reference.step()
+    same = [torch.equal(*pair) for pair in zip(network.parameters(), twin.parameters(), strict=True)]
+    assert same == [False, *[True] * 7]
+    update = (network[0].weight - twin[0].weight).norm()
+    assert 0 < update < 3 * 2 * 0.01 * 0.25 * math.sqrt(27 * 4)  # of both, at most the size of AdamW's
 
 
 def test_schedules_by_hand():
@@ -166,6 +225,8 @@ def test_refusals():
         make_optimiser("adam", [torch.zeros(1)], 0.1)
     with refuses(RecipeError, "'adam'", "momentum=0.9"):
         make_optimiser("adam", params, 0.1, momentum=0.9)
+    with refuses(RecipeError, "'muon'", "train.momentum"):
+        make_optimiser("muon", params, 0.1)
     for name in ("rmsprop", "rmsprop-keras2"):
         with pytest.raises(RecipeError, match="takes no weight_decay"):
             make_optimiser(name, params, 0.1, weight_decay=0.1)

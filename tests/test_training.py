@@ -52,12 +52,13 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     "optimiser",
-    ["adagrad", "adam", *slow("adagrad-keras2", "adamw", "sgd", "rmsprop", "rmsprop-keras2")],
+    ["adagrad", "adam", "muon", *slow("adagrad-keras2", "adamw", "sgd", "rmsprop", "rmsprop-keras2")],
 )
 def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
     settings = (
         *(THREE, f"train.optimiser={optimiser}", "train.lr=0.001", "train.sampling=oversample"),
         *("train.schedule=one-cycle", "train.ema_decay=0.9"),
+        *(("train.momentum=0.95", "train.nesterov=true") if optimiser == "muon" else ()),
     )
     whole = train_tiny(pack, tmp_path / "whole", *settings)
     with pytest.raises(KeyboardInterrupt, match=r"cut$"):  # the command line says how to go on with it

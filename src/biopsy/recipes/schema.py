@@ -135,14 +135,18 @@ class Train(_Table):
         "adam",
         "adamw",
         "sgd",
+        "muon",
         "rmsprop",
         "rmsprop-keras2",
         "logistic-regression",
     ] = "adam"
     """``...-keras2``: with the accumulator and epsilon of Keras 2. ``logistic-regression`` fits the head on
-    features of the frozen network, with an L2 penalty chosen by cross-validation over training patients."""
+    features of the frozen network, with an L2 penalty chosen by cross-validation over training patients.
+    ``muon`` (Jordan et al. 2024): orthogonalised momentum for matrices and convolutions at the update size of
+    AdamW (Liu et al. 2025), which updates the rest; needs ``momentum``, such as 0.95."""
     lr: PositiveFloat = 1e-3
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of ``sgd`` and ``muon``."""
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
     """Not applied to biases and to the weights of normalisation layers."""

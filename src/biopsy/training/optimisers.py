@@ -14,6 +14,8 @@ KERAS_EPSILON = 1e-7
 SCHEDULES = ("constant", "inverse-time", "cosine", "one-cycle", "plateau")
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5  # Jordan et al. 2024
+UPDATE_RMS = 0.2  # of AdamW's updates, Liu et al. 2025
 
 
 class KerasAdam(Adam):
@@ -45,6 +47,66 @@ class KerasRMSprop(Optimizer):
         return closure() if closure else None
 
 
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024): momentum, orthogonalised; AdamW for what is no matrix.
+
+    The momentum of a weight of two or more dimensions, flattened to ``(rows, columns)``, is replaced by the
+    nearest semi-orthogonal matrix, times .2 sqrt(max(rows, columns)), the root mean square of an update of
+    AdamW (Liu et al. 2025), so that one learning rate serves both. AdamW updates the last layer, depthwise
+    convolutions, embeddings (one row) and weights of one dimension. Weight decay is decoupled in both.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], lr: float, *, momentum: float, nesterov: bool, weight_decay: float
+    ) -> None:
+        last = max((index for index, weight in enumerate(weights) if weight.ndim > 1), default=None)
+        matrices, others, vectors = [], [], []
+        for index, weight in enumerate(weights):
+            if weight.ndim < 2:
+                vectors.append(weight)
+            else:
+                (others if index == last or min(weight.shape[:2]) == 1 else matrices).append(weight)
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "momentum": momentum, "nesterov": nesterov},
+            {"params": others},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        group = self.param_groups[0]
+        for weight in group["params"]:
+            if (grad := weight.grad) is None:
+                continue
+            if not (state := self.state[weight]):  # with the step, which Adam expects of every state
+                state |= {"step": torch.zeros((), device=weight.device), "momentum": torch.zeros_like(weight)}
+            state["step"] += 1
+            mean = state["momentum"].lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+            rows, columns = update.flatten(1).shape
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            scale = UPDATE_RMS * math.sqrt(max(rows, columns))
+            weight.add_(orthogonalise(update.flatten(1)).view(weight.shape), alpha=-group["lr"] * scale)
+            weight.grad = None  # by which AdamW leaves it out
+        return super().step(closure)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return about the nearest semi-orthogonal matrix, by a Newton-Schulz iteration of five steps.
+
+    Singular values become about 1 (.7 to 1.2), those near 0 less (Jordan et al. 2024).
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if is_tall else x
+
+
 _OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     # epsilon inside the root, sqrt(a + e), is the same as starting the accumulator at .1 + e
     "adagrad": (Adagrad, {"initial_accumulator_value": 0.1 + KERAS_EPSILON, "eps": 0, "fused": True}),
@@ -55,7 +117,7 @@ _OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "rmsprop": (KerasRMSprop, {}),
     "rmsprop-keras2": (RMSprop, {"alpha": 0.9, "eps": KERAS_EPSILON}),  # torch's own: sqrt(v) + e
 }
-OPTIMISERS = tuple(_OPTIMISERS)
+OPTIMISERS = (*_OPTIMISERS, "muon")
 
 
 def make_optimiser(
@@ -72,21 +134,23 @@ def make_optimiser(
     Args:
         name: ``adagrad`` (Keras 3 and tf.keras 2: accumulator from .1), ``adagrad-keras2`` (Keras 2.2: from
             0), ``adam``, ``rmsprop`` (Keras 3: epsilon inside the root), ``rmsprop-keras2`` (Keras 2: beside
-            it), ``adamw``, ``sgd``.
-        params: The network's parameters; frozen ones are left out.
+            it), ``adamw``, ``sgd``, ``muon`` (see `Muon`).
+        params: The network's parameters from input to output; frozen ones are left out.
         lr: Learning rate; :func:`set_learning_rate` changes it before each step.
-        weight_decay: Penalty on the weights (``adamw``: taken off the weights themselves); not on biases
-            and the weights of normalisation layers, which have one dimension.
-        momentum: Of ``sgd``.
-        nesterov: Of ``sgd``: Nesterov's momentum.
+        weight_decay: Penalty on the weights (``adamw``, ``muon``: taken off the weights themselves); not on
+            biases and the weights of normalisation layers, which have one dimension.
+        momentum: Of ``sgd`` and ``muon``.
+        nesterov: Of both: Nesterov's momentum.
 
     Raises:
         RecipeError: If the name is unknown, an option is not that optimiser's, or nothing is left to train.
     """
-    if name not in _OPTIMISERS:
+    if name not in OPTIMISERS:
         raise RecipeError(f"no optimiser is called {name!r}; {suggest(name, OPTIMISERS)}")
-    if momentum and name != "sgd":
+    if momentum and name not in ("sgd", "muon"):
         raise RecipeError(f"optimiser {name!r} takes no momentum={momentum!r}; use 'sgd'")
+    if name == "muon" and not momentum:
+        raise RecipeError("optimiser 'muon' needs momentum above 0; set train.momentum, such as 0.95")
     if nesterov and not momentum:
         raise RecipeError("nesterov=True needs momentum above 0; set train.momentum")
     if weight_decay and name.startswith("rmsprop"):
@@ -94,6 +158,8 @@ def make_optimiser(
     trained = [parameter for parameter in params if parameter.requires_grad]
     if not trained:
         raise RecipeError("no parameter of the network is to be trained; unfreeze some of it")
+    if name == "muon":
+        return Muon(trained, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     kind, settings = _OPTIMISERS[name]
     if name == "sgd":
         settings = settings | {"momentum": momentum, "nesterov": nesterov}
