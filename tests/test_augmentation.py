@@ -9,7 +9,16 @@ from biopsy.core.errors import RecipeError
 from biopsy.recipes import load_recipe
 from biopsy.recipes.schema import Augmentation
 from biopsy.slide_io.stain import combine_stains, separate_stains
-from biopsy.training.augmentation import _draw_matrix, affine_matrix, augment, change_stain, move_pixels, warp
+from biopsy.training.augmentation import _draw_matrix, augment, cut_out
+from biopsy.training.batches import Batches
+from biopsy.training.patch_operations import (
+    affine_matrix,
+    blur,
+    change_stain,
+    move_matrices,
+    move_pixels,
+    warp,
+)
 from refusals import refuses
 
 POST = Augmentation(
@@ -39,7 +48,10 @@ def test_everything_off_is_the_identity_bit_for_bit():
     assert torch.equal(augment(Augmentation(), batch, generator()), batch)
 
 
-@pytest.mark.parametrize("settings", [POST, Augmentation(rot90=True), Augmentation(hed_jitter=0.2)])
+@pytest.mark.parametrize(
+    "settings",
+    [POST, Augmentation(rot90=True), Augmentation(hed_jitter=0.2), Augmentation(blur_px=2)],
+)
 def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
     batch = make_batch(16)
     first, same, other = (augment(settings, batch, generator(seed)) for seed in (1, 1, 2))
@@ -48,7 +60,7 @@ def test_the_same_generator_gives_the_same_batch_and_another_gives_another(setti
     assert first.dtype == batch.dtype and first.shape == batch.shape
 
 
-@pytest.mark.parametrize("settings", [POST, Augmentation(hed_jitter=0.2)])
+@pytest.mark.parametrize("settings", [POST, Augmentation(hed_jitter=0.2), Augmentation(blur_px=2)])
 def test_each_patch_draws_for_itself(settings):
     batch = make_batch(1).expand(8, -1, -1, -1)
     changed = augment(settings, batch, generator())
@@ -91,10 +103,8 @@ def test_a_flip_mirrors_half_of_the_patches_of_any_shape(settings, dim):
 @pytest.mark.parametrize("move", range(16))
 def test_a_move_by_matrix_is_the_move_by_pixels(move):
     """The warp composes flips and turns as matrices; alone they must give what moving the pixels gives."""
-    from biopsy.training.augmentation import _move_matrices
-
     batch, moves = make_batch(2, 10, 10), torch.tensor([move, move])
-    matrix = torch.cat([_move_matrices()[moves], torch.zeros(2, 2, 1, dtype=torch.float64)], dim=2)
+    matrix = torch.cat([move_matrices()[moves], torch.zeros(2, 2, 1, dtype=torch.float64)], dim=2)
     assert torch.allclose(warp(batch, matrix), move_pixels(batch, moves), atol=1e-5)
 
 
@@ -182,9 +192,82 @@ def test_stain_jitter_keeps_colours_possible():
     assert changed.isfinite().all() and changed.min() >= 0 and changed.max() <= 1
 
 
+def test_blur_agrees_with_scipy_away_from_the_border_and_keeps_constants():
+    batch, sigma = torch.rand(3, 3, 40, 36, generator=generator()), torch.tensor([0.0, 0.7, 2.0])
+    blurred = blur(batch, sigma)
+    assert torch.equal(blurred[0], batch[0])
+    for i in (1, 2):
+        wanted = ndimage.gaussian_filter(batch[i].numpy(), (0, *[float(sigma[i])] * 2), truncate=8)
+        inner = (slice(None), slice(12, -12), slice(12, -12))
+        assert np.abs(blurred[i].numpy() - wanted)[inner].max() < 1e-4
+    constant = torch.full((3, 3, 9, 7), 0.3)
+    assert torch.allclose(blur(constant, sigma), constant, atol=1e-6)
+
+
+def test_blur_draws_up_to_its_maximum():
+    impulse = torch.zeros(500, 3, 41, 41)
+    impulse[:, :, 20, 20] = 1
+    blurred = augment(Augmentation(blur_px=3), impulse, generator())
+    square = (torch.arange(41) - 20.0) ** 2
+    sigma = (blurred[:, 0].sum(1) * square).sum(1).sqrt()
+    assert 2.9 < sigma.max() < 3 and sigma.min() < 0.1
+    assert sigma.mean().item() == pytest.approx(1.5, abs=0.1)
+
+
+@pytest.mark.parametrize("side", [20, 21])
+def test_cutout_sets_one_square_of_every_patch_to_zero(side):
+    batch = torch.rand(300, 3, side, side, generator=generator()) + 0.1
+    covered = cut_out(Augmentation(cutout=0.4), batch, generator())
+    hidden = covered == 0
+    assert torch.equal(covered[~hidden], batch[~hidden])
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
+    rows, columns = hidden[:, 0].any(2), hidden[:, 0].any(1)
+    assert torch.equal(hidden[:, 0], rows[:, :, None] & columns[:, None, :])  # one rectangle
+    heights = rows.sum(1)
+    assert heights.max() in (8, 9) and heights.min() >= 4  # parts may lie beyond the border
+    assert (heights >= 8).float().mean() > 0.5
+    assert hidden.any(0).all()  # every place can be hidden
+
+
+def test_cutout_off_is_the_identity_and_whole_hides_most():
+    batch = make_batch()
+    assert cut_out(Augmentation(), batch, generator()) is batch
+    assert (cut_out(Augmentation(cutout=1), batch, generator()) == 0).float().mean() > 0.25
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_cutout_shows_the_mean_colour_to_the_network(order):
+    from biopsy.recipes.preprocessing import Preprocessing
+
+    patches = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    batches = Batches(
+        patches=patches,
+        target=np.zeros(4, int),
+        preprocessing=Preprocessing(
+            input_px=16, channel_order=order, mean=(0.5, 0.3, 0.2), std=(0.2, 0.3, 0.4)
+        ),
+        augmentation=Augmentation(cutout=0.5),
+        batch_size=4,
+    )
+    batch, _ = batches.load(np.arange(4), 0, epoch=1)
+    whole = batches.preprocessing.prepare(patches)
+    assert (batch == 0).all(1).sum((1, 2)).min() >= 16
+    assert torch.equal(batch[batch != 0], whole[batch != 0])
+
+
 @pytest.mark.parametrize(
     "setting",
-    ["rotation_deg=181", "shear_deg=91", "shift=-0.1", "zoom=1", "fill=reflect", "hed_jitter=2", "tilt=1"],
+    [
+        "blur_px=-1",
+        "cutout=1.1",
+        "rotation_deg=181",
+        "shear_deg=91",
+        "shift=-0.1",
+        "zoom=1",
+        "fill=reflect",
+        "hed_jitter=2",
+        "tilt=1",
+    ],
 )
 def test_settings_out_of_range_or_unknown_are_refused(setting):
     with pytest.raises(RecipeError):

@@ -19,10 +19,10 @@ from biopsy.core.launch import Launch, read_launch
 from biopsy.models.engine import make_loss
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
-from biopsy.training.augmentation import fit_stain_transfer
 from biopsy.training.batches import Batches
 from biopsy.training.distributed import Processes, join_processes
 from biopsy.training.runs import Run
+from biopsy.training.stain_augmentation import fit_stain_transfer
 from biopsy.training.train import train
 from conftest import write_pack
 from refusals import refuses
@@ -84,7 +84,9 @@ def test_parts_of_augmented_batches_are_those_of_one_process(pack, world_size):
             preprocessing=Preprocessing(input_px=16),
             batch_size=11,
             stain_transfer=fit_stain_transfer(pack, rows, 0.5, seed=0),
-            augmentation=Augmentation(rotation_deg=20, zoom=0.2, flip_vertical=True, hed_jitter=0.1),
+            augmentation=Augmentation(
+                rotation_deg=20, zoom=0.2, flip_vertical=True, hed_jitter=0.1, blur_px=1, cutout=0.3
+            ),
             processes=Processes(rank, world_size),
         )
 

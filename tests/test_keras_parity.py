@@ -17,8 +17,8 @@ from biopsy.models.networks import build_network, count_parameters, network_para
 from biopsy.models.networks.stages import freeze
 from biopsy.recipes import load_recipe
 from biopsy.recipes.preprocessing import Preprocessing
-from biopsy.training.augmentation import affine_matrix, warp
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
+from biopsy.training.patch_operations import affine_matrix, warp
 from keras_files import keras_layers
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from biopsy.training.augmentation import density, fit_stain_transfer
 from biopsy.training.batches import Batches
+from biopsy.training.stain_augmentation import density, fit_stain_transfer
 
 STAINS = {"a": 0.3, "b": 0.5, "c": 0.9}  # optical density of each patient's patches
 CLASSES = {"a": (0, 1), "b": (0, 1), "c": (1,)}

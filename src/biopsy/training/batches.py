@@ -14,14 +14,9 @@ from biopsy.data.packs import Pack
 from biopsy.recipes import Recipe
 from biopsy.recipes.preprocessing import Preprocessing, to_unit
 from biopsy.recipes.schema import Augmentation
-from biopsy.training.augmentation import (
-    StainTransfer,
-    Transform,
-    apply_transform,
-    augment,
-    fit_stain_transfer,
-)
+from biopsy.training.augmentation import Transform, apply_transform, augment, cut_out
 from biopsy.training.distributed import ALONE, Processes
+from biopsy.training.stain_augmentation import StainTransfer, fit_stain_transfer
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,8 @@ class Batches:
         heights: True height of each.
         preprocessing: How they are resized and scaled.
         stain_transfer: Applied between the two; None for validation.
-        augmentation: Applied after that; None for validation.
-        transform: Applied after that; see `transforms.apply_transform`.
+        augmentation: Applied after that, cutout after normalisation; None for validation.
+        transform: Applied after that; see `augmentation.apply_transform`.
         batch_size: Patches per batch.
         drop_last: Leave out a last batch that is not full.
         device: Where the batches go.
@@ -163,16 +158,22 @@ class Batches:
         if self.front is not None:
             return to_batch(patches, self.device), target
         batch, part = to_unit(patches, self.device), self.processes.part(n)
+
+        def generator(purpose: str) -> torch.Generator:
+            return torch.Generator().manual_seed(derive(self.seed, purpose, epoch, number))
+
         if self.stain_transfer is not None:
-            generator = torch.Generator().manual_seed(derive(self.seed, "stain-transfer", epoch, number))
-            batch = self.stain_transfer.apply(batch, chosen, labels, generator, n=n, part=part)
+            draws = generator("stain-transfer")
+            batch = self.stain_transfer.apply(batch, chosen, labels, draws, n=n, part=part)
         if self.augmentation is not None:
-            generator = torch.Generator().manual_seed(derive(self.seed, "augmentation", epoch, number))
-            batch = augment(self.augmentation, batch, generator, n=n, part=part)
+            batch = augment(self.augmentation, batch, generator("augmentation"), n=n, part=part)
         if self.transform is not None:
             seed = derive(self.seed, "transform", epoch, number) + self.processes.rank
             batch = apply_transform(self.transform, batch, seed)
-        return self.preprocessing.normalise(batch), target
+        batch = self.preprocessing.normalise(batch)
+        if self.augmentation is not None:
+            batch = cut_out(self.augmentation, batch, generator("cutout"), n=n, part=part)
+        return batch, target
 
 
 def to_batch(outputs: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

@@ -41,6 +41,8 @@ DEFAULTS_BEFORE = {
     "model.tta": "none",
     "model.context": 0.0,
     "model.lora_rank": 0,
+    "augmentation.blur_px": 0.0,
+    "augmentation.cutout": 0.0,
     "train.nesterov": False,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,
