@@ -17,12 +17,13 @@ disturbed one must come to. Every point is a process of its own, forked from thi
   one, as when a system mounts a disk anew after an error;
 * ``no temporary space``: file operations outside the folder, such as in that for temporary files and in those
   for caches, fail with ENOSPC from one on; as many points as the command has of those, and at least one;
-* ``few handles``: a limit of 4 to 64 open files (RLIMIT_NOFILE);
+* ``few handles``: a limit of open files (RLIMIT_NOFILE), from 4 up to the lowest with which the command
+  succeeds, which is searched first;
 * ``clock set back``: all files are a day younger than the clock, which from a file operation on shows an hour
   less (``time.time``);
-* ``input altered``, ``input removed``: at a file operation a byte of a file that the command reads is
-  changed, or the file is removed; it is as it was when the command is run again (what was made without it,
-  exit code 3, is removed first);
+* ``input altered``, ``input removed``: a byte of a file that the command reads is changed, or the file is
+  removed, at a file operation, in every other point at a moment of the run; it is as it was when the
+  command is run again (what was made without it, exit code 3, is removed first);
 * ``slow storage``: SIGKILL at a random file operation, where every opening, renaming, making, removing,
   listing and ``fsync`` that Python does in the folder takes 1 to 50 ms more, as on a network file system; the
   second run is as slow;
@@ -35,9 +36,9 @@ two points of a row are the same.
 ``shards`` is ``slide`` by two processes, ``--shard 1/2`` and ``2/2``, of which the first is disturbed.
 
 Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
-disturbed process ended by its signal, with its result, or with an error and no traceback; the second run
-succeeded; and its files are those of an undisturbed one, with no temporary file left. The count of openings
-in a pack's ledger may be higher: each was one.
+disturbed process ended by its signal, with an error and no traceback, or with its result, which is compared
+before anything else runs; the second run succeeded; and its files are those of an undisturbed one, with no
+temporary file left. The count of openings in a pack's ledger may be higher: each was one.
 
 Results: `results/faults.csv`, one row a command and fault, shown in `docs/reliability.md`.
 """
@@ -141,8 +142,8 @@ Disturbance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: exit code (negative: the signal), what it printed, file operations inside and
-    outside the folder, seconds."""
+    """How a process ended: exit code (negative: the signal), what it printed, operations that change files
+    inside and outside the folder, seconds."""
 
     code: int
     text: str
@@ -305,13 +306,10 @@ def set_clock_back(operation: int) -> Disturbance:
     return disturb
 
 
-def spoil(name: str, operation: int, share: float | None) -> Disturbance:
-    """Return what changes a byte of a file at a file operation, or for None removes it."""
+def spoil(name: str, share: float | None, *, operation: int = 0, delay: float = 0) -> Disturbance:
+    """Return what changes a byte of a file, or for None removes it, at a file operation or a moment."""
 
-    def disturb(n: int) -> None:
-        if n != operation:
-            return
-        path = Path(name).absolute()
+    def change(path: Path) -> None:
         if share is None:
             path.unlink(missing_ok=True)
         else:
@@ -320,6 +318,14 @@ def spoil(name: str, operation: int, share: float | None) -> Disturbance:
                 byte = file.read(1)[0]
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([byte ^ 0x55]))
+
+    def disturb(n: int) -> None:
+        if n == operation:
+            timer = threading.Timer(delay, change, (Path(name).absolute(),))
+            timer.daemon = True
+            timer.start()
+            if not delay:
+                timer.join()
 
     return disturb
 
@@ -350,9 +356,20 @@ def slow_down(seed: str, further: Disturbance | None = None) -> Disturbance:
 
 
 def draw_fault(
-    command: str, fault: str, point: tuple[int, int], rng: random.Random, whole: Outcome, largest: int
+    command: str,
+    fault: str,
+    point: tuple[int, int],
+    rng: random.Random,
+    whole: Outcome,
+    *,
+    largest: int,
+    handles: int,
 ) -> tuple[Disturbance, bool]:
-    """Return one point of a fault, by its index and their number, and whether it lies between two writes."""
+    """Return one point of a fault, by its index and their number, and whether it lies between two writes.
+
+    ``largest`` is the size in bytes of the largest file that the command writes, ``handles`` the fewest open
+    files with which it succeeds.
+    """
     operation, (index, n_points) = rng.randint(1, whole.operations), point
     if fault == SLOW:
         return slow_down(f"{rng.random()}", send(signal.SIGKILL, operation, 0)), True
@@ -375,8 +392,11 @@ def draw_fault(
         return set_clock_back(operation), True
     if fault in ON_INPUTS:
         place = rng.random() if fault == "input altered" else None
-        return spoil(READ[command][index % len(READ[command])], operation, place), True
-    return limit(resource.RLIMIT_NOFILE, 4 + int(61 * share)), False
+        name = READ[command][index // 2 % len(READ[command])]
+        if index % 2:
+            return spoil(name, place, delay=share * whole.seconds), False
+        return spoil(name, place, operation=operation), True
+    return limit(resource.RLIMIT_NOFILE, 4 + int((handles - 4) * share)), False
 
 
 @dataclass
@@ -484,9 +504,13 @@ class Campaign:
         self,
         processes: Sequence[tuple[tuple[str, ...], Disturbance | None]],
         codes: set[int],
+        compare: Callable[[], str],
         again: Disturbance | None = None,
     ) -> tuple[bool, str]:
-        """Run commands at once, then the first again; return whether all ended, and what is wrong."""
+        """Run commands at once, then the first again; return whether all ended, and what is wrong.
+
+        ``compare`` says how the folder differs from that of an undisturbed run.
+        """
         self.renew()
         started = [
             start(self.folder, lambda words=words: app.run([*words, "--quiet"]), disturb)
@@ -496,13 +520,26 @@ class Campaign:
         wrong = next(filter(None, (find_fault(outcome, codes) for outcome in outcomes)), "")
         for name in READ[words[0]]:
             shutil.copy2(self.inputs / name, self.folder / name)
+        has_ended = all(outcome.code == 0 for outcome in outcomes)
+        if has_ended and not wrong and (wrong := compare()):
+            wrong = f"ended as if well, but {wrong}"
         if outcomes[0].code == 3:
             shutil.rmtree(self.folder / words[words.index("--out") + 1])
         if words[0] == "train" and (run_file := self.folder / "out" / "run.json").exists():
             is_finished = json.loads(run_file.read_text())["status"] == "finished"
             words = words if is_finished else ("train", "--resume", "out", "--device", "cpu")
-        wrong = wrong or find_fault(run(self.folder, words, again), {0}) or ""
-        return all(outcome.code == 0 for outcome in outcomes), wrong
+        wrong = wrong or find_fault(run(self.folder, words, again), {0}) or compare()
+        return has_ended, wrong
+
+    def find_fewest_handles(self, words: tuple[str, ...]) -> int:
+        """Return the lowest limit of open files with which a command succeeds, by bisection."""
+        low, high = 4, 256
+        while low < high:
+            middle = (low + high) // 2
+            self.renew()
+            ended = run(self.folder, words, limit(resource.RLIMIT_NOFILE, middle)).code == 0
+            low, high = (low, middle) if ended else (middle + 1, high)
+        return low
 
 
 def make_sources() -> int:
@@ -528,6 +565,12 @@ def try_command(
     """Try all faults on one command."""
     words = COMMANDS[command]
     whole, values, stable, largest = campaign.measure(words)
+    handles = campaign.find_fewest_handles(words) if "few handles" in faults else 0
+
+    def compare() -> str:
+        difference = find_difference(read_values(campaign.folder), values, stable)
+        return difference or find_changed_outputs(campaign.folder) or ""
+
     for fault in faults:
         row = Row(command, fault)
         number = max(1, min(n_points, whole.outside)) if fault == "no temporary space" else n_points
@@ -538,7 +581,9 @@ def try_command(
             if fault == TWICE:
                 second = wait_first(index / n_points * whole.seconds)
             else:
-                disturb, between = draw_fault(command, fault, (index, n_points), rng, whole, largest)
+                disturb, between = draw_fault(
+                    command, fault, (index, n_points), rng, whole, largest=largest, handles=handles
+                )
             if fault in SIGNALS:
                 codes = {0, 130 if fault == "SIGINT" else -signal.Signals[fault]}
             slow = None
@@ -548,10 +593,7 @@ def try_command(
             processes = [(words, disturb)]
             if fault == TWICE or command == "shards":
                 processes += [(tuple("2/2" if word == "1/2" else word for word in words), second)]
-            ended, wrong = campaign.try_point(processes, codes, slow)
-            if not wrong:
-                wrong = find_difference(read_values(campaign.folder), values, stable) or ""
-                wrong = wrong or find_changed_outputs(campaign.folder) or ""
+            ended, wrong = campaign.try_point(processes, codes, compare, slow)
             row.points += 1
             row.between_writes += between
             row.ended_before += ended and fault != TWICE

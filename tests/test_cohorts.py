@@ -19,6 +19,7 @@ import tifffile
 import biopsy
 import biopsy.core.files as files
 import biopsy.slides.cohorts as cohorts
+import biopsy.slides.mapping as mapping
 import biopsy.slides.outputs as outputs
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import LOCK, MANIFEST, sha256_file, write_json
@@ -136,6 +137,27 @@ def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
         "unknown": "failed",
     }
     assert not (tmp_path / "out" / "coarse").exists()
+
+
+def test_a_slide_that_changes_while_it_is_mapped_fails_and_the_rest_is_done(
+    make_slide, tmp_path, monkeypatch
+):
+    slides = [make_slide("a.tiff"), make_slide("b.tiff")]
+    model, predict = save_classifier(tmp_path / "c"), mapping.predict_slides
+
+    def change_first(sources, *arguments, **options):
+        for done in predict(sources, *arguments, **options):
+            if done.source.name == "a" and not done.error:
+                with slides[0].open("ab") as file:
+                    file.write(b"more")
+            yield done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mapping, "predict_slides", change_first)
+        cohort = slide(model, slides, out=tmp_path / "out")
+    assert [Path(row["source"]).name for row in cohort.failed] == ["a.tiff"] and len(cohort) == 2
+    assert not (tmp_path / "out" / "a").exists()
+    assert not slide(model, slides, out=tmp_path / "out").failed
 
 
 @pytest.mark.slow

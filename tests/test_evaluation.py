@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as theirs
 
-from biopsy.core.errors import DataError, RunError, SplitError
+from biopsy.core.errors import DataError, PackError, RunError, SplitError
 from biopsy.core.files import SEAL, plain, read_json, write_json
 from biopsy.core.text import class_title
 from biopsy.data.packs import Pack
@@ -181,6 +181,20 @@ def test_colour_alone_stands_beside_it(judged):
     ours = judged.metrics().patch["auroc"].value
     assert baseline["interval"]["value"] == pytest.approx(baseline["auroc"])
     assert baseline["gain"]["value"] == pytest.approx(ours - baseline["auroc"])
+
+
+def test_a_pack_that_changes_while_colour_is_compared_is_noticed(copied, monkeypatch):
+    def change_then_compare(pack, subsets, **options):
+        pixels = pack.path / "patches.npy"
+        content = pixels.read_bytes()
+        pixels.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return colour_baseline(pack, subsets, **options)
+
+    monkeypatch.setattr("biopsy.evaluation.evaluate.colour_baseline", change_then_compare)
+    with pytest.raises(PackError) as error:
+        evaluate(copied)
+    assert error.value.reason == "altered"
+    assert not (copied.path / "evaluation" / "metrics.json").exists()
 
 
 def test_only_openings_of_the_test_subset_are_counted(copied):

@@ -166,6 +166,7 @@ def evaluate(
     path = folder / "evaluation" / ("metrics.json" if subset == "test" else f"metrics-{subset}.json")
     if openings is not None:
         _warn_of_lost_openings(path, pack, openings["times"])
+    pack.require_unchanged()
     write_json(path, metrics)
     return Evaluation(read_json(path, format=FORMAT), predicted.frame, run.path)
 

@@ -135,11 +135,13 @@ class Mapper:
         self._model = self.classifier.source or model
         self._mpp, self._on_progress = mpp, on_progress
         self._requests: dict[str, dict[str, object]] = {}
+        self._versions: dict[str, tuple[int, int] | None] = {}
         self._kind = self.device.partition(":")[0]
         self._metadata = _describe_model(self.classifier, self.precision, self._kind)
 
     def request(self, source: Source) -> dict[str, object]:
         """Return the request that defines the outputs of a slide, cached since the slide is hashed."""
+        self._versions.setdefault(source.name, source.version())
         if source.name not in self._requests:
             self._requests[source.name] = self._describe_request(source)
         return self._requests[source.name]
@@ -168,7 +170,7 @@ class Mapper:
 
     def _map_files(self, sources: Iterator[Source]) -> Iterator[Mapped]:
         for slide in predict_slides(
-            sources,
+            self._note_versions(sources),
             self.classifier,
             device=self.device,
             precision=self.precision,
@@ -179,10 +181,21 @@ class Mapper:
             try:
                 if slide.error is not None or slide.view is None or slide.logits is None:
                     raise slide.error or SlideError(f"{slide.source.path} was not mapped")
+                self._require_unchanged(slide.source)
                 slide_map, tissue = self._make_map(slide, slide.view, slide.logits), slide.view.tissue
                 yield Mapped(slide.source, MappedSlide(slide_map, tissue, detections=self.detections))
             except DataError as error:
                 yield Mapped(slide.source, error)
+
+    def _note_versions(self, sources: Iterator[Source]) -> Iterator[Source]:
+        for source in sources:
+            self._versions.setdefault(source.name, source.version())
+            yield source
+
+    def _require_unchanged(self, source: Source) -> None:
+        version = source.version()
+        if version is not None and version != self._versions[source.name]:
+            raise SlideError(f"{source.path} was changed while it was mapped: map it again", "altered")
 
     def report(self, done: int, total: int) -> None:
         """Report the number of patches of a slide that are done."""
@@ -227,6 +240,7 @@ class Mapper:
             grid, picture = stitch_slide(pack, source.name, index, mpp=source.mpp)
             engine = Engine(self.device, self.precision)
             logits = predict_classifier(self.classifier, pack.patches, pack.sizes, index, engine=engine)
+            pack.require_unchanged()
             resolution = {
                 "slide": grid.slide_mpp,
                 "source": "pack" if pack.info.mpp else "stated",

@@ -76,6 +76,14 @@ class Source:
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
+    def version(self) -> tuple[int, int] | None:
+        """Return size and modification time of a slide file; None of a missing one, a pack or a URL."""
+        try:
+            status = self.path.stat() if self.pack is None and self.url is None else None
+        except OSError:
+            return None
+        return status and (status.st_size, status.st_mtime_ns)
+
 
 def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
     """Return the slides of files, folders, csv files (columns ``slide[,mpp]``) and packs.
