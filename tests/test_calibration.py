@@ -141,6 +141,10 @@ def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
     ):
         found = find_trained_prior(load_recipe("cancernet-2020", changes), counts)
         assert found is None if wanted is None else found.tolist() == pytest.approx(wanted)
+    for weights, wanted in (("none", [0.4, 0.6]), ("largest", [2 / 11, 9 / 11])):
+        changes = ("train.sampling=within-patient", f"train.class_weights={weights}")
+        found = find_trained_prior(load_recipe("cancernet-2020", changes), counts, [0.4, 0.6])
+        assert found.tolist() == pytest.approx(wanted)
 
 
 def test_more_than_two_classes_are_calibrated(make_pack, tmp_path):

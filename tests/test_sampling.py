@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from biopsy.core.errors import DataError
-from biopsy.training.sampling import class_weights, sample_epoch, sample_passes, take_fraction
+from biopsy.training.sampling import (
+    class_weights,
+    sample_epoch,
+    sample_passes,
+    take_fraction,
+    within_patient_shares,
+)
+from refusals import refuses
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
@@ -52,6 +59,60 @@ def test_undersampling_keeps_its_choice_and_oversampling_draws_anew():
 def test_only_training_rows_are_seen(sampling):
     target, index = np.tile([0, 1, 1], 20), np.arange(7, 40)
     assert set(order(target, sampling, index=index)) <= set(index)
+
+
+cohorts = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=4, max_size=60).filter(
+    lambda pairs: any(len({c for q, c in pairs if q == p}) > 1 for p, _ in pairs)
+)
+
+
+@given(cohorts, st.floats(0.05, 1), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_classes_weigh_equally_within_each_patient(pairs, single, seed):
+    patient, target = np.array(pairs).T
+    index = np.arange(len(pairs))
+    shares = within_patient_shares(index, target, patient, single)
+    assert shares.sum() == pytest.approx(1) and (shares > 0).all()
+    per_patch = {}
+    for p in np.unique(patient):
+        present = np.unique(target[patient == p])
+        by_class = [shares[(patient == p) & (target == c)] for c in present]
+        assert all(np.allclose(part, part[0]) for part in by_class)
+        assert np.allclose([part.sum() for part in by_class], by_class[0].sum())
+        per_patch.setdefault(len(present) > 1, []).append(shares[patient == p].mean())
+    assert np.allclose(per_patch[True], per_patch[True][0])
+    if False in per_patch:
+        assert np.allclose(per_patch[False], single * per_patch[True][0])
+    options = {"sampling": "within-patient", "groups": patient, "single_class_weight": single, "epoch": 3}
+    drawn = sample_epoch(index, target, seed=seed, **options)
+    times, expected = np.bincount(drawn, minlength=len(index)), shares * len(index)
+    assert len(drawn) == len(index)
+    assert (np.abs(times - expected) < 1 + 1e-6).all()
+    assert np.array_equal(drawn, sample_epoch(index, target, seed=seed, **options))
+
+
+def test_draws_within_patients_have_the_expected_numbers():
+    patient = np.array([0] * 10 + [1] * 4 + [2] * 6)
+    target = np.array([0] * 7 + [1] * 3 + [0] + [1] * 3 + [1] * 6)
+    index, groups = np.arange(20) + 5, np.r_[np.full(5, 9), patient]
+    target = np.r_[np.zeros(5, int), target]  # of other rows than those of training
+    options = {"sampling": "within-patient", "groups": groups, "single_class_weight": 0.5, "seed": 1}
+    passes = [sample_epoch(index, target, epoch=epoch, **options) for epoch in range(2000)]
+    mean = np.mean([np.bincount(drawn, minlength=25) for drawn in passes], axis=0)
+    assert np.allclose(mean[5:], 20 * within_patient_shares(index, target, groups, 0.5), atol=0.05)
+    assert not mean[:5].any()
+    assert not np.array_equal(passes[0], passes[1])
+
+
+def test_patients_that_are_balanced_are_drawn_once_each():
+    index, target = np.arange(24), np.tile([0, 1], 12)
+    options = {"sampling": "within-patient", "groups": np.repeat([0, 1, 2], 8), "single_class_weight": 0.25}
+    assert sorted(sample_epoch(index, target, seed=0, epoch=1, **options)) == index.tolist()
+
+
+def test_patients_of_one_class_only_cannot_be_contrasted():
+    with refuses(DataError, "within-patient", "train.sampling=none"):
+        within_patient_shares(np.arange(6), np.repeat([0, 1], 3), np.repeat([4, 7], 3), 0.25)
 
 
 @given(targets, st.floats(0.01, 1), st.integers(0, 99))

@@ -5,9 +5,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import biopsy.training.fit as fitting
+from biopsy.core.errors import DataError
 from biopsy.training.batches import Batches
 from biopsy.training.train import train
 from conftest import write_pack
+from refusals import refuses
 from tiny_runs import LIVELY, assert_same_run, interrupt_at, train_tiny
 
 THREE = "train.epochs=3"
@@ -71,6 +73,19 @@ def test_a_fraction_of_the_training_patches_is_drawn_once(pack, tmp_path):
 
 
 SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss", "decision.calibration=none")
+
+
+def test_patches_are_sampled_within_patients(make_pack, tmp_path):
+    pack = make_pack(n_patients=8, patches_per_patient=8)
+    setting = "train.sampling=within-patient"
+    run = train_tiny(pack, tmp_path / "run", setting)
+    assert run.info["split"]["class_shares"] == pytest.approx({"non_idc": 0.5, "idc": 0.5})
+    assert run.info["split"]["used"] == run.info["split"]["subsets"]["train"]
+    assert run.log()[-1]["step"] == 2 * -(-run.info["split"]["used"]["patches"] // 8)
+    without = make_pack(name="without.pack", columns={"patient_id": None, "slide_id": None})
+    with refuses(DataError, "without.pack", "--patients"):
+        train_tiny(without, tmp_path / "refused", setting)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path, monkeypatch):

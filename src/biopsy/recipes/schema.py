@@ -171,8 +171,12 @@ class Train(_Table):
     """Fraction of the training patches that is used, a stratified sample."""
     class_weights: Literal["none", "largest", "balanced"] = "none"
     """``largest`` is max(count) / count; ``balanced`` is total / (n_classes * count)."""
-    sampling: Literal["none", "undersample", "oversample"] = "none"
-    """Number of patches per class as in the rarest (drawn once) or the most frequent class (per epoch)."""
+    sampling: Literal["none", "undersample", "oversample", "within-patient"] = "none"
+    """Number of patches per class as in the rarest (drawn once) or the most frequent class (per epoch).
+
+    ``within-patient``: as many as there are, the classes of each patient equally often."""
+    single_class_weight: float = Field(default=0.25, gt=0, le=1)
+    """Of ``within-patient``: factor on patients with patches of one class only."""
     early_stopping_patience: NonNegativeInt = 0
     """Epochs without improvement of the monitored value before stopping; 0 never stops early."""
     monitor: Literal["val_loss", "val_auroc"] = "val_auroc"

@@ -193,9 +193,15 @@ def _run_epoch(
 
 def _order(task: Task, number: int) -> np.ndarray:
     """Return the rows of a pass, without a last batch of one patch (batch normalisation)."""
-    settings = task.recipe.train
+    settings, is_by_patient = task.recipe.train, task.recipe.train.sampling == "within-patient"
     order = sample_epoch(
-        task.train, task.pack.target, sampling=settings.sampling, seed=task.seed, epoch=number
+        task.train,
+        task.pack.target,
+        sampling=settings.sampling,
+        seed=task.seed,
+        epoch=number,
+        groups=task.pack.group_ids if is_by_patient else None,
+        single_class_weight=settings.single_class_weight,
     )
     return order[:-1] if len(order) % settings.batch_size == 1 else order
 

@@ -150,16 +150,25 @@ def warn_of_spread(classifier: Classifier, logits: np.ndarray, subset: str) -> s
     )
 
 
-def find_trained_prior(recipe: Recipe, counts: Sequence[int]) -> np.ndarray | None:
+def find_trained_prior(
+    recipe: Recipe, counts: Sequence[int], sampled: Sequence[float] | None = None
+) -> np.ndarray | None:
     """Return the class proportions of training if changed by class weights or sampling, else None.
 
     A class weight of max / count (or any other constant / count) makes all classes count alike, and so does
     resampling to equal shares; both together turn their shares round.
+
+    Args:
+        counts: Training patches of each class.
+        sampled: Shares of the classes in an epoch, where sampling makes them neither those of the patches nor
+            equal.
     """
-    n_times = (recipe.train.class_weights != "none") + (recipe.train.sampling != "none")
-    if not n_times:
+    train = recipe.train
+    if train.class_weights == train.sampling == "none":
         return None
-    seen = np.asarray(counts, np.float64) ** (1 - n_times)
+    if sampled is None:
+        sampled = counts if train.sampling == "none" else np.ones(len(counts))
+    seen = np.asarray(sampled, np.float64) / (1 if train.class_weights == "none" else np.asarray(counts))
     return seen / seen.sum()
 
 
@@ -174,7 +183,9 @@ def fit_run_postprocessing(
     """Call `fit_postprocessing` with the recipe of a run; logits, target and ids are of validation."""
     split, published = run.info["split"], run.info["split"]["as_published"]
     decision = recipe.as_published if published else recipe.decision
-    counts = split["subsets"]["train"]["per_class"]
+    names = classifier.info.class_names
+    counts, shares = split["subsets"]["train"]["per_class"], split.get("class_shares")
+    sampled = shares and [shares[name] for name in names]
     fit_postprocessing(
         classifier,
         logits,
@@ -184,7 +195,7 @@ def fit_run_postprocessing(
         rules=(decision.threshold, *recipe.decision.operating_points),
         chosen_on=run.validation_subset,
         unit=run.info["pack"]["unit"],
-        trained_prior=find_trained_prior(recipe, [counts[name] for name in classifier.info.class_names]),
+        trained_prior=find_trained_prior(recipe, [counts[name] for name in names], sampled),
     )
     classifier.info.conformal = fit_abstention(
         classifier.probs(logits),
@@ -192,7 +203,7 @@ def fit_run_postprocessing(
         group_ids,
         recipe.decision.abstention_error,
         guarantee=recipe.decision.abstention_guarantee,
-        class_names=classifier.info.class_names,
+        class_names=names,
         unit=run.info["pack"]["unit"],
         chosen_on=run.validation_subset,
         patients_overlap=bool(split["patients_overlap"]),

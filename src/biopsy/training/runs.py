@@ -44,6 +44,7 @@ DEFAULTS_BEFORE = {
     "augmentation.blur_px": 0.0,
     "augmentation.cutout": 0.0,
     "train.nesterov": False,
+    "train.single_class_weight": 0.25,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,
 }
@@ -100,6 +101,8 @@ class RunSplit(TypedDict, total=False):
     subsets: Required[dict[str, PatchCounts]]
     used: PatchCounts
     """Training patches of an epoch."""
+    class_shares: dict[str, float]
+    """Shares of the classes in training, where sampling by patient changes them."""
 
 
 class RunPack(TypedDict, total=False):

@@ -47,8 +47,62 @@ def sample_passes(step: int, n_steps: int, steps_per_pass: int) -> Iterator[tupl
         step += stop - start
 
 
+def within_patient_shares(
+    index: np.ndarray, target: np.ndarray, groups: np.ndarray, single_class_weight: float
+) -> np.ndarray:
+    """Return each training patch's share of the draws of an epoch, float64 ``(n,)``; they sum to 1.
+
+    The share of a patch of class ``c`` of patient ``p`` is proportional to ``m / (k n)``: ``k`` is the number
+    of classes that the patient has in training, ``n`` its number of patches of class ``c``, and ``m`` its
+    number of patches, times ``single_class_weight`` where ``k`` is 1. So the classes of a patient weigh
+    equally, patients of several classes weigh by their patches, and stain, which differs between patients
+    more than within them, tells the class less than where patches are drawn alike.
+
+    Args:
+        index: Rows of the training patches, ``(n,)``.
+        groups: Patient of every patch of the pack.
+        single_class_weight: Factor on patients with patches of one class only, above 0, at most 1.
+
+    Raises:
+        DataError: If no patient has patches of two classes.
+    """
+    names, patient = np.unique(groups[index], return_inverse=True)
+    counts = np.zeros((len(names), target.max() + 1))
+    np.add.at(counts, (patient, target[index]), 1)
+    n_present = (counts > 0).sum(axis=1)
+    if n_present.max() < 2:
+        raise DataError(
+            "train.sampling=within-patient needs a training patient with patches of several classes: use "
+            "another split, or --set train.sampling=none"
+        )
+    mass = counts.sum(axis=1) * np.where(n_present > 1, 1.0, single_class_weight)
+    weight = (mass / n_present)[patient] / counts[patient, target[index]]
+    return weight / weight.sum()
+
+
+def _draw(index: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return as many rows as there are: each its expected number of times, rounded down or up at random.
+
+    Rounding is by systematic sampling (Madow 1949), which keeps every expected number.
+    """
+    expected = shares * len(index)
+    times = np.floor(expected + 1e-9)
+    order = rng.permutation(len(index))
+    edges = np.r_[0, np.cumsum(np.maximum(expected - times, 0)[order])]
+    edges[-1] = round(edges[-1])
+    times[order] += np.diff(np.floor(edges + rng.random()))
+    return np.repeat(index, times.astype(int))
+
+
 def sample_epoch(
-    index: np.ndarray, target: np.ndarray, *, sampling: str, seed: int, epoch: int
+    index: np.ndarray,
+    target: np.ndarray,
+    *,
+    sampling: str,
+    seed: int,
+    epoch: int,
+    groups: np.ndarray | None = None,
+    single_class_weight: float = 1.0,
 ) -> np.ndarray:
     """Return the rows of one shuffled pass over the training patches.
 
@@ -57,7 +111,11 @@ def sample_epoch(
         sampling: ``"none"``: every patch once. ``"undersample"``: as many patches of each class as the
             rarest has, drawn once for the whole run. ``"oversample"``: as many as the commonest has; every
             patch at least as often as the class allows, the remainder drawn for each epoch.
+            ``"within-patient"``: as many as there are, in expectation by `within_patient_shares`; every
+            patch its expected number of times rounded down, the remainder drawn for each epoch.
         epoch: Number of the pass, counted from 1.
+        groups: For ``"within-patient"``: patient of every patch of the pack.
+        single_class_weight: For ``"within-patient"``.
     """
     classes = [index[target[index] == label] for label in np.unique(target[index])]
     if sampling == "undersample":
@@ -73,6 +131,10 @@ def sample_epoch(
                 for rows in classes
             ]
         )
+    elif sampling == "within-patient":
+        assert groups is not None
+        shares = within_patient_shares(index, target, groups, single_class_weight)
+        index = _draw(index, shares, make_rng(seed, "within-patient", epoch))
     return make_rng(seed, "order", epoch).permutation(index)
 
 

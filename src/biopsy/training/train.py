@@ -54,7 +54,7 @@ from biopsy.training.runs import (
     name_run,
     require_empty,
 )
-from biopsy.training.sampling import class_weights, sample_epoch, take_fraction
+from biopsy.training.sampling import class_weights, sample_epoch, take_fraction, within_patient_shares
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,9 @@ def _begin(
     network, weights = make_network(recipe, len(pack.class_names), seed)
     _check(recipe, pack, split, subsets, network)
     used = take_fraction(np.flatnonzero(subsets == "train"), pack.target, recipe.train.fraction, seed)
-    used = sample_epoch(used, pack.target, sampling=recipe.train.sampling, seed=seed, epoch=1)
+    shares = _share_classes(recipe, pack, used)
+    if recipe.train.sampling == "undersample":
+        used = sample_epoch(used, pack.target, sampling="undersample", seed=seed, epoch=1)
     total, trainable = count_parameters(network)
     run_id = name_run(recipe.name, seed)
     path = Path(out) if out is not None else RUNS / run_id
@@ -244,6 +246,8 @@ def _begin(
         "seconds": 0.0,
         "environment": describe_environment(),
     }
+    if shares is not None:
+        info["split"]["class_shares"] = shares
     if transform is not None:
         info["transform"], info["config_sha256"] = describe_transform(transform), None
     else:
@@ -299,6 +303,25 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
         check_probe(recipe)
     else:
         optimiser_of(recipe, network)
+
+
+def _share_classes(recipe: Recipe, pack: Pack, train: np.ndarray) -> dict[str, float] | None:
+    """Return the share of each class in an epoch sampled by patient; None for other samplings.
+
+    Raises:
+        DataError: If patches name no patients, or none has several classes.
+    """
+    if recipe.train.sampling != "within-patient":
+        return None
+    if pack.unit == "patch":
+        raise DataError(
+            f"train.sampling=within-patient needs patient ids, and {pack.path.name} has none: prepare it "
+            "with --patients, or --set train.sampling=none"
+        )
+    weight = recipe.train.single_class_weight
+    shares = within_patient_shares(train, pack.target, pack.group_ids, weight)
+    totals = np.bincount(pack.target[train], shares, minlength=len(pack.class_names))
+    return dict(zip(pack.class_names, totals.tolist(), strict=True))
 
 
 def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
