@@ -37,8 +37,9 @@ two points of a row are the same.
 
 Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
 disturbed process ended by its signal, with an error and no traceback, or with its result, which is compared
-before anything else runs; the second run succeeded; and its files are those of an undisturbed one, with no
-temporary file left. The count of openings in a pack's ledger may be higher: each was one.
+before anything else runs (if an input was altered before it was first read, with the result that the altered
+one gives); the second run succeeded; and its files are those of an undisturbed one, with no temporary file
+left. The count of openings in a pack's ledger may be higher: each was one.
 
 Results: `results/faults.csv`, one row a command and fault, shown in `docs/reliability.md`.
 """
@@ -63,6 +64,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,22 +308,24 @@ def set_clock_back(operation: int) -> Disturbance:
     return disturb
 
 
-def spoil(name: str, share: float | None, *, operation: int = 0, delay: float = 0) -> Disturbance:
-    """Return what changes a byte of a file, or for None removes it, at a file operation or a moment."""
+def alter(path: Path, place: float | None) -> None:
+    """Change the byte at a place of a file (a share of its size), or for None remove the file."""
+    if place is None:
+        path.unlink(missing_ok=True)
+        return
+    with open(path, "r+b") as file:
+        file.seek(int(place * (path.stat().st_size - 1)))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x55]))
 
-    def change(path: Path) -> None:
-        if share is None:
-            path.unlink(missing_ok=True)
-        else:
-            with open(path, "r+b") as file:
-                file.seek(int(share * (path.stat().st_size - 1)))
-                byte = file.read(1)[0]
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte ^ 0x55]))
+
+def spoil(name: str, place: float | None, *, operation: int = 0, delay: float = 0) -> Disturbance:
+    """Return what alters a file at a file operation, or a moment."""
 
     def disturb(n: int) -> None:
         if n == operation:
-            timer = threading.Timer(delay, change, (Path(name).absolute(),))
+            timer = threading.Timer(delay, alter, (Path(name).absolute(), place))
             timer.daemon = True
             timer.start()
             if not delay:
@@ -353,6 +357,12 @@ def slow_down(seed: str, further: Disturbance | None = None) -> Disturbance:
             further(n)
 
     return disturb
+
+
+def choose_input(command: str, fault: str, index: int) -> tuple[str, float | None]:
+    """Return the file of a point, and the place of the byte that is changed; None where it is removed."""
+    name = READ[command][index // 2 % len(READ[command])]
+    return name, random.Random(f"{command} {index}").random() if fault == "input altered" else None
 
 
 def draw_fault(
@@ -391,8 +401,7 @@ def draw_fault(
     if fault == "clock set back":
         return set_clock_back(operation), True
     if fault in ON_INPUTS:
-        place = rng.random() if fault == "input altered" else None
-        name = READ[command][index // 2 % len(READ[command])]
+        name, place = choose_input(command, fault, index)
         if index % 2:
             return spoil(name, place, delay=share * whole.seconds), False
         return spoil(name, place, operation=operation), True
@@ -506,10 +515,12 @@ class Campaign:
         codes: set[int],
         compare: Callable[[], str],
         again: Disturbance | None = None,
+        is_same_from: Callable[[dict[str, Any]], bool] | None = None,
     ) -> tuple[bool, str]:
         """Run commands at once, then the first again; return whether all ended, and what is wrong.
 
-        ``compare`` says how the folder differs from that of an undisturbed run.
+        ``compare`` says how the folder differs from that of an undisturbed run, ``is_same_from`` whether
+        values are those that the altered input gives.
         """
         self.renew()
         started = [
@@ -521,14 +532,16 @@ class Campaign:
         for name in READ[words[0]]:
             shutil.copy2(self.inputs / name, self.folder / name)
         has_ended = all(outcome.code == 0 for outcome in outcomes)
-        if has_ended and not wrong and (wrong := compare()):
-            wrong = f"ended as if well, but {wrong}"
+        differs = compare() if has_ended and not wrong else ""
+        values = read_values(self.folder) if differs else {}
         if outcomes[0].code == 3:
             shutil.rmtree(self.folder / words[words.index("--out") + 1])
         if words[0] == "train" and (run_file := self.folder / "out" / "run.json").exists():
             is_finished = json.loads(run_file.read_text())["status"] == "finished"
             words = words if is_finished else ("train", "--resume", "out", "--device", "cpu")
         wrong = wrong or find_fault(run(self.folder, words, again), {0}) or compare()
+        if differs and not wrong and not (is_same_from and is_same_from(values)):
+            wrong = f"ended as if well, but {differs}"
         return has_ended, wrong
 
     def find_fewest_handles(self, words: tuple[str, ...]) -> int:
@@ -571,6 +584,15 @@ def try_command(
         difference = find_difference(read_values(campaign.folder), values, stable)
         return difference or find_changed_outputs(campaign.folder) or ""
 
+    def give_same(index: int, values: dict[str, Any]) -> bool:
+        name, place = choose_input(command, "input altered", index)
+        campaign.renew()
+        alter(campaign.folder / name, place)
+        run(campaign.folder, words)
+        (from_altered := read_values(campaign.folder)).pop(name, None)
+        values.pop(name, None)
+        return find_difference(values, from_altered, stable - {name}) is None
+
     for fault in faults:
         row = Row(command, fault)
         number = max(1, min(n_points, whole.outside)) if fault == "no temporary space" else n_points
@@ -593,7 +615,8 @@ def try_command(
             processes = [(words, disturb)]
             if fault == TWICE or command == "shards":
                 processes += [(tuple("2/2" if word == "1/2" else word for word in words), second)]
-            ended, wrong = campaign.try_point(processes, codes, compare, slow)
+            is_same_from = partial(give_same, index) if fault == "input altered" else None
+            ended, wrong = campaign.try_point(processes, codes, compare, slow, is_same_from)
             row.points += 1
             row.between_writes += between
             row.ended_before += ended and fault != TWICE
