@@ -122,7 +122,7 @@ def inspect(
     division = find_split(pack, split) if isinstance(split, str) else split
     folder = pack.path / "inspection" if out is None else Path(out)
     refuse_inputs(folder, pack.path)
-    names = ["classes.png", f"{pack.unit}s.svg", "slide-*"]
+    names = ["classes.png", f"{plural(pack.unit)}.svg", "slide-*"]
     names += [] if division is None else [f"split-{division.name}.svg"]
     check_outputs(folder, *names)
     audit = audit_pack(pack, division)
@@ -178,8 +178,8 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
     names, codes = np.unique(pack.group_ids[has_group], return_inverse=True)
     counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
     np.add.at(counts, (codes, pack.target[has_group]), 1)
-    path = folder / f"{pack.unit}s.svg"
-    write_atomic(path, svg(draw_balance(names.tolist(), counts, _titles(pack)), f"{pack.unit}s"))
+    path = folder / f"{plural(pack.unit)}.svg"
+    write_atomic(path, svg(draw_balance(names.tolist(), counts, _titles(pack)), f"{plural(pack.unit)}"))
     return [path]
 
 

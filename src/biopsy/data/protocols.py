@@ -255,7 +255,9 @@ def leave_one_out(request: Request) -> Plan:
     check_known(request.test_ids, request.group_ids, request.unit)
     order = list(dict.fromkeys(request.test_ids)) or sorted(set(request.group_ids.tolist()))
     if len(order) < 2:
-        raise SplitError(f"leave-one-out needs 2 or more {request.unit}s (test and validation); got {order}")
+        raise SplitError(
+            f"leave-one-out needs 2 or more {plural(request.unit)} (test and validation); got {order}"
+        )
     return _index_ids(request.group_ids, order), {"order": order}
 
 
@@ -323,7 +325,7 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     known_subsets = {group: subset_of[group] for group in groups if group in subset_of}
     if not known_subsets:
         raise SplitError(
-            f"none of the {len(groups)} {request.unit}s, such as {groups[0]!r}, is among the "
+            f"none of the {len(groups)} {plural(request.unit)}, such as {groups[0]!r}, is among the "
             f"{len(subset_of)} listed cases, such as {next(iter(subset_of))!r}"
         )
     subsets = pd.Series(request.group_ids).map(known_subsets).fillna("").to_numpy(str)
@@ -336,8 +338,8 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
         )
     if unlisted:
         logger.warning(
-            "%d of %d %ss are in no list and left out: %s",
-            *(len(unlisted), len(groups), request.unit, list_unmatched(unlisted, missing)),
+            "%d of %d %s are in no list and left out: %s",
+            *(len(unlisted), len(groups), plural(request.unit), list_unmatched(unlisted, missing)),
         )
     listed, present = list(subset_of.values()), list(known_subsets.values())
     return subsets, {
@@ -437,7 +439,7 @@ def draw_leak(request: Request, *, blocked: bool) -> Leak:
         if n_leaked > len(in_base):
             raise SplitError(
                 f"{n_leaked:,} {name} patches of {request.test_ids[0]} would replace {len(in_base):,} of the "
-                f"other {request.unit}s, which are too few; name another test {request.unit}"
+                f"other {plural(request.unit)}, which are too few; name another test {request.unit}"
             )
         leaked[rng.choice(may_leak, n_leaked, replace=False)] = True
         replaced[rng.choice(in_base, n_leaked, replace=False)] = True
@@ -529,7 +531,7 @@ def _index_ids(ids: np.ndarray, order: Sequence[str]) -> np.ndarray:
 
 
 def _balance_note(request: Request) -> dict[str, object]:
-    return {"method": f"best balanced of {N_DRAWS:,} random assignments of {request.unit}s"}
+    return {"method": f"best balanced of {N_DRAWS:,} random assignments of {plural(request.unit)}"}
 
 
 def _named_note(request: Request) -> dict[str, object]:

@@ -466,7 +466,9 @@ def _check_split(split: Split, pack: Pack) -> Split:
         for subset in ("train", "test") if split.test_is_validation else SUBSETS:
             n_classes = sum(n_patches > 0 for n_patches in counts[-1][subset]["per_class"].values())
             if n_classes == 0 and not (split.protocol == "official" and (subsets != "").any()):
-                raise SplitError(f"no patches are left for {subset}{fold_text}; name other {split.unit}s")
+                raise SplitError(
+                    f"no patches are left for {subset}{fold_text}; name other {plural(split.unit)}"
+                )
             if n_classes < 2:
                 warnings.append(f"{subset}{fold_text} has {'one class only' if n_classes else 'no patches'}")
         if pack.unit != "patch":
@@ -522,7 +524,9 @@ def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, Subse
         metrics = "AUROC, precision and recall"
         if pack.info.positive_class is not None:
             metrics = f"AUROC and {'sensitivity' if name == pack.info.positive_class else 'specificity'}"
-        text = f"{n_tested} of {present[name]} {pack.unit}s with {class_title(name)} patches are tested"
+        text = (
+            f"{n_tested} of {present[name]} {plural(pack.unit)} with {class_title(name)} patches are tested"
+        )
         text += f": no interval for {metrics}, which needs {MIN_GROUPS}"
         if present[name] < MIN_GROUPS:
             text += f"; nor does another split allow one, but leave-one-out reports each {pack.unit}"

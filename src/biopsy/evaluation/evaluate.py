@@ -12,7 +12,7 @@ import pandas as pd
 from biopsy.core.errors import FileFormatError, RunError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.storage import stage
-from biopsy.core.text import count
+from biopsy.core.text import count, plural
 from biopsy.data.ledger import OpeningCount, count_openings, record_opening
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
@@ -316,7 +316,8 @@ def _find_overlap(run: Run, pack: Pack, evaluated: np.ndarray) -> bool | None:
     seen = np.intersect1d(training_pack.group_ids[chosen_on], pack.group_ids[evaluated])
     if len(seen):
         logger.warning(
-            "%d evaluated %ss were used in training or validation, first %s", len(seen), pack.unit, seen[0]
+            "%d evaluated %s were used in training or validation, first %s",
+            *(len(seen), plural(pack.unit), seen[0]),
         )
     return bool(len(seen))
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from biopsy.core.errors import MetricError
+from biopsy.core.text import plural
 from biopsy.statistics.intervals import GroupedSample, Replicates, average, replicate
 from biopsy.statistics.metrics import Metric, registry
 from biopsy.statistics.resampling import Floats, Interval, Resampler, Resampling, fewest_informative
@@ -75,7 +76,7 @@ def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
     resampler = first.result.resampler
     if not np.array_equal(first.samples[0].groups, second.samples[0].groups):
         raise MetricError(
-            f"the two samples are not of the same {resampler.unit}s: compare predictions of the same patches"
+            f"the two samples are not of the same {plural(resampler.unit)}: compare predictions of the same patches"
         )
     metrics = registry(type(first.samples[0].count()))
     return {name: _subtract_metric(metrics[name], first, second) for name in first.result.value}
