@@ -6,6 +6,11 @@ from sklearn.metrics import roc_auc_score
 
 import biopsy.training.fit as fitting
 from biopsy.core.errors import DataError
+from biopsy.core.files import read_json
+from biopsy.evaluation.evaluate import evaluate
+from biopsy.models import hardware
+from biopsy.models.engine import Engine
+from biopsy.recipes import load_recipe
 from biopsy.training.batches import Batches
 from biopsy.training.train import train
 from conftest import write_pack
@@ -164,3 +169,28 @@ def test_standardisation_may_differ_as_published(pack, tmp_path):
     unsaid = train_tiny(pack, tmp_path / "unsaid", options[0], options[2], split="as-published")
     means = [run.classifier.info.preprocessing.mean for run in (apart, published, unsaid)]
     assert means[1] == (0, 0, 0) and min(means[0]) > 0.1 and min(means[2]) > 0.1
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_run_keeps_the_precision_that_auto_chose(pack, tmp_path, monkeypatch, has_bf16):
+    precision, auto = ("bf16" if has_bf16 else "fp32"), "train.precision=auto"
+    monkeypatch.setattr(hardware, "_supports_bf16", lambda: has_bf16)
+    whole = train_tiny(pack, tmp_path / "whole", f"train.precision={precision}")
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(pack, tmp_path / "cut", auto, on_epoch=interrupt_at(1))
+    monkeypatch.setattr(hardware, "_supports_bf16", lambda: not has_bf16)
+    resumed = train(resume=tmp_path / "cut", device="cpu")
+    assert_same_run(whole, resumed)
+    assert resumed.info["precision"] == resumed.recipe.train.precision == precision
+    assert resumed.info["config_sha256"] == whole.info["config_sha256"]
+    used = []
+    monkeypatch.setattr("biopsy.evaluation.evaluate.Engine", lambda *a: used.append(a) or Engine(*a))
+    evaluate(resumed)
+    assert used == [("auto", precision)]
+    other = train_tiny(pack, tmp_path / "other", auto, "train.epochs=1")
+    assert read_json(other.path / "run.json")["precision"] != precision
+
+
+@pytest.mark.parametrize("name", ["idc", "idc-small", "pcam-small", "probe"])
+def test_recipes_in_bfloat16_ask_for_it_where_the_device_has_it(name):
+    assert load_recipe(name).train.precision == "auto"

@@ -34,7 +34,7 @@ from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.data.tables import refuse_decided
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
-from biopsy.models.hardware import Precision, pick_device, pick_precision
+from biopsy.models.hardware import Precision
 from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
@@ -174,8 +174,7 @@ def predict(
     """
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
-    device = pick_device(device)
-    engine = Engine(device, pick_precision(precision, device))
+    engine = Engine(device, precision)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
     sources = open_sources([Path(stage(path)) for path in paths], classifier, skipped)

@@ -10,9 +10,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from biopsy.core.errors import RecipeError, suggest
-from biopsy.models.hardware import keep_freed_memory, torch_device
+from biopsy.models.hardware import Precision, keep_freed_memory, pick_precision, torch_device
 
-Precision = Literal["fp32", "bf16", "int8"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -21,8 +20,13 @@ class Engine:
 
     Args:
         device: ``auto`` (GPU if available), ``cpu``, ``cuda``, ``cuda:1`` ...
-        precision: ``fp32``, ``bf16`` for mixed precision, or ``int8`` for prediction by the quantised network
-            of a bundle, with float32 for everything else.
+        precision: ``fp32``, ``bf16`` for mixed precision, ``auto`` for the one of them that `pick_precision`
+            chooses, or ``int8`` for prediction by the quantised network of a bundle, with float32 for
+            everything else.
+
+    Attributes:
+        device: The device.
+        precision: ``fp32``, ``bf16`` or ``int8``.
 
     Raises:
         RecipeError: If the device or the precision is not available.
@@ -34,7 +38,7 @@ class Engine:
                 f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}"
             )
         self.device = torch_device(device)
-        self.precision = precision
+        self.precision = pick_precision(precision, str(self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
 

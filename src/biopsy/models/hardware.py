@@ -54,14 +54,14 @@ def torch_device(name: str) -> "torch.device":
 
 
 def pick_precision(precision: Precision, device: str) -> Literal["fp32", "bf16", "int8"]:
-    """Return the precision; ``auto`` is bfloat16 if the device supports it in hardware."""
+    """Return the precision; ``auto`` is bfloat16 if the device computes it in hardware."""
     if precision != "auto":
         return precision
     if device == "cpu":
         return "bf16" if _supports_bf16() else "fp32"
     import torch
 
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def count_cores() -> int:

@@ -186,7 +186,8 @@ class Train(_Table):
     """Weights of the classifier: of the best epoch on validation, or of the last.
 
     With ``ema_decay`` these are the averaged weights, in validation too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """``auto``: ``bf16`` if the device computes it in hardware, else ``fp32``; a run keeps the one used."""
 
 
 class Decision(_Table):

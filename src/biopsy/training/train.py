@@ -29,6 +29,7 @@ from biopsy.data.splits import Split, find_split, list_splits
 from biopsy.data.splits import split as make_split
 from biopsy.models.classifier import has_coordinates
 from biopsy.models.engine import Engine
+from biopsy.models.hardware import pick_precision
 from biopsy.models.networks import count_parameters
 from biopsy.models.networks.lora import merge_lora
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
@@ -133,6 +134,7 @@ def train(
             )
         requested, pack = load_recipe(recipe, overrides), open_data(data)
         requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
+        requested = _fix_precision(requested, device)
         if transform is not None:
             check_transform(transform, requested.preprocessing.input_px)
         return _begin(requested, pack, split, fold, seed, out, transform)
@@ -185,6 +187,18 @@ def open_data(data: Pack | Path | str) -> Pack:
     if is_pack(source) or not source.exists() or source.suffix == ".pack":
         return Pack.open(source)
     return prepare(source, source.with_name(f"{source.stem}.pack"))
+
+
+def _fix_precision(recipe: Recipe, device: str) -> Recipe:
+    """Return a recipe with ``train.precision = "auto"`` replaced by the precision of this device.
+
+    A run keeps it, so resuming and evaluating the run elsewhere use the same precision.
+    """
+    precision = pick_precision(recipe.train.precision, device)
+    if precision == recipe.train.precision:
+        return recipe
+    logger.info("precision: %s (auto)", precision)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def _begin(
