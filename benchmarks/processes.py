@@ -1,9 +1,9 @@
 """Whether a training by several processes ends where one process ends, and how fast it is.
 
 `idc-small` has batch normalisation, which each process does on its own part of a batch, so weights differ.
-The learning curve must not differ by more than between seeds: the same seeds are trained by one process and by
-several (torchrun, Gloo, on the processor) with shortened settings, and the validation AUROC of every epoch is
-compared pairwise, as the mean difference with its 90 % interval (Student's t over seeds).
+The learning curve must not differ by more than between seeds: the same seeds are trained by one process and
+by several (torchrun, Gloo, on the processor) with shortened settings, and the validation AUROC of every epoch
+is compared pairwise, as the mean difference with its 90 % interval (Student's t over seeds).
 
 Command::
 
