@@ -133,7 +133,7 @@ def start_cancernet(
     engine = Engine(device, precision)  # type: ignore[arg-type]
     network = engine.place(build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0)).train()
     optimiser = make_optimiser("adagrad", network.parameters(), 1e-2)
-    loss_fn = make_loss("softmax", CLASS_WEIGHTS)
+    loss_fn = make_loss("softmax", CLASS_WEIGHTS, device=engine.device)
     batches = Batches(
         patches=patches,
         target=target,

@@ -207,8 +207,9 @@ def test_training_on_the_gpu_follows_the_cpu():
         batches = make_batches(
             device=engine.device, augmentation=Augmentation(rotation_deg=20, hed_jitter=0.1)
         )
+        loss_fn = make_loss("softmax", [1, 2.5], device=engine.device)
         steps = [
-            engine.train_step(network, optimiser, batch, target, make_loss("softmax", [1, 2.5]))[0]
+            engine.train_step(network, optimiser, batch, target, loss_fn)[0]
             for batch, target in batches.iterate(np.arange(18))
         ]
         losses[device] = [loss.item() for loss in steps]

@@ -91,7 +91,11 @@ def outputs_of(loss: str) -> Literal["softmax", "sigmoid"]:
 
 
 def make_loss(
-    outputs: str, class_weights: Sequence[float] | None = None, *, label_smoothing: float = 0.0
+    outputs: str,
+    class_weights: Sequence[float] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> LossFunction:
     """Return the loss of a network with one output per class.
 
@@ -102,6 +106,7 @@ def make_loss(
         outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
             softmax outputs. ``sigmoid``: mean binary cross-entropy of the outputs.
         label_smoothing: Label smoothing factor (Szegedy et al. 2016).
+        device: Of the logits; the class weights are sent there once.
     """
     if outputs not in ("softmax", "sigmoid"):
         raise RecipeError(f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}")
@@ -118,10 +123,12 @@ def make_loss(
                 dim=1
             )
         if class_weights is not None:
-            losses = losses * weights.to(logits.device)[target]
+            losses = losses * weights[target]
         return losses.mean()
 
-    weights = torch.tensor(class_weights if class_weights is not None else [], dtype=torch.float32)
+    weights = torch.tensor(
+        class_weights if class_weights is not None else [], dtype=torch.float32, device=device
+    )
     return loss_fn
 
 

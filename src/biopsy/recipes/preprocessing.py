@@ -79,9 +79,9 @@ class Preprocessing(BaseModel):
         if (factor := 255 * self.scale) != 1:
             batch = batch * factor
         if any(self.mean):
-            batch = batch - batch.new_tensor(self.mean).view(1, 3, 1, 1)
+            batch = batch - _send_channels(self.mean, batch.dtype, batch.device)
         if any(value != 1 for value in self.std):
-            batch = batch / batch.new_tensor(self.std).view(1, 3, 1, 1)
+            batch = batch / _send_channels(self.std, batch.dtype, batch.device)
         return batch
 
     def prepare(
@@ -123,7 +123,23 @@ def to_unit(patches: np.ndarray, device: "torch.device | str" = "cpu") -> "Tenso
     batch = torch.from_numpy(np.ascontiguousarray(patches))
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
-    return batch.to(device).permute(0, 3, 1, 2).float().mul_(1 / 255)
+    return scale_to_unit(batch.to(device))
+
+
+def scale_to_unit(pixels: "Tensor") -> "Tensor":
+    """Convert uint8 ``(B, H, W, 3)`` to float ``(B, 3, H, W)`` in 0-1, channels-last."""
+    return pixels.permute(0, 3, 1, 2).float().mul_(1 / 255)
+
+
+@lru_cache(maxsize=16)
+def _send_channels(
+    values: tuple[float, float, float], dtype: "torch.dtype", device: "torch.device"
+) -> "Tensor":
+    """Return a value per channel, ``(1, 3, 1, 1)``, on a device, and keep it: sending it synchronises."""
+    import torch
+
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
 
 
 @lru_cache(maxsize=256)

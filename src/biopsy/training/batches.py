@@ -12,10 +12,11 @@ from torch import Tensor
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.recipes import Recipe
-from biopsy.recipes.preprocessing import Preprocessing, to_unit
+from biopsy.recipes.preprocessing import Preprocessing, scale_to_unit, to_unit
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import Transform, apply_transform, augment, cut_out
 from biopsy.training.distributed import ALONE, Processes
+from biopsy.training.patch_operations import send
 from biopsy.training.stain_augmentation import StainTransfer, fit_stain_transfer
 
 
@@ -34,6 +35,23 @@ class CachedFeatures:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the outputs of patches of the pack, ``(len(rows), ..., C)``."""
         return self.values[self.index[rows]]
+
+
+@dataclass(frozen=True)
+class DevicePatches:
+    """Patches on a device.
+
+    Attributes:
+        values: ``(n, input_px, input_px, 3)`` uint8.
+        index: Row in ``values`` of each patch of the pack, ``(n_patches,)``.
+    """
+
+    values: Tensor
+    index: np.ndarray
+
+    def take(self, places: np.ndarray) -> Tensor:
+        """Return rows of ``values``, ``(len(places), input_px, input_px, 3)``, without synchronising."""
+        return self.values.index_select(0, send(torch.from_numpy(places), self.values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +73,7 @@ class Batches:
         seed: Seed of the augmentation.
         front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
             them any more.
+        placed: These patches on the device, resized, from where they are then gathered.
         processes: Of which each is given its part of every batch; what is drawn for a patch does not depend
             on their number, except by ``transform``.
     """
@@ -72,6 +91,7 @@ class Batches:
     device: torch.device | str = "cpu"
     seed: int = 0
     front: CachedFeatures | None = None
+    placed: DevicePatches | None = None
     processes: Processes = ALONE
 
     @classmethod
@@ -144,20 +164,31 @@ class Batches:
         chosen, n = whole[self.processes.part(len(whole))], len(whole)
         if self.front is not None:
             return self.front.take(chosen), chosen, n
-        widths = None if self.widths is None else self.widths[chosen]
-        heights = None if self.heights is None else self.heights[chosen]
-        return self.preprocessing.resize_patches(self.patches[chosen], widths, heights), chosen, n
+        if self.placed is not None:
+            return self.placed.index[chosen], chosen, n
+        return self.resize(chosen), chosen, n
+
+    def resize(self, rows: np.ndarray) -> np.ndarray:
+        """Return patches by row, resized, ``(len(rows), input_px, input_px, 3)`` uint8."""
+        widths = None if self.widths is None else self.widths[rows]
+        heights = None if self.heights is None else self.heights[rows]
+        return self.preprocessing.resize_patches(self.patches[rows], widths, heights)
 
     def _finish(
         self, patches: np.ndarray, chosen: np.ndarray, n: int, number: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
+        """Return the batch of what `_gather` returned: pixels, cached features, or places on the device."""
         target = labels = torch.from_numpy(np.asarray(self.target[chosen], dtype=np.int64))
         if torch.device(self.device).type == "cuda":
             target = target.pin_memory()
         target = target.to(self.device, non_blocking=True)
         if self.front is not None:
             return to_batch(patches, self.device), target
-        batch, part = to_unit(patches, self.device), self.processes.part(n)
+        part = self.processes.part(n)
+        if self.placed is not None:
+            batch = scale_to_unit(self.placed.take(patches))
+        else:
+            batch = to_unit(patches, self.device)
 
         def generator(purpose: str) -> torch.Generator:
             return torch.Generator().manual_seed(derive(self.seed, purpose, epoch, number))

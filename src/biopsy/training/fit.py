@@ -26,6 +26,7 @@ from biopsy.training.augmentation import Transform
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from biopsy.training.device_patches import place_patches
 from biopsy.training.distributed import ALONE, Processes
 from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 from biopsy.training.runs import EpochRecord
@@ -91,6 +92,8 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     )
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
     with front as (rest, batches), torch.random.fork_rng(devices=devices):
+        n_trained = (settings.epochs - progress.epoch) * steps * settings.batch_size
+        batches = place_patches(batches, task.train, n_trained)
         learner = task.processes.wrap(rest)
         while progress.epoch < settings.epochs and not _is_stale(task, progress):
             record = _run_epoch(learner, rest, optimiser, task, batches, progress, steps, average)
@@ -135,6 +138,7 @@ def _run_epoch(
         outputs,
         None if weights is None else weights.tolist(),
         label_smoothing=settings.label_smoothing,
+        device=task.engine.device,
     )
     losses: list[Tensor] = []
     correct: dict[str, Tensor] = {}

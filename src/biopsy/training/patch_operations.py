@@ -57,9 +57,10 @@ def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
         move: ``(B,)`` on the CPU, ``4 * rot90 + 2 * flip_horizontal + flip_vertical``.
     """
     n, channels, height, width = batch.shape
-    sources = _list_sources(height, width)[move] + torch.arange(n)[:, None] * height * width
+    first = torch.arange(n, device=batch.device)[:, None] * height * width
+    sources = _list_sources(height, width, batch.device)[send(move, batch)] + first
     pixels = batch.permute(0, 2, 3, 1).reshape(n * height * width, channels)
-    moved = pixels.index_select(0, send(sources.flatten(), batch))
+    moved = pixels.index_select(0, sources.flatten())
     return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -91,14 +92,16 @@ def blur(batch: Tensor, sigma_px: Tensor) -> Tensor:
         batch: ``(B, C, H, W)``.
         sigma_px: Standard deviations ``(B,)`` in pixels; 0 leaves a patch as it is.
     """
-    down, across = (send(_gaussian_weights(length, sigma_px), batch) for length in batch.shape[2:])
+    sigma_px = send(sigma_px, batch)
+    down, across = (_gaussian_weights(length, sigma_px) for length in batch.shape[2:])
     blurred = torch.einsum("byi,bcij,bxj->bcyx", down, batch, across)
     return blurred.contiguous(memory_format=torch.channels_last)
 
 
 def _gaussian_weights(length: int, sigma_px: Tensor) -> Tensor:
     """Return the weight of each pixel of a line for each other, ``(B, length, length)`` float32."""
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    pixels = torch.arange(length, device=sigma_px.device)
+    distance = pixels[:, None] - pixels
     precision = 0.5 / sigma_px.float().clamp(min=1e-3) ** 2
     return torch.softmax(-precision[:, None, None] * distance**2, dim=2)
 
@@ -130,14 +133,14 @@ def send(draws: Tensor, batch: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _list_sources(height: int, width: int) -> Tensor:
+def _list_sources(height: int, width: int, device: torch.device) -> Tensor:
     """Return, for each of the 16 moves, the source of every pixel: ``(16, H * W)``; 4 where not square."""
     grid = torch.arange(height * width).view(height, width)
     sources = []
     for turns in range(4 if height == width else 1):
         for flips in ([], [0], [1], [0, 1]):
             sources.append(torch.rot90(grid, turns).flip(flips).flatten())
-    return torch.stack(sources)
+    return torch.stack(sources).to(device)
 
 
 @lru_cache(maxsize=1)

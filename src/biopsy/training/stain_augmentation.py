@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
+from biopsy.training.patch_operations import send
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class StainTransfer:
         known = (chosen < self.probability) & torch.isfinite(scale + shift).all(1)
         scale = torch.where(known[:, None], scale, 1.0)
         shift = torch.where(known[:, None], shift, 0.0)
-        scale, shift = (values.to(batch)[:, :, None, None] for values in (scale, shift))
+        scale, shift = (send(values.to(batch.dtype), batch)[:, :, None, None] for values in (scale, shift))
         transmitted = torch.exp(-(density(batch) * scale + shift))
         return ((transmitted * 256 - 1) / 255).clamp_(0, 1)
 
