@@ -37,8 +37,8 @@ two points of a row are the same.
 
 Then the same command (of a training, ``biopsy train --resume``) runs undisturbed. A point passes if the
 disturbed process ended by its signal, with an error and no traceback, or with its result, which is compared
-before anything else runs (if an input was altered before it was first read, with the result that the altered
-one gives); the second run succeeded; and its files are those of an undisturbed one, with no temporary file
+before anything else runs (if an input was altered or removed before it was first read, with the result that
+this gives); the second run succeeded; and its files are those of an undisturbed one, with no temporary file
 left. The count of openings in a pack's ledger may be higher: each was one.
 
 Results: `results/faults.csv`, one row a command and fault, shown in `docs/reliability.md`.
@@ -520,7 +520,7 @@ class Campaign:
         """Run commands at once, then the first again; return whether all ended, and what is wrong.
 
         ``compare`` says how the folder differs from that of an undisturbed run, ``is_same_from`` whether
-        values are those that the altered input gives.
+        values are those that the altered or missing input gives.
         """
         self.renew()
         started = [
@@ -584,8 +584,8 @@ def try_command(
         difference = find_difference(read_values(campaign.folder), values, stable)
         return difference or find_changed_outputs(campaign.folder) or ""
 
-    def give_same(index: int, values: dict[str, Any]) -> bool:
-        name, place = choose_input(command, "input altered", index)
+    def give_same(fault: str, index: int, values: dict[str, Any]) -> bool:
+        name, place = choose_input(command, fault, index)
         campaign.renew()
         alter(campaign.folder / name, place)
         run(campaign.folder, words)
@@ -615,7 +615,7 @@ def try_command(
             processes = [(words, disturb)]
             if fault == TWICE or command == "shards":
                 processes += [(tuple("2/2" if word == "1/2" else word for word in words), second)]
-            is_same_from = partial(give_same, index) if fault == "input altered" else None
+            is_same_from = partial(give_same, fault, index) if fault in ON_INPUTS else None
             ended, wrong = campaign.try_point(processes, codes, compare, slow, is_same_from)
             row.points += 1
             row.between_writes += between

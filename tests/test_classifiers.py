@@ -77,6 +77,16 @@ def test_altered_weights_are_refused(saved):
         Classifier.load(saved)
 
 
+def test_weights_altered_between_opening_and_use_are_refused(saved):
+    opened, path = Classifier.load(saved), saved / "weights.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunError):
+        opened.network
+    path.write_bytes(content)
+    assert opened.network is not None
+
+
 RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
 
 

@@ -454,6 +454,15 @@ def read_json(
     return document
 
 
+def file_state(path: Path | str) -> tuple[int, int, int] | None:
+    """Return inode, size in bytes and modification time in ns of a file; None if it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sha256_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with open_regular(path) as file:

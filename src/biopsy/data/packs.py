@@ -6,7 +6,6 @@ A pack is a folder of ``pack.json`` (metadata), ``patches.npy`` (pixels, memory-
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, PackError
-from biopsy.core.files import read_json, sha256_file, write_json
+from biopsy.core.files import file_state, read_json, sha256_file, write_json
 from biopsy.core.loaders import map_array, validate
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
 from biopsy.core.tables import Kind, read_parquet_table
@@ -541,14 +540,7 @@ def _read_info(path: Path) -> PackInfo:
 
 
 def _file_state(path: Path) -> object:
-    """Return inode, size and modification time of the files of a pack; None if one is missing."""
-    try:
-        return [
-            (status.st_ino, status.st_size, status.st_mtime_ns)
-            for status in (os.stat(path / name) for name in (DOCUMENT, PIXELS, TABLE))
-        ]
-    except OSError:
-        return None
+    return [file_state(path / name) for name in (DOCUMENT, PIXELS, TABLE)]
 
 
 def _check_parts(path: Path, info: PackInfo, patches: np.ndarray, table: pd.DataFrame) -> None:

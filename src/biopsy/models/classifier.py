@@ -15,7 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, Val
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import create_directory, plain, read_json, sha256_file, write_atomic, write_json
+from biopsy.core.files import (
+    create_directory,
+    file_state,
+    plain,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from biopsy.core.loaders import read_tensors, refusing, validate
 from biopsy.core.results import Output
 from biopsy.data.packs import MAX_PATCH_PX, Pack
@@ -169,6 +177,7 @@ class Classifier(Output):
         self.path = path
         self.source: str | None = None
         self._base_network = None if base_network is None else base_network.eval()
+        self._weights_state: tuple[int, int, int] | None = None  # when their hash was compared
 
     def blocks(self) -> list[str]:
         return [str(self.path)]
@@ -192,6 +201,7 @@ class Classifier(Output):
         except DataError as error:
             raise RunError(f"{path} is not a classifier: {error}") from None
         weights = path / WEIGHTS
+        state = file_state(weights)
         try:
             if sha256_file(weights) != info.weights_sha256:
                 raise RunError(f"{weights} was altered since the classifier was saved: {remedy}")
@@ -203,7 +213,9 @@ class Classifier(Output):
         needed = {f"{kind}_{part}" for kind in KINDS for part in parts}
         if info.out_of_distribution is not None and not needed <= extras.keys():
             raise RunError(f"{weights} lacks the reference statistics of the training data: {remedy}")
-        return cls(info, None, extras, path)
+        classifier = cls(info, None, extras, path)
+        classifier._weights_state = state
+        return classifier
 
     @classmethod
     def wrap(
@@ -312,6 +324,8 @@ class Classifier(Output):
             raise RunError(f"{weights} does not fit the network {info.network!r} that {DOCUMENT} names")
         network = build()
         network.load_state_dict(tensors)
+        if file_state(weights) != self._weights_state and sha256_file(weights) != info.weights_sha256:
+            raise RunError(f"{weights} was altered since the classifier was opened")
         return network.eval()
 
     def save(self, path: Path | str, *, precision: Literal["fp32", "fp16"] = "fp32") -> None:

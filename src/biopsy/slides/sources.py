@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 
 from biopsy.core.errors import DataError, SlideError, UserFileError
+from biopsy.core.files import file_state
 from biopsy.core.loaders import open_regular
 from biopsy.core.storage import identify, list_files, parse_url, show_url, stage
 from biopsy.core.tables import read_csv_table
@@ -76,13 +77,9 @@ class Source:
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
-    def version(self) -> tuple[int, int] | None:
-        """Return size and modification time of a slide file; None of a missing one, a pack or a URL."""
-        try:
-            status = self.path.stat() if self.pack is None and self.url is None else None
-        except OSError:
-            return None
-        return status and (status.st_size, status.st_mtime_ns)
+    def version(self) -> tuple[int, int, int] | None:
+        """Return the state of a slide file (see `file_state`); None of a missing one, a pack or a URL."""
+        return file_state(self.path) if self.pack is None and self.url is None else None
 
 
 def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
