@@ -11,6 +11,7 @@ import pytest
 
 import biopsy
 from biopsy.core.errors import ArchiveError, DataError, RunError, SlideError
+from biopsy.core.files import read_json
 from biopsy.data.predictions import give_ids, read_predictions
 from biopsy.evaluation.predict import predict
 from biopsy.models.classifier import Classifier
@@ -286,3 +287,20 @@ def test_refusals(trained_run, folder, make_pack, tmp_path):
         ask(trained_run, folder, out="table.xlsx")
     with refuses(DataError, "20 px"):
         ask(trained_run, folder, make_pack(patch_px=20).path)
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "least", "used"), [(True, N, "bf16"), (True, N + 1, "fp32"), (False, N, "fp32")]
+)
+def test_the_precision_is_chosen_by_the_processor_and_the_number_of_patches(
+    trained_run, folder, tmp_path, monkeypatch, has_bf16, least, used
+):
+    plain = ask(trained_run, folder, out=tmp_path / "plain.csv", precision="fp32")
+    monkeypatch.setattr("biopsy.models.hardware._supports_bf16", lambda: has_bf16)
+    for module in ("evaluation.predict", "models.runtimes"):
+        monkeypatch.setattr(f"biopsy.{module}.MIN_PATCHES_TO_CONVERT", least)
+    chosen = ask(trained_run, folder, out=tmp_path / "chosen.csv")
+    assert read_json(tmp_path / "chosen.csv.json")["precision"] == used
+    columns = [name for name in plain.frame if name.startswith("prob_")]
+    difference = np.abs(plain.frame[columns].to_numpy() - chosen.frame[columns].to_numpy()).max()
+    assert difference <= {"fp32": 1e-4, "bf16": 0.05}[used]

@@ -34,9 +34,10 @@ from biopsy.data.splits import FOLDER as SPLITS
 from biopsy.data.tables import refuse_decided
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
-from biopsy.models.hardware import Precision
+from biopsy.models.hardware import Precision, pick_device
 from biopsy.models.inference import Predictor, open_predictor
 from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
+from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
 from biopsy.training.open_model import open_classifier
@@ -137,7 +138,7 @@ def predict(
     *,
     out: Path | str | None = None,
     format: Literal["csv", "parquet", "kaggle"] = "csv",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: str = "auto",
     tta: Tta | None = None,
     trust_model: str | None = None,
@@ -157,8 +158,8 @@ def predict(
             for kaggle).
         format: Format of the table without ``out``; ``kaggle`` writes ``id,label``: the file name without
             its suffix, and the probability of the positive class.
-        precision: Arithmetic: ``auto`` is bf16 where the processor has it; ``int8`` needs a bundle written
-            with ``export --int8``.
+        precision: Arithmetic: ``auto`` is bf16 if the device computes it in hardware and there are 1,024
+            patches or more, else fp32; ``int8`` needs a bundle written with ``export --int8``.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
@@ -174,7 +175,7 @@ def predict(
     """
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
-    engine = Engine(device, precision)
+    device = pick_device(device)
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     skipped: Skipped = []
     sources = open_sources([Path(stage(path)) for path in paths], classifier, skipped)
@@ -187,6 +188,8 @@ def predict(
     if format == "kaggle":
         _check_submission(classifier, path, sources)
     n_patches, done = sum(map(len, sources)) + len(skipped), 0
+    is_short = precision == "auto" and n_patches < MIN_PATCHES_TO_CONVERT
+    engine = Engine(device, "fp32" if is_short else precision)
     frames, thresholds = [], []
     with open_predictor(classifier, engine, n_patches) as predictor:
         for source in sources:
