@@ -82,7 +82,7 @@ def test_weights_altered_between_opening_and_use_are_refused(saved):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RunError):
-        opened.network
+        _ = opened.network
     path.write_bytes(content)
     assert opened.network is not None
 
