@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -62,13 +63,13 @@ def test_the_mean_of_weighted_losses_has_the_gradient_of_the_whole_batch(n, worl
     rng = torch.Generator().manual_seed(seed)
     batch, target = torch.randn(n, 5, generator=rng), torch.randint(0, 3, (n,), generator=rng)
     matrix = torch.randn(5, 3, generator=rng, requires_grad=True)
-    loss_fn = make_loss("softmax", [1.0, 2.0, 0.5])
-    (whole,) = torch.autograd.grad(loss_fn(batch @ matrix, target), matrix)
+    loss_fn, patch = make_loss("softmax", [1.0, 2.0, 0.5]), torch.rand(n, generator=rng)
+    (whole,) = torch.autograd.grad(loss_fn(batch @ matrix, target, patch), matrix)
     mean = torch.zeros_like(whole)
     for rank in range(world_size):
         process = Processes(rank, world_size)
         part = process.part(n)
-        loss = loss_fn(batch[part] @ matrix, target[part]) * process.weight(n)
+        loss = loss_fn(batch[part] @ matrix, target[part], patch[part]) * process.weight(n)
         mean += torch.autograd.grad(loss, matrix)[0] / world_size
     assert torch.allclose(mean, whole, atol=1e-6)
 
@@ -142,6 +143,8 @@ OFF = tuple(
     for name in ("rotation_deg=0", "zoom=0", "shift=0", "flip_horizontal=false", "flip_vertical=false")
 )
 
+LEARNED = ("train.teacher={RUN}", "train.patch_weights={WEIGHTS}", "train.sampling=within-patient")
+
 
 def start(world_size: int, **options: object) -> list[tuple[int, str]]:
     """Train in several processes; returns the exit code of each, and what it wrote on stderr."""
@@ -197,10 +200,16 @@ def alone(pack, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "settings"),
-    [(2, OFF), (4, OFF), (2, ()), (2, (*OFF, "model.trainable=dense"))],
-    ids=["two", "four", "augmented", "frozen front"],
+    [(2, OFF), (4, OFF), (2, ()), (2, (*OFF, "model.trainable=dense")), (3, (*OFF, *LEARNED))],
+    ids=["two", "four", "augmented", "frozen front", "teacher and weights"],
 )
 def test_processes_train_as_one_does(pack, alone, tmp_path, world_size, settings):
+    weight = np.linspace(0, 1, len(pack))
+    pd.DataFrame({"patch_id": pack.table["patch_id"], "weight": weight}).to_csv(
+        tmp_path / "w.csv", index=False
+    )
+    places = {"RUN": alone[()].path, "WEIGHTS": tmp_path / "w.csv"}
+    settings = tuple(setting.format(**places) for setting in settings)
     ended = start_plain(world_size, pack, tmp_path / "run", *settings)
     assert [code for code, _ in ended] == [0] * world_size, ended
     one = alone.get(settings) or train_tiny(

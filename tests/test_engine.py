@@ -45,6 +45,9 @@ def test_the_loss_multiplies_by_class_weight_and_divides_by_the_number_of_patche
     # -log softmax of the target's logit, by hand
     each = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1.5)), math.log(2)]
     assert make_loss("softmax")(LOGITS, TARGET).item() == pytest.approx(sum(each) / 3)
+    both = make_loss("softmax", [1.0, 2.5])(LOGITS, TARGET, sample_weight=torch.tensor([0.0, 2.0, 0.5]))
+    factors = [0.0, 2.0, 0.5] * np.array([1.0, 2.5])[TARGET.numpy()]
+    assert both.item() == pytest.approx(np.dot(factors, each) / 3)
     weighted = make_loss("softmax", [1.0, 2.5])(LOGITS, TARGET).item()
     assert weighted == pytest.approx((each[0] + each[1] + 2.5 * each[2]) / 3)
 

@@ -13,6 +13,7 @@ import biopsy
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.runs import Run
 from command_line import call
 from refusals import refuses
@@ -154,6 +155,32 @@ def test_without_coordinates_the_model_is_the_only_witness(trained_run, tmp_path
     assert set(found.table["patch_id"]) == set(against["patch_id"])
     assert found.table["reason"].str.startswith("no coordinates; ").all()
     assert "have no coordinates" in Page(found.page.read_text()).text
+
+
+def test_weights_are_the_probabilities_of_the_labels_by_models_that_were_not_trained_on_them(noisy, tmp_path):
+    run, truth, place = noisy
+    found = biopsy.label_issues(run, out=tmp_path / "out", n=3)
+    weights = pd.read_csv(found.weights, dtype={"patch_id": str}).set_index("patch_id")
+    frame = pd.concat([run.predictions(subset)[0] for subset in ("validation", "test")]).set_index("patch_id")
+    assert set(weights.index) == set(frame.index) and (weights["n_models"] == 1).all()
+    given = np.where(frame["target"] == 1, frame["prob_idc"], frame["prob_non_idc"])
+    assert np.allclose(weights["weight"].reindex(frame.index), given, atol=1e-6)
+    pack = Pack.open(place / "idc.pack")
+    train = np.flatnonzero(np.isin(pack.table["slide_id"], ("8863", "8864")))
+    read = read_patch_weights(found.weights, pack, train)
+    assert read[train].mean() == pytest.approx(1, abs=1e-6)
+    doubted = np.array([truth[name] for name in pack.table["patch_id"]]) != pack.target
+    tested = (pack.table["slide_id"] == "8864").to_numpy()
+    assert read[doubted & tested].mean() < 0.5 * read[~doubted & tested].mean()
+
+
+def test_predictions_of_trained_patches_do_not_weigh(noisy, tmp_path):
+    run = Run.open(shutil.copytree(noisy[0].path, tmp_path / "run"))
+    split = pd.read_csv(run.path / "split.csv", dtype=str)
+    split["subset"] = "train"
+    split.to_csv(run.path / "split.csv", index=False)
+    with refuses(RunError, "was trained on"):
+        biopsy.label_issues(run, out=tmp_path / "out")
 
 
 def test_refusals(noisy, tmp_path):

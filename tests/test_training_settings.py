@@ -1,17 +1,20 @@
 """Training settings: epochs of so many updates, a share of the data, sigmoids, what differs as published."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
 import biopsy.training.fit as fitting
-from biopsy.core.errors import DataError
+from biopsy.core.errors import DataError, FileFormatError, PackError, RecipeError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.models import hardware
 from biopsy.models.engine import Engine
 from biopsy.recipes import load_recipe
 from biopsy.training.batches import Batches
+from biopsy.training.patch_weights import read_patch_weights
+from biopsy.training.probe import check_probe
 from biopsy.training.train import train
 from conftest import write_pack
 from refusals import refuses
@@ -91,6 +94,77 @@ def test_patches_are_sampled_within_patients(make_pack, tmp_path):
     with refuses(DataError, "without.pack", "--patients"):
         train_tiny(without, tmp_path / "refused", setting)
     assert not (tmp_path / "refused").exists()
+
+
+def write_weights(pack, path, weights, rows=None):
+    ids = pack.table["patch_id"] if rows is None else pack.table["patch_id"].iloc[rows]
+    pd.DataFrame({"patch_id": ids, "weight": weights}).to_csv(path, index=False)
+    return f"train.patch_weights={path}"
+
+
+def test_patch_weights_scale_to_a_mean_of_one_over_training(pack, tmp_path):
+    train = np.arange(48)
+    write_weights(pack, tmp_path / "w.csv", [0.5, 0, 2], rows=[0, 1, 60])
+    weights = read_patch_weights(tmp_path / "w.csv", pack, train)
+    assert weights[train].mean() == pytest.approx(1)
+    assert weights[[0, 1, 2, 60]] / weights[2] == pytest.approx([0.5, 0, 1, 2])
+
+
+def test_equal_patch_weights_change_nothing_and_zero_weights_leave_out(pack, whole, tmp_path):
+    setting = write_weights(pack, tmp_path / "equal.csv", 0.25)
+    assert_same_run(whole, train_tiny(pack, tmp_path / "equal", THREE, setting))
+    chosen = np.flatnonzero(whole.subsets(pack) == "train")
+    kept = chosen[np.arange(len(chosen)) % 2 == 0]
+    setting = write_weights(pack, tmp_path / "half.csv", np.isin(chosen, kept).astype(int), rows=chosen)
+    run = train_tiny(pack, tmp_path / "half", THREE, setting)
+    assert run.info["inputs"]["patch_weights"]["source"] == str(tmp_path / "half.csv")
+    counts = np.bincount(pack.target[kept])
+    assert list(run.info["split"]["class_shares"].values()) == pytest.approx((counts / counts.sum()).tolist())
+    again = write_weights(pack, tmp_path / "copy.csv", np.isin(chosen, kept).astype(int), rows=chosen)
+    same = train_tiny(pack, tmp_path / "same", THREE, again)
+    assert same.info["config_sha256"] == run.info["config_sha256"] != whole.info["config_sha256"]
+    assert_same_run(run, same)
+
+
+def test_a_resumed_run_needs_the_weights_that_it_began_with(pack, tmp_path):
+    setting = write_weights(pack, tmp_path / "w.csv", np.linspace(0.1, 1, len(pack)))
+    whole = train_tiny(pack, tmp_path / "whole", THREE, setting)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(pack, tmp_path / "cut", THREE, setting, on_epoch=interrupt_at(2))
+    content = (tmp_path / "w.csv").read_text()
+    (tmp_path / "w.csv").write_text(content.replace(",0.1\n", ",0.2\n"))
+    with refuses(RunError, "w.csv", "train.patch_weights"):
+        train(resume=tmp_path / "cut", device="cpu")
+    (tmp_path / "w.csv").write_text(content)
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "facts"),
+    [
+        ([1, -0.5], [0, 1], ["-0.5"]),
+        ([1, None], [0, 1], ["weight"]),
+        ([1, np.inf], [0, 1], ["inf"]),
+        ([1, 1], [0, 0], ["twice"]),
+        ([1], [63], ["no training patch"]),
+        (0, None, ["weight 0"]),
+    ],
+)
+def test_patch_weights_that_cannot_be_used_are_refused(pack, tmp_path, weights, rows, facts):
+    write_weights(pack, tmp_path / "w.csv", weights, rows)
+    with refuses(FileFormatError, "w.csv", *facts):
+        read_patch_weights(tmp_path / "w.csv", pack, np.arange(48))
+
+
+def test_weights_of_unknown_patches_or_of_a_probe_are_refused(pack, tmp_path):
+    (tmp_path / "w.csv").write_text("patch_id,weight\nelsewhere,1\n")
+    with refuses(PackError, "elsewhere"):
+        read_patch_weights(tmp_path / "w.csv", pack, np.arange(48))
+    with refuses(RecipeError, "train.patch_weights"):
+        check_probe(load_recipe("probe", ["train.patch_weights=w.csv", "model.weights=imagenet"]))
+    with refuses(FileFormatError, "nowhere.csv"):
+        train_tiny(pack, tmp_path / "run", "train.patch_weights=nowhere.csv")
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigmoid_outputs_from_loss_to_classifier(pack, tmp_path, monkeypatch):

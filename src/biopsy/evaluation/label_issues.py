@@ -20,7 +20,7 @@ from biopsy.reporting.html import render
 from biopsy.training.runs import Run
 from biopsy.training.study import Study, is_study
 
-SHEET, PAGE, PICTURES = "labels.csv", "labels.html", "pictures"
+SHEET, PAGE, PICTURES, WEIGHTS = "labels.csv", "labels.html", "pictures", "weights.csv"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class LabelIssues(Output):
         table: The sheet: one row per probable label error, the most probable first.
         path: Where the sheet was written.
         page: The page of pictures.
+        weights: The weights of patches for training.
         n_patches: Number of labels checked.
         n_issues: Number of probable label errors; the sheet may list fewer.
     """
@@ -38,6 +39,7 @@ class LabelIssues(Output):
     table: pd.DataFrame
     path: Path
     page: Path
+    weights: Path
     n_patches: int
     n_issues: int
 
@@ -46,13 +48,15 @@ class LabelIssues(Output):
             f"{self.n_issues:,} of {self.n_patches:,} labels are doubtful; {len(self.table):,} are listed",
             str(self.path),
             str(self.page),
+            str(self.weights),
             "fill in the column decision, then run: "
             f"biopsy prepare SOURCE --labels {self.path} --out NEW.pack",
         ]
 
     def to_json(self) -> dict[str, object]:
         counts = {"n_patches": self.n_patches, "n_issues": self.n_issues}
-        return {"path": self.path, "page": self.page, "n_listed": len(self.table), **counts}
+        paths = {"path": self.path, "page": self.page, "weights": self.weights}
+        return {**paths, "n_listed": len(self.table), **counts}
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,27 @@ def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100
     (``yes`` for the suggested class, ``no`` for the current label, or a class), and ``prepare --labels``
     reads the sheet. Rows without a decision keep their label; a sheet with decisions is never overwritten.
 
+    ``weights.csv`` has the probability of the current label of every patch, by the models that were not
+    trained on it, for training with ``--set train.patch_weights=weights.csv``.
+
     Args:
         run: Run (its validation patches, and its test patches once evaluated) or study (the test patches
             of its runs).
-        out: Output folder of ``labels.csv``, ``labels.html`` and ``pictures/``.
+        out: Output folder of ``labels.csv``, ``labels.html``, ``pictures/`` and ``weights.csv``.
         n: Maximum number of labels to list.
 
     Raises:
         UserFileError: If the existing sheet contains decisions, or was written by something else.
-        RunError: If no label can be checked.
+        RunError: If no label can be checked, or predictions are of patches that their run trained on.
     """
     if n < 1:
         raise RunError(f"n={n!r}: expected at least 1")
     folder = Path(out)
     refuse_inputs(folder, run.path if isinstance(run, Run | Study) else run)
     refuse_decided(folder / SHEET)
-    with update_directory(folder, SHEET, PAGE, f"{PICTURES}/*", last=SHEET) as partial:
+    with update_directory(folder, SHEET, PAGE, WEIGHTS, f"{PICTURES}/*", last=SHEET) as partial:
         sheet, n_patches, n_issues = _write_sheet(partial, _collect_predictions(run), n)
-    return LabelIssues(sheet, folder / SHEET, folder / PAGE, n_patches, n_issues)
+    return LabelIssues(sheet, folder / SHEET, folder / PAGE, folder / WEIGHTS, n_patches, n_issues)
 
 
 def _write_sheet(folder: Path, models: _Models, n: int) -> tuple[pd.DataFrame, int, int]:
@@ -128,7 +135,20 @@ def _write_sheet(folder: Path, models: _Models, n: int) -> tuple[pd.DataFrame, i
     }
     write_atomic(folder / PAGE, render("label_issues.html", page=page))
     write_csv(folder / SHEET, sheet)
+    write_csv(folder / WEIGHTS, _weigh_labels(models))
     return sheet, len(checked), len(issues)
+
+
+def _weigh_labels(models: _Models) -> pd.DataFrame:
+    """Return the out-of-sample probability of each label, where there is one."""
+    pack, rows = models.pack, np.flatnonzero((models.n_models > 0) & models.allowed)
+    return pd.DataFrame(
+        {
+            "patch_id": pack.table["patch_id"].iloc[rows].to_numpy(str),
+            "weight": models.probs[rows, pack.target[rows]].round(6),
+            "n_models": models.n_models[rows],
+        }
+    )
 
 
 def _collect_predictions(run: Run | Study | Path | str) -> _Models:
@@ -141,12 +161,22 @@ def _collect_predictions(run: Run | Study | Path | str) -> _Models:
     closed = np.full(len(pack), True)
     for member in runs:
         closed &= (member.subsets(pack) == "test") & (member.evaluated_subset != "test")
-    tested = [member.predictions("test")[0] for member in runs if member.evaluated_subset == "test"]
+    tested = [_predictions(member, pack, "test") for member in runs if member.evaluated_subset == "test"]
     first, n_first = _average(pack, tested)
-    second, n_second = _average(pack, [member.predictions(member.validation_subset)[0] for member in runs])
+    validated = [_predictions(member, pack, member.validation_subset) for member in runs]
+    second, n_second = _average(pack, validated)
     is_tested = n_first > 0
     probs = np.where(is_tested[:, None], first, second)
     return _Models(pack, probs, np.where(is_tested, n_first, n_second), ~closed)
+
+
+def _predictions(run: Run, pack: Pack, subset: str) -> pd.DataFrame:
+    """Return a run's predictions of patches that it was not trained on."""
+    frame, _ = run.predictions(subset)
+    trained = pack.table["patch_id"].astype(str)[run.subsets(pack) == "train"]
+    if (seen := frame["patch_id"].astype(str).isin(trained)).any():
+        raise RunError(f"{run.path} was trained on {frame['patch_id'][seen].iloc[0]}, which it predicts")
+    return frame
 
 
 def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.hardware import Precision, keep_freed_memory, pick_precision, torch_device
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[..., Tensor]
 
 
 class Engine:
@@ -96,22 +96,35 @@ def make_loss(
     *,
     label_smoothing: float = 0.0,
     device: torch.device | str = "cpu",
+    teacher_weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> LossFunction:
     """Return the loss of a network with one output per class.
 
-    Class weights multiply the losses of patches; the sum is divided by the number of patches as in Keras (not
-    by the sum of weights as in PyTorch).
+    The function takes logits ``(B, n_classes)``, target ``(B,)``, and optionally ``sample_weight`` ``(B,)``
+    and ``teacher``, probabilities ``(B, n_classes)``. Weights of classes and of patches multiply the losses
+    of patches; the sum is divided by the number of patches as in Keras (not by the sum of weights as in
+    PyTorch).
 
     Args:
         outputs: ``softmax``: cross-entropy; for two classes this is Keras's binary cross-entropy over two
             softmax outputs. ``sigmoid``: mean binary cross-entropy of the outputs.
         label_smoothing: Label smoothing factor (Szegedy et al. 2016).
         device: Of the logits; the class weights are sent there once.
+        teacher_weight: Weight of the loss with the teacher's probabilities in place of the labels; that with
+            the labels has the rest.
+        temperature: Divides the logits in the teacher's loss, which is multiplied by its square, so that
+            gradients keep their size (Hinton et al. 2015).
     """
     if outputs not in ("softmax", "sigmoid"):
         raise RecipeError(f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}")
 
-    def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+    def loss_fn(
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> Tensor:
         if outputs == "softmax":
             losses = functional.cross_entropy(
                 logits, target, reduction="none", label_smoothing=label_smoothing
@@ -122,9 +135,19 @@ def make_loss(
             losses = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").mean(
                 dim=1
             )
+        if teacher is not None:
+            soft = soft_losses(logits / temperature, teacher) * temperature**2
+            losses = (1 - teacher_weight) * losses + teacher_weight * soft
         if class_weights is not None:
             losses = losses * weights[target]
+        if sample_weight is not None:
+            losses = losses * sample_weight
         return losses.mean()
+
+    def soft_losses(logits: Tensor, probs: Tensor) -> Tensor:
+        if outputs == "softmax":
+            return functional.cross_entropy(logits, probs, reduction="none")
+        return functional.binary_cross_entropy_with_logits(logits, probs, reduction="none").mean(dim=1)
 
     weights = torch.tensor(
         class_weights if class_weights is not None else [], dtype=torch.float32, device=device

@@ -177,6 +177,16 @@ class Train(_Table):
     ``within-patient``: as many as there are, the classes of each patient equally often."""
     single_class_weight: float = Field(default=0.25, gt=0, le=1)
     """Of ``within-patient``: factor on patients with patches of one class only."""
+    patch_weights: str = ""
+    """Path of a csv file with the weight of each patch in the loss (``patch_id``, ``weight``), such as
+    ``weights.csv`` of ``biopsy label-issues``; patches that it does not list weigh 1."""
+    teacher: str = ""
+    """Runs, classifiers or names of shipped ones, separated by commas, whose mean probabilities of the
+    training patches are learned beside the labels (Hinton et al. 2015)."""
+    teacher_weight: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the cross-entropy with the teacher's probabilities; that with the labels has the rest."""
+    teacher_temperature: PositiveFloat = 1.0
+    """Divides the logits of teacher and student in that cross-entropy, which is multiplied by its square."""
     early_stopping_patience: NonNegativeInt = 0
     """Epochs without improvement of the monitored value before stopping; 0 never stops early."""
     monitor: Literal["val_loss", "val_auroc"] = "val_auroc"

@@ -129,6 +129,11 @@ class Batches:
         """Return the patches of one of the batches that many patches make, in all processes together."""
         return min(self.batch_size, n_patches - number * self.batch_size)
 
+    def rows(self, order: np.ndarray, number: int) -> np.ndarray:
+        """Return which patches of a batch this process is given."""
+        whole = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
+        return whole[self.processes.part(len(whole))]
+
     def count(self, n_patches: int) -> int:
         """Return the number of batches of a number of patches."""
         return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
@@ -160,8 +165,7 @@ class Batches:
         return self._finish(*self._gather(order, number), number, epoch)
 
     def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-        whole = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
-        chosen, n = whole[self.processes.part(len(whole))], len(whole)
+        chosen, n = self.rows(order, number), self.size(len(order), number)
         if self.front is not None:
             return self.front.take(chosen), chosen, n
         if self.placed is not None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from biopsy.core.errors import TrainingDiverged
 from biopsy.core.seeds import derive
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import score_classes
-from biopsy.models.engine import Engine, count_correct, make_loss, outputs_of
+from biopsy.models.engine import Engine, LossFunction, count_correct, make_loss, outputs_of
 from biopsy.models.inference import predict_logits
 from biopsy.recipes import Recipe
 from biopsy.recipes.preprocessing import Preprocessing
@@ -54,6 +55,10 @@ class Task:
     """Whether to keep the best epoch on validation instead of the last."""
     transform: Transform | None = None
     """Transform of training batches after the recipe's augmentation."""
+    patch_weights: np.ndarray | None = None
+    """Weight of every patch of the pack in the loss, float32 ``(n_patches,)``."""
+    teacher: np.ndarray | None = None
+    """Probabilities of the teacher for the training patches, float32 ``(n_patches, n_classes)``."""
     processes: Processes = ALONE
 
 
@@ -139,13 +144,15 @@ def _run_epoch(
         None if weights is None else weights.tolist(),
         label_smoothing=settings.label_smoothing,
         device=task.engine.device,
+        teacher_weight=settings.teacher_weight,
+        temperature=settings.teacher_temperature,
     )
     losses: list[Tensor] = []
     correct: dict[str, Tensor] = {}
     n_seen, lr = 0, settings.lr
     torch.manual_seed(derive(task.seed, "dropout", epoch) + processes.rank)
     learner.train()
-    for batch, target, n in _next_batches(task, batches, progress.step, steps):
+    for batch, target, rows, n in _next_batches(task, batches, progress.step, steps):
         task.pack.require_unchanged()
         lr = learning_rate(
             progress.step + len(losses),
@@ -158,7 +165,7 @@ def _run_epoch(
         )
         set_learning_rate(optimiser, lr)
         loss, logits = task.engine.train_step(
-            learner, optimiser, batch, target, loss_fn, weight=processes.weight(n)
+            learner, optimiser, batch, target, _bind(loss_fn, task, rows), weight=processes.weight(n)
         )
         own = processes.count(n)
         for name, count in count_correct(logits[:own], target[:own], outputs).items():
@@ -195,6 +202,17 @@ def _run_epoch(
     return processes.broadcast(record)  # by which all choose and stop alike
 
 
+def _bind(loss_fn: LossFunction, task: Task, rows: np.ndarray) -> LossFunction:
+    """Return the loss of a batch of some rows of the pack, with their weights and the teacher's view."""
+    given = {"sample_weight": task.patch_weights, "teacher": task.teacher}
+    parts = {
+        name: torch.from_numpy(values[rows]).to(task.engine.device)
+        for name, values in given.items()
+        if values is not None
+    }
+    return partial(loss_fn, **parts) if parts else loss_fn
+
+
 def _order(task: Task, number: int) -> np.ndarray:
     """Return the rows of a pass, without a last batch of one patch (batch normalisation)."""
     settings, is_by_patient = task.recipe.train, task.recipe.train.sampling == "within-patient"
@@ -212,17 +230,18 @@ def _order(task: Task, number: int) -> np.ndarray:
 
 def _next_batches(
     task: Task, batches: Batches, step: int, n_steps: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+) -> Iterator[tuple[Tensor, Tensor, np.ndarray, int]]:
     """Yield this process's part of the next updates' batches, over consecutive shuffled passes.
 
-    With each part comes the size of the whole batch.
+    With each part come its rows of the pack and the size of the whole batch.
     """
     per_pass = batches.count(len(_order(task, 1)))
     for number, start, stop in sample_passes(step, n_steps, per_pass):
         order = _order(task, number)
         parts = batches.iterate(order, epoch=number, start=start, stop=stop)
         for index, (batch, target) in enumerate(parts, start):
-            yield batch, target, batches.size(len(order), index)
+            rows = batches.rows(order, index)
+            yield batch, target, rows, batches.size(len(order), index)
 
 
 def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:

@@ -160,11 +160,11 @@ def find_trained_prior(
 
     Args:
         counts: Training patches of each class.
-        sampled: Shares of the classes in an epoch, where sampling makes them neither those of the patches nor
-            equal.
+        sampled: Shares of the classes in an epoch, where sampling or patch weights make them neither those of
+            the patches nor equal.
     """
     train = recipe.train
-    if train.class_weights == train.sampling == "none":
+    if sampled is None and train.class_weights == train.sampling == "none":
         return None
     if sampled is None:
         sampled = counts if train.sampling == "none" else np.ones(len(counts))

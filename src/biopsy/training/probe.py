@@ -62,6 +62,8 @@ def check_probe(recipe: Recipe) -> None:
         "model.tta=none": recipe.model.tta != "none",
         "no augmentation": recipe.augmentation != Augmentation(),
         "train.sampling=none": recipe.train.sampling != "none",
+        "no train.patch_weights": recipe.train.patch_weights != "",
+        "no train.teacher": recipe.train.teacher != "",
         "train.loss=cross-entropy": recipe.train.loss != "cross-entropy",
     }
     if required := [setting for setting, is_wrong in faults.items() if is_wrong]:

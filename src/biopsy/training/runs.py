@@ -45,6 +45,10 @@ DEFAULTS_BEFORE = {
     "augmentation.cutout": 0.0,
     "train.nesterov": False,
     "train.single_class_weight": 0.25,
+    "train.patch_weights": "",
+    "train.teacher": "",
+    "train.teacher_weight": 0.5,
+    "train.teacher_temperature": 1.0,
     "train.label_smoothing": 0.0,
     "train.ema_decay": 0.0,
 }
@@ -102,7 +106,7 @@ class RunSplit(TypedDict, total=False):
     used: PatchCounts
     """Training patches of an epoch."""
     class_shares: dict[str, float]
-    """Shares of the classes in training, where sampling by patient changes them."""
+    """Shares of the classes in training, where sampling by patient or patch weights change them."""
 
 
 class RunPack(TypedDict, total=False):
@@ -127,6 +131,14 @@ class NormalisationRecord(TypedDict):
     n_patches: int
 
 
+class RunInput(TypedDict, total=False):
+    """A file, or classifiers, that a setting of ``[train]`` names."""
+
+    source: Required[str]
+    sha256: Required[str]
+    warning: str
+
+
 class RunInfo(TypedDict, total=False):
     """Content of ``run.json``."""
 
@@ -142,6 +154,8 @@ class RunInfo(TypedDict, total=False):
     pack: Required[RunPack]
     parameters: dict[str, int]
     weights: Required[StartWeights]
+    inputs: dict[str, RunInput]
+    """Files and classifiers that settings of ``[train]`` name, by setting."""
     epochs: Required[NonNegativeInt]
     epochs_done: Required[NonNegativeInt]
     started: Required[str]
@@ -409,6 +423,7 @@ def hash_config(
     split: Mapping[str, object],
     seed: int,
     weights: str | None,
+    inputs: Mapping[str, RunInput] | None = None,
 ) -> str:
     """Return a hash of everything that defines the result of a run.
 
@@ -418,12 +433,14 @@ def hash_config(
         subsets: Subset of every patch.
         split: Entry of the split in ``run.json``.
         weights: Hash of the initial weights; None for random weights.
+        inputs: Entry ``inputs`` of ``run.json``; their hashes stand for their paths.
     """
     requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
     for name, before in DEFAULTS_BEFORE.items():
         table, _, key = name.partition(".")
         if requested[table][key] == before:
             del requested[table][key]
+    requested["train"] |= {key: file["sha256"] for key, file in (inputs or {}).items()}
     config = {
         "recipe": requested,
         "pack": pack.info.content_sha256,

@@ -20,7 +20,7 @@ from biopsy.core.errors import (
     SplitError,
     TrainingDiverged,
 )
-from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic
+from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic, sha256_file
 from biopsy.core.storage import stage
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
@@ -37,11 +37,13 @@ from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
 from biopsy.training.augmentation import Transform, check_transform, describe_transform
 from biopsy.training.checkpoints import LAST, load_weights
+from biopsy.training.distillation import check_teachers, identify_teachers, predict_teachers
 from biopsy.training.distributed import Processes, join_processes
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
+from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
     DOCUMENT,
@@ -49,6 +51,7 @@ from biopsy.training.runs import (
     PatchCounts,
     Run,
     RunInfo,
+    RunInput,
     describe_environment,
     find_cached_run,
     hash_config,
@@ -219,7 +222,8 @@ def _begin(
     network, weights = make_network(recipe, len(pack.class_names), seed)
     _check(recipe, pack, split, subsets, network)
     used = take_fraction(np.flatnonzero(subsets == "train"), pack.target, recipe.train.fraction, seed)
-    shares = _share_classes(recipe, pack, used)
+    inputs = _find_inputs(recipe, pack, subsets)
+    shares = _share_classes(recipe, pack, used, _read_weights(inputs, pack, used))
     if recipe.train.sampling == "undersample":
         used = sample_epoch(used, pack.target, sampling="undersample", seed=seed, epoch=1)
     total, trainable = count_parameters(network)
@@ -260,12 +264,14 @@ def _begin(
         "seconds": 0.0,
         "environment": describe_environment(),
     }
+    if inputs:
+        info["inputs"] = inputs
     if shares is not None:
         info["split"]["class_shares"] = shares
     if transform is not None:
         info["transform"], info["config_sha256"] = describe_transform(transform), None
     else:
-        config = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"])
+        config = hash_config(recipe, pack, subsets, info["split"], seed, weights["sha256"], inputs)
         info["config_sha256"] = config
         result = find_cached_run(config, sorted(RUNS.glob("*")) if out is None else [path])
         if result is not None:
@@ -319,23 +325,75 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
         optimiser_of(recipe, network)
 
 
-def _share_classes(recipe: Recipe, pack: Pack, train: np.ndarray) -> dict[str, float] | None:
-    """Return the share of each class in an epoch sampled by patient; None for other samplings.
+def _find_inputs(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> dict[str, RunInput]:
+    """Return the files and classifiers that settings of ``[train]`` name, with their hashes."""
+    inputs: dict[str, RunInput] = {}
+    if path := recipe.train.patch_weights:
+        inputs["patch_weights"] = {"source": str(Path(path).resolve()), "sha256": sha256_file(path)}
+    if teachers := recipe.train.teacher:
+        inputs["teacher"] = identify_teachers(teachers)
+        if (warning := check_teachers(teachers, pack, subsets)) is not None:
+            inputs["teacher"]["warning"] = warning
+    return inputs
+
+
+def _require_unchanged(inputs: dict[str, RunInput]) -> None:
+    """Check that the files and classifiers of a resumed run are those that it began with."""
+    for setting, file in inputs.items():
+        source = file["source"]
+        sha256 = identify_teachers(source)["sha256"] if setting == "teacher" else sha256_file(source)
+        if sha256 != file["sha256"]:
+            raise RunError(
+                f"{source} (train.{setting}) was changed since the run began: restore it, or start a new run",
+                "altered",
+            )
+
+
+def _read_weights(inputs: dict[str, RunInput], pack: Pack, train: np.ndarray) -> np.ndarray | None:
+    file = inputs.get("patch_weights")
+    return read_patch_weights(file["source"], pack, train) if file else None
+
+
+def _predict_teachers(
+    inputs: dict[str, RunInput],
+    recipe: Recipe,
+    pack: Pack,
+    train: np.ndarray,
+    engine: Engine,
+    processes: Processes,
+) -> np.ndarray | None:
+    if "teacher" not in inputs:
+        return None
+    source, temperature = inputs["teacher"]["source"], recipe.train.teacher_temperature
+    logger.info("%s predicts %s training patches", source, f"{len(train):,}")
+    return predict_teachers(source, pack, train, engine=engine, processes=processes, temperature=temperature)
+
+
+def _share_classes(
+    recipe: Recipe, pack: Pack, train: np.ndarray, patch_weights: np.ndarray | None
+) -> dict[str, float] | None:
+    """Return the share of each class in training; None without sampling by patient or patch weights.
 
     Raises:
-        DataError: If patches name no patients, or none has several classes.
+        DataError: If sampling by patient finds no patients, or none of several classes.
     """
-    if recipe.train.sampling != "within-patient":
+    sampling, target = recipe.train.sampling, pack.target[train]
+    if sampling != "within-patient" and patch_weights is None:
         return None
-    if pack.unit == "patch":
+    if sampling == "within-patient" and pack.unit == "patch":
         raise DataError(
             f"train.sampling=within-patient needs patient ids, and {pack.path.name} has none: prepare it "
             "with --patients, or --set train.sampling=none"
         )
-    weight = recipe.train.single_class_weight
-    shares = within_patient_shares(train, pack.target, pack.group_ids, weight)
-    totals = np.bincount(pack.target[train], shares, minlength=len(pack.class_names))
-    return dict(zip(pack.class_names, totals.tolist(), strict=True))
+    if sampling == "within-patient":
+        factor = recipe.train.single_class_weight
+        weight = within_patient_shares(train, pack.target, pack.group_ids, factor)
+    else:
+        weight = np.ones(len(train)) if sampling == "none" else 1 / np.bincount(target)[target]
+    if patch_weights is not None:
+        weight = weight * patch_weights[train]
+    totals = np.bincount(target, weight, minlength=len(pack.class_names))
+    return dict(zip(pack.class_names, (totals / totals.sum()).tolist(), strict=True))
 
 
 def _repeat(path: Path, pack: Pack, split: Split, fold: int | None, seed: int) -> str:
@@ -408,6 +466,8 @@ def _train(
     on_epoch: OnEpoch | None,
 ) -> None:
     recipe, started, before = run.recipe, time.perf_counter(), run.info["seconds"]
+    inputs = run.info.get("inputs", {})
+    _require_unchanged(inputs)
     subsets = run.subsets(pack)
     published = run.info["split"]["as_published"]
     checkpoint = recipe.as_published.checkpoint if published else recipe.train.checkpoint
@@ -422,6 +482,8 @@ def _train(
         engine=engine,
         seed=seed,
         keep_best=checkpoint == "best",
+        patch_weights=_read_weights(inputs, pack, train),
+        teacher=_predict_teachers(inputs, recipe, pack, train, engine, processes),
         transform=transform,
         processes=processes,
     )

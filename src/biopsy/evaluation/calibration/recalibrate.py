@@ -160,5 +160,11 @@ def _hash_new_config(run: Run, recipe: Recipe) -> str | None:
         return None
     info = run.info
     return hash_config(
-        recipe, pack, run.subsets(pack), info["split"], info["seed"], info["weights"]["sha256"]
+        recipe,
+        pack,
+        run.subsets(pack),
+        info["split"],
+        info["seed"],
+        info["weights"]["sha256"],
+        info.get("inputs"),
     )
