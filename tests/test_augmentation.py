@@ -260,6 +260,7 @@ def test_cutout_shows_the_mean_colour_to_the_network(order):
     [
         "blur_px=-1",
         "cutout=1.1",
+        "rand_stain_na=1.1",
         "rotation_deg=181",
         "shear_deg=91",
         "shift=-0.1",

@@ -122,6 +122,8 @@ class Augmentation(_Table):
     """Maximum relative scaling and offset of the amounts of haematoxylin and eosin (Tellez et al. 2018)."""
     stain_transfer: float = Field(default=0.0, ge=0, le=1)
     """Probability of transferring the stain of the same class in another training patient."""
+    rand_stain_na: float = Field(default=0.0, ge=0, le=1)
+    """Probability of matching the patch's colours to a template drawn from training (Shen et al. 2022)."""
     blur_px: NonNegativeFloat = 0.0
     """Maximum standard deviation of a Gaussian blur, in pixels of the input."""
     cutout: float = Field(default=0.0, ge=0, le=1)

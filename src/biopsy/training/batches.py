@@ -17,7 +17,12 @@ from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import Transform, apply_transform, augment, cut_out
 from biopsy.training.distributed import ALONE, Processes
 from biopsy.training.patch_operations import send
-from biopsy.training.stain_augmentation import StainTransfer, fit_stain_transfer
+from biopsy.training.stain_augmentation import (
+    RandStainNA,
+    StainTransfer,
+    fit_rand_stain_na,
+    fit_stain_transfer,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Batches:
         heights: True height of each.
         preprocessing: How they are resized and scaled.
         stain_transfer: Applied between the two; None for validation.
+        rand_stain_na: Applied after that; None for validation.
         augmentation: Applied after that, cutout after normalisation; None for validation.
         transform: Applied after that; see `augmentation.apply_transform`.
         batch_size: Patches per batch.
@@ -85,6 +91,7 @@ class Batches:
     widths: np.ndarray | None = None
     heights: np.ndarray | None = None
     stain_transfer: StainTransfer | None = None
+    rand_stain_na: RandStainNA | None = None
     augmentation: Augmentation | None = None
     transform: Transform | None = None
     drop_last: bool = False
@@ -116,6 +123,7 @@ class Batches:
             heights=pack.sizes[:, 1],
             preprocessing=preprocessing,
             stain_transfer=fit_stain_transfer(pack, rows, recipe.augmentation.stain_transfer, seed),
+            rand_stain_na=fit_rand_stain_na(pack, rows, recipe.augmentation.rand_stain_na, seed),
             augmentation=recipe.augmentation,
             transform=transform,
             batch_size=recipe.train.batch_size,
@@ -200,6 +208,8 @@ class Batches:
         if self.stain_transfer is not None:
             draws = generator("stain-transfer")
             batch = self.stain_transfer.apply(batch, chosen, labels, draws, n=n, part=part)
+        if self.rand_stain_na is not None:
+            batch = self.rand_stain_na.apply(batch, generator("rand-stain-na"), n=n, part=part)
         if self.augmentation is not None:
             batch = augment(self.augmentation, batch, generator("augmentation"), n=n, part=part)
         if self.transform is not None:

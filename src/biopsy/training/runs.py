@@ -41,6 +41,7 @@ DEFAULTS_BEFORE = {
     "model.tta": "none",
     "model.context": 0.0,
     "model.lora_rank": 0,
+    "augmentation.rand_stain_na": 0.0,
     "augmentation.blur_px": 0.0,
     "augmentation.cutout": 0.0,
     "train.nesterov": False,

@@ -7,6 +7,10 @@ association. A patch of one class is given the colour statistics that patches of
 another patient, who is drawn among the patients with more than one class; afterwards the classes share one
 set of stains. The statistics are the mean and standard deviation of optical density in each channel
 (Reinhard et al. 2001 match them in another colour space and without regard to class).
+
+*RandStainNA* (Shen et al. 2022) gives a patch the mean and standard deviation of L*, a* and b* of a template
+that does not exist: each of the six numbers is drawn from a normal distribution, that of the number over
+training patches, without regard to class.
 """
 
 import logging
@@ -18,6 +22,8 @@ from torch import Generator, Tensor
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
+from biopsy.recipes.preprocessing import to_unit
+from biopsy.training.colour_spaces import lab_to_rgb, rgb_to_lab
 from biopsy.training.patch_operations import send
 
 logger = logging.getLogger(__name__)
@@ -130,3 +136,74 @@ def _measure(pack: Pack, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     pixels = [pack.pixels(row).reshape(-1, 3) for row in rows]
     values = density(torch.from_numpy(np.concatenate(pixels)).float() / 255)
     return values.mean(0), values.std(0).clamp(min=LOWEST_SD)
+
+
+TEMPLATE_PATCHES = 4096  # measured in all
+LOWEST_LAB_SD = 1.0  # below, a channel is stretched as if it had this
+
+
+@dataclass(frozen=True)
+class RandStainNA:
+    """Distribution of the colour statistics of patches, from which templates are drawn.
+
+    Attributes:
+        centre: Means over patches of the mean and of the standard deviation of L*, a* and b*, ``(2, 3)``.
+        spread: Standard deviations over patches, ``(2, 3)``.
+        probability: Probability that a patch is recoloured.
+    """
+
+    centre: Tensor
+    spread: Tensor
+    probability: float
+
+    def apply(
+        self, batch: Tensor, generator: Generator, *, n: int | None = None, part: slice = slice(None)
+    ) -> Tensor:
+        """Recolour each patch with the given probability, by a template of its own.
+
+        Args:
+            batch: ``(B, 3, H, W)`` RGB in 0-1, on any device.
+            generator, n, part: As of `StainTransfer.apply`.
+        """
+        n = len(batch) if n is None else n
+        chosen = torch.rand(n, generator=generator)[part] < self.probability
+        draw = torch.randn(2, n, 3, generator=generator)[:, part][:, chosen]
+        if not chosen.any():
+            return batch
+        mean, sd = send(self.centre[:, None] + self.spread[:, None] * draw, batch)[..., None, None]
+        rows = send(torch.nonzero(chosen).ravel(), batch)
+        lab = rgb_to_lab(batch.index_select(0, rows))
+        own_sd, own_mean = torch.std_mean(lab, (2, 3), correction=0, keepdim=True)
+        matched = (lab - own_mean) * (sd.clamp(min=0) / own_sd.clamp(min=LOWEST_LAB_SD)) + mean
+        return batch.index_copy(0, rows, lab_to_rgb(matched))
+
+
+def fit_rand_stain_na(pack: Pack, rows: np.ndarray, probability: float, seed: int) -> RandStainNA | None:
+    """Measure the colour statistics of training patches, of each patient equally many.
+
+    Args:
+        pack: Pack of the patches; its group ids are those of patients, or of slides where patients are
+            unknown.
+        rows: Rows of the training patches.
+        probability: Probability that a patch is recoloured; 0 for none.
+        seed: Seed of the draw of the patches that are measured.
+
+    Returns:
+        None if the probability is 0.
+    """
+    if not probability:
+        return None
+    groups, group = np.unique(pack.group_ids[rows], return_inverse=True)
+    rng = make_rng(seed, "rand-stain-na")
+    chosen = rng.permutation(len(groups))[:TEMPLATE_PATCHES]
+    n_each = min(-(-TEMPLATE_PATCHES // len(chosen)), np.bincount(group).max())
+    measured = [np.resize(rng.permutation(rows[group == index]), n_each) for index in chosen]
+    statistics = torch.stack([_measure_lab(pack.pixels(row)) for row in np.concatenate(measured)])
+    return RandStainNA(statistics.mean(0), statistics.std(0, correction=0), probability)
+
+
+def _measure_lab(pixels: np.ndarray) -> Tensor:
+    """Return mean and standard deviation of L*, a* and b* of a patch, ``(2, 3)``."""
+    lab = rgb_to_lab(to_unit(pixels.copy()[None]))[0]
+    sd, mean = torch.std_mean(lab, (1, 2), correction=0)
+    return torch.stack([mean, sd])
