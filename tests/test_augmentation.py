@@ -50,7 +50,13 @@ def test_everything_off_is_the_identity_bit_for_bit():
 
 @pytest.mark.parametrize(
     "settings",
-    [POST, Augmentation(rot90=True), Augmentation(hed_jitter=0.2), Augmentation(blur_px=2)],
+    [
+        POST,
+        Augmentation(rot90=True),
+        Augmentation(hed_jitter=0.2),
+        Augmentation(blur_px=2),
+        Augmentation(rand_augment_n=3),
+    ],
 )
 def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
     batch = make_batch(16)
@@ -260,6 +266,8 @@ def test_cutout_shows_the_mean_colour_to_the_network(order):
     [
         "blur_px=-1",
         "cutout=1.1",
+        "rand_augment_n=-1",
+        "rand_augment_magnitude=11",
         "rand_stain_na=1.1",
         "rotation_deg=181",
         "shear_deg=91",

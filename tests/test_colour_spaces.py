@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from biopsy.training.colour_spaces import lab_to_rgb, rgb_to_lab
+from biopsy.training.colour_spaces import hsv_to_rgb, lab_to_rgb, rgb_to_hsv, rgb_to_lab
 
 
 def as_batch(colours):
@@ -35,3 +35,13 @@ def test_lab_agrees_with_opencv_and_comes_back():
 def test_colours_that_srgb_lacks_are_clipped():
     rgb = lab_to_rgb(as_batch([[120, 0, 0], [-20, 0, 0], [50, 200, -200], [50, -200, 200]]))
     assert rgb.isfinite().all() and rgb.min() == 0 and 0.999 < rgb.max() <= 1
+
+
+def test_hsv_agrees_with_opencv_and_comes_back():
+    rgb = torch.rand(4, 3, 30, 20, generator=torch.Generator().manual_seed(0))
+    rgb[0, :, :5], rgb[0, :, 5:10], rgb[0, :, 10:15] = 0, 1, 0.5  # without a hue
+    hsv = rgb_to_hsv(rgb)
+    for patch, ours in zip(rgb, hsv, strict=True):
+        theirs = cv2.cvtColor(np.ascontiguousarray(patch.permute(1, 2, 0)), cv2.COLOR_RGB2HSV)
+        assert np.abs(theirs / [360, 1, 1] - ours.permute(1, 2, 0).numpy()).max() < 1e-4
+    assert torch.allclose(hsv_to_rgb(hsv), rgb, atol=1e-5)

@@ -87,7 +87,13 @@ def test_parts_of_augmented_batches_are_those_of_one_process(pack, world_size):
             stain_transfer=fit_stain_transfer(pack, rows, 0.5, seed=0),
             rand_stain_na=fit_rand_stain_na(pack, rows, 0.5, seed=0),
             augmentation=Augmentation(
-                rotation_deg=20, zoom=0.2, flip_vertical=True, hed_jitter=0.1, blur_px=1, cutout=0.3
+                rotation_deg=20,
+                zoom=0.2,
+                flip_vertical=True,
+                hed_jitter=0.1,
+                rand_augment_n=2,
+                blur_px=1,
+                cutout=0.3,
             ),
             processes=Processes(rank, world_size),
         )

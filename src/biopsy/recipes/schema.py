@@ -124,6 +124,10 @@ class Augmentation(_Table):
     """Probability of transferring the stain of the same class in another training patient."""
     rand_stain_na: float = Field(default=0.0, ge=0, le=1)
     """Probability of matching the patch's colours to a template drawn from training (Shen et al. 2022)."""
+    rand_augment_n: NonNegativeInt = 0
+    """Number of operations on each patch drawn by RandAugment (Faryna et al. 2021); 0: none."""
+    rand_augment_magnitude: float = Field(default=5.0, ge=0, le=10)
+    """Maximum level of these operations, 0-10; see `biopsy.training.rand_augment` for their ranges."""
     blur_px: NonNegativeFloat = 0.0
     """Maximum standard deviation of a Gaussian blur, in pixels of the input."""
     cutout: float = Field(default=0.0, ge=0, le=1)

@@ -2,9 +2,9 @@
 
 *Augmentation* changes a whole batch at once, each patch its own draw, on the device it lies on. Rotation,
 shift, shear and zoom are composed as Keras's ``ImageDataGenerator`` composes them; flips and quarter turns
-move pixels exactly; the stain jitter scales and offsets the amounts of haematoxylin and eosin; blur is the
-last. Cutout follows when the batch is normalised. All draws come from a CPU generator, so every device sees
-the same ones.
+move pixels exactly; the stain jitter scales and offsets the amounts of haematoxylin and eosin; RandAugment
+and blur come last, and cutout when the batch is normalised. All draws come from a CPU generator, so every
+device sees the same ones.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from biopsy.training.patch_operations import (
     move_pixels,
     warp,
 )
+from biopsy.training.rand_augment import rand_augment
 
 
 def augment(
@@ -59,6 +60,8 @@ def augment(
     if settings.hed_jitter:
         spread = (torch.rand(2, n, 2, generator=generator)[:, part] * 2 - 1) * settings.hed_jitter
         batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
+    if settings.rand_augment_n:
+        batch = rand_augment(settings, batch, generator, n, part)
     if settings.blur_px:
         batch = blur(batch, (torch.rand(n, generator=generator) * settings.blur_px)[part])
     return batch

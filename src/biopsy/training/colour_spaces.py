@@ -36,6 +36,22 @@ def lab_to_rgb(batch: Tensor) -> Tensor:
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
 
 
+def rgb_to_hsv(batch: Tensor) -> Tensor:
+    """Convert RGB to hue, saturation and value, all in 0-1."""
+    value, place = batch.max(1, keepdim=True)
+    chroma = value - batch.amin(1, keepdim=True)
+    difference = (batch.roll(-1, 1) - batch.roll(-2, 1)).gather(1, place)  # of the two other channels
+    hue = (difference / chroma.clamp(min=1e-8) + 2 * place) / 6 % 1
+    return torch.cat([hue, chroma / value.clamp(min=1e-8), value], dim=1)
+
+
+def hsv_to_rgb(batch: Tensor) -> Tensor:
+    """Convert hue, saturation and value in 0-1 to RGB."""
+    hue, saturation, value = batch.split(1, dim=1)
+    sector = (batch.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * hue) % 6
+    return value - value * saturation * torch.minimum(sector, 4 - sector).clamp(0, 1)
+
+
 @lru_cache(maxsize=2)
 def _matrix(name: str) -> Tensor:
     if name == "lab":

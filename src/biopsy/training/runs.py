@@ -42,6 +42,8 @@ DEFAULTS_BEFORE = {
     "model.context": 0.0,
     "model.lora_rank": 0,
     "augmentation.rand_stain_na": 0.0,
+    "augmentation.rand_augment_n": 0,
+    "augmentation.rand_augment_magnitude": 5.0,
     "augmentation.blur_px": 0.0,
     "augmentation.cutout": 0.0,
     "train.nesterov": False,
