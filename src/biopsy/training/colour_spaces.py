@@ -20,9 +20,9 @@ def rgb_to_lab(batch: Tensor) -> Tensor:
         batch: ``(B, 3, H, W)`` float.
     """
     linear = torch.where(batch > 0.04045, ((batch + 0.055) / 1.055) ** 2.4, batch / 12.92)
-    xyz = _combine(linear, _matrix("xyz"))
+    xyz = _combine(linear, "xyz")
     compressed = torch.where(xyz > _LINEAR_BELOW**3, xyz ** (1 / 3), xyz / (3 * _LINEAR_BELOW**2) + 4 / 29)
-    lab = _combine(compressed, _matrix("lab"))
+    lab = _combine(compressed, "lab")
     lab[:, 0] -= 16
     return lab
 
@@ -30,9 +30,9 @@ def rgb_to_lab(batch: Tensor) -> Tensor:
 def lab_to_rgb(batch: Tensor) -> Tensor:
     """Convert CIE L*a*b* (D65) to sRGB; colours that sRGB lacks are clipped to 0-1."""
     shifted = torch.cat([batch[:, :1] + 16, batch[:, 1:]], dim=1)
-    compressed = _combine(shifted, torch.linalg.inv(_matrix("lab")))
+    compressed = _combine(shifted, "lab", inverse=True)
     xyz = torch.where(compressed > _LINEAR_BELOW, compressed**3, 3 * _LINEAR_BELOW**2 * (compressed - 4 / 29))
-    linear = _combine(xyz, torch.linalg.inv(_matrix("xyz"))).clamp_(0, 1)
+    linear = _combine(xyz, "xyz", inverse=True).clamp_(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
 
 
@@ -48,17 +48,19 @@ def rgb_to_hsv(batch: Tensor) -> Tensor:
 def hsv_to_rgb(batch: Tensor) -> Tensor:
     """Convert hue, saturation and value in 0-1 to RGB."""
     hue, saturation, value = batch.split(1, dim=1)
-    sector = (batch.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * hue) % 6
+    sector = (torch.arange(5, 0, -2, device=batch.device).view(1, 3, 1, 1) + 6 * hue) % 6
     return value - value * saturation * torch.minimum(sector, 4 - sector).clamp(0, 1)
 
 
-@lru_cache(maxsize=2)
-def _matrix(name: str) -> Tensor:
-    if name == "lab":
-        return torch.tensor(_LAB, dtype=torch.float64)
-    return torch.tensor(_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]
-
-
-def _combine(batch: Tensor, matrix: Tensor) -> Tensor:
+def _combine(batch: Tensor, name: str, *, inverse: bool = False) -> Tensor:
     """Multiply the channels of each pixel by a matrix."""
-    return torch.einsum("ij,bjhw->bihw", matrix.to(batch), batch)
+    return torch.einsum("ij,bjhw->bihw", _send_matrix(name, inverse, batch.dtype, batch.device), batch)
+
+
+@lru_cache(maxsize=16)
+def _send_matrix(name: str, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a matrix on a device, and keep it: sending it synchronises."""
+    matrix = torch.tensor(_LAB if name == "lab" else _XYZ, dtype=torch.float64)
+    if name == "xyz":
+        matrix /= torch.tensor(_WHITE, dtype=torch.float64)[:, None]
+    return (torch.linalg.inv(matrix) if inverse else matrix).to(device, dtype)

@@ -71,8 +71,8 @@ def _enhance(patches: Tensor, level: Tensor, draws: Tensor, *, without: Callable
 
 
 def _grey(patches: Tensor) -> Tensor:
-    weights = patches.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
-    return torch.einsum("c,bchw->bhw", weights, patches)[:, None]
+    red, green, blue = patches.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
 
 
 def _smooth(patches: Tensor) -> Tensor:
