@@ -32,6 +32,7 @@ import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,13 @@ def start_cancernet(
     *,
     device: str = "cpu",
     batch_size: int = BATCH_SIZE,
+    compiled: bool = False,
 ) -> Callable[[], int]:
-    """Set up this package's training of CancerNet and return a function that does a pass."""
+    """Set up this package's training of CancerNet and return a function that does a pass.
+
+    Args:
+        compiled: The network is compiled by ``torch.compile`` into CUDA graphs, in the first pass.
+    """
     import numpy as np
     import torch
 
@@ -128,6 +134,7 @@ def start_cancernet(
     from biopsy.recipes.preprocessing import Preprocessing
     from biopsy.recipes.schema import Augmentation
     from biopsy.training.batches import Batches
+    from biopsy.training.device_patches import place_patches
     from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
 
     engine = Engine(device, precision)  # type: ignore[arg-type]
@@ -147,6 +154,8 @@ def start_cancernet(
         drop_last=True,
         device=engine.device,
     )
+    batches = place_patches(batches, np.arange(len(target)), n_visits=2 * len(target))
+    learner = torch.compile(network, mode="reduce-overhead") if compiled else network
     rng, done = np.random.default_rng(0), iter(range(sys.maxsize))
 
     def train_once() -> int:
@@ -157,7 +166,9 @@ def start_cancernet(
             set_learning_rate(
                 optimiser, learning_rate(step, lr=1e-2, schedule="inverse-time", decay=1e-2 / 40)
             )
-            losses.append(engine.train_step(network, optimiser, batch, classes, loss_fn)[0])
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            losses.append(engine.train_step(learner, optimiser, batch, classes, loss_fn)[0])
         assert torch.stack(losses).isfinite().all()
         return batches.count(len(order)) * batch_size
 
@@ -301,7 +312,7 @@ def describe_machine() -> dict[str, object]:
         "processor": processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "tensorflow", "keras")},
+        **{name: version(name) for name in ("torch", "tensorflow", "keras") if find_spec(name)},
     }
 
 
