@@ -90,6 +90,7 @@ COMMANDS = {
     "inspect": Command("inspect in.pack", 500, 15),
     "split": Command("split in.pack --protocol patients", 300, 5),
     "train": Command(f"train {STUDY} --out run", 1600, 10),
+    "pretrain": Command(f"pretrain {STUDY} --epochs 1 --out pretrained", 1600, 10),
     "calibrate": Command("calibrate run", 1000, 5),
     "evaluate": Command("evaluate run", 1300, 15),
     "errors": Command("errors run", 1400, 10),

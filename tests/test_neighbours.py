@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.data.coordinates import find_slides, find_step
 from biopsy.evaluation.neighbours import (
     count_neighbours,
-    find_step,
     find_zones,
-    locate_patches,
     measure_zones,
     rank_label_issues,
 )
@@ -43,7 +42,7 @@ def test_border_and_deep_by_hand():
 def test_order_scale_and_place_change_nothing(step):
     rng = np.random.default_rng(0)
     table, target = make_table(9, 7, step=step), rng.integers(0, 3, 63)
-    assert find_step(locate_patches(table)) == step
+    assert find_step(find_slides(table)) == step
     expected = count_neighbours(make_table(9, 7), target, 3)
     np.testing.assert_array_equal(count_neighbours(table.assign(x=table["x"] + 7), target, 3), expected)
     order = rng.permutation(63)
@@ -68,7 +67,7 @@ def test_without_coordinates_or_slide_there_is_nothing_to_count():
     assert zones["zone"].isna().tolist() == [True, True, False, False]
     lonely = find_zones(count_neighbours(make_table(1, 1), np.array([1]), 2), np.array([1]))
     assert lonely["n_neighbours"].tolist() == [0] and lonely["zone"].isna().all()
-    assert find_step(locate_patches(table.assign(x=pd.NA))) == 1.0
+    assert find_step(find_slides(table.assign(x=pd.NA))) == 1.0
 
 
 def score(target, prob, groups, unit="slide"):

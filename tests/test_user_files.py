@@ -402,6 +402,12 @@ CASES = {
     ),
     "split": Case("split own.pack --protocol patients --name mine", "own.pack/splits", taken=("mine.csv",)),
     "train": Case(f"train {STUDY} --out trained --plot curves.svg", "trained", is_new=True),
+    "pretrain": Case(
+        f"pretrain {STUDY} --split official --epochs 1 --out learned",
+        "learned",
+        is_new=True,
+        taken=("weights.safetensors",),
+    ),
     "evaluate": Case("evaluate run", "run/evaluation"),
     "calibrate": Case("calibrate run", "run/explain", before=("evaluate run", "explain run", "errors run")),
     "report": Case("report run --out pages", "pages", taken=("run-report.html",), before=JUDGED),

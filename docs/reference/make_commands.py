@@ -31,6 +31,7 @@ $ biopsy inspect idc.pack --split patients
 $ biopsy split idc.pack --protocol leave-one-out --test-patients 8863,8865,8867 --name loso
 $ biopsy train cancernet-2020 --data idc.pack --split patients --set train.lr=0.005 --out runs/lower
 $ biopsy train --resume runs/lower
+$ biopsy pretrain idc-small --data idc.pack --split patients --epochs 100
 $ biopsy evaluate runs/lower --subset validation --json
 $ biopsy evaluate theirs.csv --positive tumour --report theirs.html --csv tables
 $ biopsy calibrate runs/lower --method platt

@@ -55,6 +55,8 @@ from .models.weights import fetch as fetch
 from .slides.cohorts import SlideCohort as SlideCohort
 from .slides.cohorts import slide as slide
 from .slides.maps import SlideMap as SlideMap
+from .training.pretraining import Pretraining as Pretraining
+from .training.pretraining import pretrain as pretrain
 from .training.runs import Run as Run
 from .training.study import Study as Study
 from .training.train import train as train

@@ -25,7 +25,7 @@ KNOWN_ERROR, USAGE, INTERRUPTED = 1, 2, 130
 GROUPS = {
     "Start": ("demo", "list", "doctor"),
     "Data": ("fetch", "prepare", "inspect", "split", "label_issues"),
-    "Training": ("train", "study", "sweep", "probe", "reproduce", "import_keras"),
+    "Training": ("train", "pretrain", "study", "sweep", "probe", "reproduce", "import_keras"),
     "Evaluation": ("evaluate", "calibrate", "compare", "errors", "explain", "verify", "report"),
     "Prediction": ("predict", "slide", "next", "view", "serve", "export", "publish"),
 }

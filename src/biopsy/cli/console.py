@@ -160,8 +160,11 @@ class EpochLines:
 def epoch_line(record: "EpochRecord") -> str:
     """Return an epoch's record as one line: loss, metrics, learning rate, speed, time left.
 
-    That of a logistic regression has loss and metrics only.
+    That of a logistic regression has loss and metrics only, that of pre-training no metrics.
     """
+    if "spread" in record:
+        progress = f"epoch {record['epoch']:3d}  loss {record['loss']:7.4f}  spread {record['spread']:.3f}"
+        return "  ".join([progress, *_pace(record)])
     auroc, is_probe = record["val_auroc"], "penalty" in record
     parts = [
         f"logistic regression on {record['n_features']:,} features, penalty {record['penalty']:g}:"
@@ -175,12 +178,15 @@ def epoch_line(record: "EpochRecord") -> str:
     ]
     if is_probe:  # fitted at once: no epochs, rate or time left
         return "  ".join(parts)
-    parts += [
+    return "  ".join([*parts, *_pace(record)]) + ("  best so far" if record["best"] else "")
+
+
+def _pace(record: "EpochRecord") -> list[str]:
+    return [
         f"lr {record['lr']:.2e}",
         f"{record['images_per_s']:7,.0f} images/s",
         f"{timedelta(seconds=round(record['time_left_s']))} left",
     ]
-    return "  ".join(parts) + ("  best so far" if record["best"] else "")
 
 
 @contextlib.contextmanager

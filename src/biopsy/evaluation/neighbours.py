@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.colors import to_rgb
 from scipy.spatial import cKDTree
 
+from biopsy.data.coordinates import REACH, find_slides, find_step
 from biopsy.data.packs import Pack
 from biopsy.evaluation.scored import ScoredPatches
 from biopsy.plotting.style import class_colour
@@ -15,37 +16,11 @@ from biopsy.slide_io.mosaic import stitch
 from biopsy.statistics.intervals import PatientSummary, estimate_metrics, estimate_patient_metrics
 from biopsy.statistics.resampling import Interval
 
-REACH = 1.25  # in grid steps: the eight neighbours, including the diagonal ones
 ZONES = {
     "border": "at least one of the eight neighbours has another label",
     "deep": "all existing neighbours have the same label",
 }
 SHOWN = ("sensitivity", "specificity")
-
-Slides = list[tuple[np.ndarray, np.ndarray]]
-
-
-def locate_patches(table: pd.DataFrame) -> Slides:
-    """Return, for each slide, its rows ``(n,)`` of the table and their positions ``(n, 2)`` as (x, y).
-
-    Patches without coordinates, or without both ``slide_id`` and ``patient_id``, are left out.
-    """
-    slide = table["slide_id"].fillna(table["patient_id"])
-    located = np.flatnonzero(table[["x", "y"]].notna().all(axis=1) & slide.notna())
-    x_y = table[["x", "y"]].iloc[located].to_numpy(float)
-    parts = pd.Series(np.arange(len(located))).groupby(slide.iloc[located].to_numpy(str)).indices
-    return [(located[part], x_y[part]) for part in parts.values()]
-
-
-def find_step(slides: Slides) -> float:
-    """Return the most frequent Chebyshev distance from a patch to its nearest neighbour."""
-    nearest = [np.empty(0)]
-    for _, positions in slides:
-        distinct = np.unique(positions, axis=0)
-        if len(distinct) > 1:
-            nearest.append(cKDTree(distinct).query(distinct, k=2, p=np.inf)[0][:, 1])
-    distances, times = np.unique(np.concatenate(nearest), return_counts=True)
-    return float(distances[times.argmax()]) if len(times) else 1.0
 
 
 def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) -> np.ndarray:
@@ -61,7 +36,7 @@ def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) ->
         float ``(n, n_classes)``; NaN for patches without a position.
     """
     counts = np.full((len(table), n_classes), np.nan)
-    slides = locate_patches(table)
+    slides = find_slides(table)
     step = find_step(slides)
     for rows, positions in slides:
         pairs = cKDTree(positions).query_pairs(REACH * step, p=np.inf, output_type="ndarray")
@@ -180,7 +155,7 @@ class SlideViews:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._slides = locate_patches(pack.table)
+        self._slides = find_slides(pack.table)
         self._step = find_step(self._slides)
         self._slide_of = {int(row): index for index, (rows, _) in enumerate(self._slides) for row in rows}
         self._thumbnails: dict[int, tuple[np.ndarray, float]] = {}

@@ -26,6 +26,7 @@ from biopsy.core.files import (
 )
 from biopsy.core.loaders import read_tensors, refusing, validate
 from biopsy.core.results import Output
+from biopsy.data.coordinates import find_slides, has_coordinates
 from biopsy.data.packs import MAX_PATCH_PX, Pack
 from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.recipes.preprocessing import Preprocessing, Resize
@@ -532,25 +533,6 @@ def average_neighbours(
     for rows, coordinates in find_slides(table):
         averaged[rows] = _average_slide(averaged[rows], coordinates / patch_px, length)
     return averaged.astype(logits.dtype)
-
-
-def has_coordinates(table: pd.DataFrame) -> bool:
-    """Return whether any patch has coordinates on a slide."""
-    return {"x", "y", "slide_id", "patient_id"} <= set(table) and bool(_has_coordinates(table).any())
-
-
-def find_slides(table: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the rows ``(n,)`` of each slide and their coordinates ``(n, 2)``."""
-    slide = table["slide_id"].fillna(table["patient_id"])
-    rows = np.flatnonzero(_has_coordinates(table))
-    coordinates = table[["x", "y"]].iloc[rows].to_numpy(float)
-    parts = pd.Series(np.arange(len(rows))).groupby(slide.iloc[rows].to_numpy(str)).indices
-    return [(rows[part], coordinates[part]) for part in parts.values()]
-
-
-def _has_coordinates(table: pd.DataFrame) -> pd.Series:
-    has_slide = table["slide_id"].notna() | table["patient_id"].notna()
-    return table[["x", "y"]].notna().all(axis=1) & has_slide
 
 
 def _average_slide(logits: np.ndarray, coordinates: np.ndarray, length: float) -> np.ndarray:

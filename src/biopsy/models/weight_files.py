@@ -43,7 +43,7 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
     tensors = {} if is_keras else _read_tensors(path)
     weights = {key: value for key, value in tensors.items() if not key.startswith("extra.")}
     try:
-        if weights.keys() == network.state_dict().keys():
+        if _is_native(network, weights):
             return _fill_native(network, weights)
         if isinstance(network, LibraryNetwork) and network.is_cut:
             return _fill_truncated(network, name, path)
@@ -97,11 +97,22 @@ def _load_pickled(path: Path) -> Any:
             ) from None
 
 
+def _is_native(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a file is of this package, with or without the head."""
+    names = network.state_dict().keys()
+    return tensors.keys() <= names and all(is_head(key) for key in names - tensors.keys())
+
+
+def is_head(name: str) -> bool:
+    """Return whether a tensor of a network of this package is in its head."""
+    return name.startswith("head.")
+
+
 def _fill_native(network: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """Load a file of this package, without a head of another size."""
     current = network.state_dict()
-    head = [key for key in current if key.startswith("head.")]
-    fits = all(tensors[key].shape == current[key].shape for key in head)
+    head = [key for key in current if is_head(key)]
+    fits = all(key in tensors and tensors[key].shape == current[key].shape for key in head)
     network.load_state_dict(tensors if fits else tensors | {key: current[key] for key in head})
     return fits
 

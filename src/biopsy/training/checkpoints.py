@@ -43,7 +43,7 @@ class _Past(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     epoch: PositiveInt
-    val_loss: float
+    val_loss: float | None = None
 
 
 class _Progress(BaseModel):

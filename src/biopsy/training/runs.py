@@ -59,7 +59,10 @@ DEFAULTS_BEFORE = {
 
 
 class EpochRecord(TypedDict, total=False):
-    """Log record of an epoch; a probe has one record, with penalty and features."""
+    """Log record of an epoch; a probe has one record, with penalty and features.
+
+    Of pre-training it has no accuracy and validation, but the spread of the embeddings.
+    """
 
     epoch: Required[int]
     step: int
@@ -76,6 +79,7 @@ class EpochRecord(TypedDict, total=False):
     images_per_s: float
     seconds: float
     time_left_s: float
+    spread: float
     penalty: float
     features: str
     feature_seconds: float

@@ -22,12 +22,12 @@ from biopsy.core.errors import (
 )
 from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic, sha256_file
 from biopsy.core.storage import stage
+from biopsy.data.coordinates import has_coordinates
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
 from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_split, list_splits
 from biopsy.data.splits import split as make_split
-from biopsy.models.classifier import has_coordinates
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import pick_precision
 from biopsy.models.networks import count_parameters
