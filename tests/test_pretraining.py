@@ -230,7 +230,7 @@ def test_a_pack_without_coordinates_takes_the_same_patch_and_says_so(tmp_path, c
 
 
 def test_a_view_is_a_crop_of_at_least_the_stated_area():
-    ramp = torch.arange(40.0).expand(500, 1, 40, 40)
+    ramp = torch.arange(40.0).expand(300, 1, 40, 40)
     batch = torch.cat([ramp, ramp.transpose(2, 3), torch.zeros_like(ramp)], dim=1) / 40
     torch.manual_seed(0)
     views = View(0.2)(batch)
@@ -267,15 +267,13 @@ def test_equal_decorrelated_views_cost_nothing_and_collapsed_ones_do():
 
 
 def test_a_collapse_is_recognised(pack, whole, tmp_path, caplog):
-    blank = np.full_like(pack.patches, 200)
-    columns = {"patch_id": pack.table["patch_id"]}
-    same = write(tmp_path / "p", images=blank, columns=columns)
+    settings = ("train.weight_decay=1", "train.lr=0.5", "train.momentum=0", "train.nesterov=false")
     for _ in range(2):  # as well where it has finished already
         caplog.clear()
         with caplog.at_level(logging.WARNING, "biopsy"):
-            result = run(same, tmp_path / "out", "augmentation.hed_jitter=0")
+            result = run(pack, tmp_path / "out", *settings)
         assert "collapsed" in caplog.text
-    assert result["log"][-1]["spread"] < 0.01
+    assert result["log"][-1]["spread"] < 0.1 < whole["log"][-1]["spread"]
     assert len(result["warnings"]) == 1 and whole["warnings"] == []
 
 

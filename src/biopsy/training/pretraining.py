@@ -429,7 +429,7 @@ def _fit(
     spread = progress.history[-1]["spread"]
     warning = (
         f"the embeddings have collapsed: their standard deviation is {spread:.3f}, the loss aims at 1, so "
-        "the weights are of no use; use a lower --set train.lr, or a larger train.batch_size"
+        "the weights are of no use; use a lower --set train.lr or train.weight_decay"
     )
     info = {**info, "status": "finished", "log": progress.history}
     info["warnings"] = [warning] if spread < COLLAPSED else []
