@@ -43,12 +43,12 @@ from biopsy.models.engine import Engine
 from biopsy.models.weight_files import is_head
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
 from biopsy.recipes import DEFINING_TABLES, Overrides, Recipe, load_recipe, recipe_toml
-from biopsy.training.augmentation import affine_matrix, warp
 from biopsy.training.batches import Batches
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.finalize import fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, optimiser_of
 from biopsy.training.optimisers import learning_rate, set_learning_rate
+from biopsy.training.patch_operations import affine_matrix, warp
 from biopsy.training.runs import EpochRecord, describe_environment
 from biopsy.training.train import choose_split, open_data
 
@@ -163,7 +163,9 @@ def pretrain(
     """
     requested, pack = load_recipe(recipe, overrides), open_data(data)
     requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
-    requested = load_recipe(requested, {"augmentation.stain_transfer": 0.0})  # which reads the labels
+    engine = Engine(device, requested.train.precision)
+    fixed = {"train.precision": engine.precision, "augmentation.stain_transfer": 0.0}  # which reads labels
+    requested = load_recipe(requested, fixed)
     _check(requested, epochs, neighbours, crop)
     pack.verify()
     chosen = choose_split(pack, split, requested)
@@ -199,7 +201,7 @@ def pretrain(
             train=rows,
             val=rows[:0],
             preprocessing=fit_preprocessing(requested, pack, rows),
-            engine=Engine(device, requested.train.precision),
+            engine=engine,
             seed=seed,
             keep_best=False,
         )
