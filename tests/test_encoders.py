@@ -59,7 +59,7 @@ def tiny(own_registrations, tmp_path, monkeypatch):
 def test_names_are_unique_and_the_wanted_ones_are_there():
     assert len({encoder.hub for encoder in ALL.values()}) == len(ALL)
     wanted = "h-optimus-0 hibou-l virchow midnight-12k openmidnight uni2-h virchow2 h0-mini gigapath-flash"
-    wanted += " distillpath-is16-hopt0 kaiko-s16 lunit-s8 phikon"
+    wanted += " distillpath-is16-hopt0 kaiko-s16 kaiko-l14 lunit-s8 phikon dinov2-s14 dinov3-s16"
     assert set(wanted.split()) <= ALL.keys()
     assert all(find_encoder(alias) is e for e in ALL.values() for alias in (e.name, e.hub, e.tag))
 
@@ -101,6 +101,7 @@ def test_patches_are_brought_to_the_encoders_resolution():
     assert ALL["kaiko-s16"].fit_input(2000) == 448  # at most twice its input
     assert ALL["kaiko-s16"].fit_input(10) == 112
     assert ALL["kaiko-s16"].fit_input(None) == 224
+    assert (ALL["dinov2-b14"].fit_input(48), ALL["dinov3-b16"].fit_input(48)) == (224, 256)  # natural images
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,13 @@ def test_a_resolution_far_from_the_encoders_is_said(mpp, word, caplog):
     fed = feed_as_encoder(recipe, 50, mpp)
     assert word in caplog.text
     assert fed.preprocessing.mean == (0.5, 0.5, 0.5) and fed.preprocessing.feed == "recipe"
+
+
+def test_an_encoder_of_natural_images_has_no_resolution(caplog):
+    caplog.set_level("INFO", "biopsy")
+    fed = feed_as_encoder(load_recipe("probe", {"model.name": ALL["dinov2-s14"].tag}), 96, 0.972)
+    assert "natural images" in caplog.text and fed.preprocessing.input_px == 224
+    assert fed.preprocessing.mean == (0.485, 0.456, 0.406)
 
 
 def test_a_recipe_feeds_weights_as_they_were_trained():
@@ -137,6 +145,20 @@ def test_a_file_fills_an_encoder_at_another_input_size(tiny, tmp_path):
     larger = build_network(tiny.tag, n_classes=2, input_px=160, seed=1)
     fill_network(larger, tiny.tag, path)
     assert torch.equal(larger.body.vit.blocks[0].attn.qkv.weight, source.body.vit.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("name", ["dinov2-s14", "dinov3-s16", "kaiko-l14"])
+def test_a_file_of_timm_fills_an_encoder_at_another_input_size(name, own_registrations, tmp_path):
+    known = ALL[name]
+    encoder = register_tiny(architecture=known.architecture, arguments={**known.arguments, **TINY})
+    path, px = save_weights(encoder, tmp_path / "model.safetensors", input_px=224), 4 * encoder.token_px
+    network, other = (build_network(encoder.tag, n_classes=2, input_px=px, seed=seed) for seed in (1, 2))
+    fill_network(network, encoder.tag, path)
+    fill_network(other, encoder.tag, path)
+    patches = torch.rand(2, 3, px, px)
+    with torch.inference_mode():
+        found, wanted = network.eval().features(patches), other.eval().features(patches)
+    assert torch.equal(found, wanted) and found.std() > 0
 
 
 def as_transformers(state, *, swiglu, registers):
@@ -218,11 +240,13 @@ def test_a_file_of_another_network_is_refused(tiny, tmp_path):
         )
 
 
-def test_an_encoder_of_another_output_size_is_refused(own_registrations):
-    encoder = register_tiny(n_features=25)
-    network = build_encoder(encoder.tag, n_classes=2, input_px=128)
-    with pytest.raises(RuntimeError):
-        network(torch.zeros(1, 3, 128, 128))
+@pytest.mark.parametrize(
+    ("fields", "found"), [({"n_features": 25}, 24), ({"pooling": "cls+mean", "n_features": 24}, 48)]
+)
+def test_an_encoder_of_another_output_size_is_refused(fields, found, own_registrations):
+    encoder = register_tiny(**fields)
+    with refuses(RecipeError, encoder.name, f"n_features={encoder.n_features}", f" {found} features"):
+        build_network(encoder.tag, n_classes=2, input_px=128)
 
 
 def test_names_gates_and_licences_are_refused_clearly(tmp_path, monkeypatch):

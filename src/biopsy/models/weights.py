@@ -342,9 +342,11 @@ def _known_feed(recipe: Recipe) -> Feed | None:
     return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else None
 
 
-def _describe_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float) -> str:
+def _describe_resolution(patch_px: int, mpp: float | None, input_px: int, encoder_mpp: float | None) -> str:
     """Return a sentence on the resolution of resized patches and that of the encoder's training data."""
     resized = f"patches of {patch_px} px are resized to {input_px} px"
+    if encoder_mpp is None:
+        return f"{resized}; the encoder was trained on natural images, which have no um/px"
     if mpp is None:
         return f"{resized}; their um/px is unknown, the encoder was trained at {encoder_mpp:g} um/px"
     text = (

@@ -1,4 +1,4 @@
-"""Published pathology encoders (patch to feature vector), listed in ``encoders.toml``.
+"""Published encoders (patch to feature vector), listed in ``encoders.toml``.
 
 To add one, call `register_encoder` in a module of the entry point group ``biopsy.encoders``. It is used by
 ``model.name = "hf-hub:ORG/NAME"``. Nothing is downloaded here.
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Encoder:
         n_features: Length of the feature vector.
         millions: Number of parameters in millions.
         feed: ``(mean, std)`` per RGB channel of values in 0-1.
-        mpp: Pixel size of the training patches in µm; the usual one of several.
+        mpp: Pixel size of the training patches in µm, the usual one of several; None for natural images.
         input_px: Input size in pixels.
         licence: Short name, lower case.
         is_gated: Whether its terms must be accepted on Hugging Face.
@@ -63,7 +63,7 @@ class Encoder:
     feed: tuple[tuple[float, ...], tuple[float, ...]] = FEEDS["imagenet"]
     arguments: Mapping[str, object] = field(default_factory=dict)
     pooling: Literal["cls", "cls+mean"] = "cls"
-    mpp: float = 0.5
+    mpp: float | None = 0.5
     input_px: int = 224
     file: str = "model.safetensors"
     keys: Literal["timm", "transformers"] = "timm"
@@ -90,14 +90,14 @@ class Encoder:
     def fit_input(self, patch_um: float | None) -> int:
         """Return the input size at which a patch is closest to the encoder's um/px.
 
-        It is a multiple of `token_px` between half and twice `input_px`.
+        It is a multiple of `token_px` between half and twice `input_px`; without one of both, `input_px`.
         """
-        if patch_um is None:
+        if patch_um is None or self.mpp is None:
             return self.input_px
         target_px = min(max(patch_um / self.mpp, self.input_px / 2), self.input_px * 2)
         return max(round(target_px / self.token_px), 1) * self.token_px
 
-    def build(self, input_px: int, **arguments: Any) -> nn.Module:
+    def build(self, input_px: int, **arguments: Any) -> "PooledTokens":
         """Return the network without a head, with random weights: patches to ``(B, n_features)``."""
         import timm
 
@@ -112,12 +112,17 @@ class Encoder:
 
 
 class PooledTokens(nn.Module):
-    """A vision transformer with pooled tokens."""
+    """A vision transformer with pooled tokens.
+
+    Attributes:
+        n_features: Length of the feature vector.
+    """
 
     def __init__(self, vit: nn.Module, pooling: str) -> None:
         super().__init__()
         self.vit = vit
         self.pooling = pooling
+        self.n_features = cast(int, vit.num_features) * (1 if pooling == "cls" else 2)
 
     def forward(self, patches: Tensor) -> Tensor:
         tokens = self.vit.forward_features(patches)  # type: ignore[operator]
@@ -177,8 +182,15 @@ def build_encoder(
             f"{name} needs a square input whose side is a multiple of {encoder.token_px} px, such as "
             f"{encoder.input_px}; found {width}x{height}"
         )
+    body = encoder.build(width, **arguments)
+    if body.n_features != encoder.n_features:
+        raise RecipeError(
+            f"encoder {encoder.name} is registered with n_features={encoder.n_features}, but "
+            f"{encoder.architecture} with its arguments and pooling={encoder.pooling!r} returns "
+            f"{body.n_features} features: correct n_features, arguments or pooling where it is registered"
+        )
     head = nn.Linear(encoder.n_features, n_classes)
-    return EncoderNetwork(encoder.build(width, **arguments), head, (width, height)).train()
+    return EncoderNetwork(body, head, (width, height)).train()
 
 
 def fill_encoder(network: LibraryNetwork, name: str, tensors: dict[str, Tensor]) -> None:
@@ -238,4 +250,7 @@ def _layer(name: str) -> Any:
 
 
 for _name, _row in load_toml(Path(__file__).with_suffix(".toml")).items():
-    register_encoder(Encoder(name=_name, **_row | {"feed": FEEDS[_row.get("feed", "imagenet")]}))
+    _row["feed"] = FEEDS[_row.get("feed", "imagenet")]
+    if _row.get("mpp") == "none":
+        _row["mpp"] = None
+    register_encoder(Encoder(name=_name, **_row))
