@@ -114,6 +114,7 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
                 "as_published": False,
                 "patients_overlap": False,
                 "subsets": {},
+                "used": {"patches": 4321, "groups": 9, "per_class": {}},
             },
             "pack": {
                 "dataset": "idc",

@@ -8,7 +8,7 @@ import pytest
 import biopsy.recipes as recipes
 from biopsy.core.errors import RecipeError
 from biopsy.models.networks import count_parameters
-from biopsy.models.weights import make_network
+from biopsy.models.weights import make_network, title_recipe
 from biopsy.recipes import DEFINING_TABLES, Recipe, list_recipes, load_recipe, recipe_toml
 from biopsy.recipes.schema import Augmentation
 from refusals import refuses
@@ -220,18 +220,19 @@ def test_a_users_own_file_needs_little(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "encoder"),
+    ("settings", "start"),
     [
-        ([], "vit_small_patch16_224.dino"),
-        (["model.name=hf-hub:owner/weights", "model.weights=FILE"], "owner/weights"),
-        (["model.name=residual", "model.weights=idc", "preprocessing.feed=recipe"], "idc"),
+        ([], "encoder `vit_small_patch16_224.dino`"),
+        (["model.name=hf-hub:owner/weights", "model.weights=FILE"], "encoder `owner/weights`"),
+        (["model.name=residual", "model.weights=idc"], "classifier `idc`"),
+        (["model.name=timm:tf_efficientnet_lite0", "model.weights=pcam"], "classifier `pcam`"),
     ],
 )
-def test_heading_of_a_probe_names_its_encoder(settings, encoder):
-    assert load_recipe("probe", settings).heading.endswith(f"features of the encoder `{encoder}`")
+def test_title_of_a_probe_names_where_it_starts(settings, start):
+    assert title_recipe(load_recipe("probe", settings)).endswith(f" the {start}")
 
 
-def test_heading_without_an_encoder_is_the_title():
+def test_title_without_an_encoder_is_that_of_the_recipe():
     recipe = load_recipe("idc-small")
-    assert recipe.heading == recipe.title
-    assert recipe.model_copy(update={"title": ""}).heading == "idc-small"
+    assert title_recipe(recipe) == recipe.title
+    assert title_recipe(recipe.model_copy(update={"title": ""})) == "idc-small"

@@ -162,6 +162,33 @@ def test_names_of_classes_can_be_read(names):
     assert facts.positive_index == 1 and facts.is_positive.tolist() == facts.predictions["target"].tolist()
 
 
+SHIPPED = {"pretrained": True, "weights": "idc", "file": "weights.safetensors", "licence": "apache-2.0"}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "weights", "words"),
+    [
+        ("all", {}, ["all layers", "random weights"]),
+        ("head", SHIPPED, ["only the last layer", "classifier idc", "ships with biopsy", "7,126 patches"]),
+        ("all", {**SHIPPED, "file": "idc"}, ["all layers", "Training began with weights idc."]),
+        ("block5", {**SHIPPED, "weights": "keras-vgg16", "file": "v.h5"}, ["from block5 on", "keras-vgg16"]),
+    ],
+)
+def test_the_summary_says_what_was_trained_and_from_where(trainable, weights, words):
+    facts = make_small_facts()
+    recipe = facts.recipe.model_copy(
+        update={"model": facts.recipe.model.model_copy(update={"trainable": trainable})}
+    )
+    run = {**facts.run, "weights": {**facts.run["weights"], **weights}}
+    trained = report_of_run(replace(facts, recipe=recipe, run=run)).summary.findings[0]
+    assert all(word in trained for word in [*words, "on 4,321 patches of 9 patients."])
+
+
+def test_a_run_from_elsewhere_has_no_training_to_describe():
+    facts = replace(make_small_facts(), run=None, recipe=None)
+    assert not any(text.startswith("Trained") for text in report_of_run(facts).summary.findings)
+
+
 def test_a_synthetic_cohort_is_named_beside_the_verdict():
     facts = make_small_facts()
     drawn = replace(facts, metrics=replace(facts.metrics, synthetic=True))

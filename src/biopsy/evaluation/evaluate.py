@@ -31,6 +31,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.models.classifier import Classifier, Threshold, freeze
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
+from biopsy.models.weights import title_recipe
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
@@ -153,7 +154,7 @@ def evaluate(
                 *filter(None, [warn_of_spread(predicted.classifier, predicted.logits, subset)]),
             ],
         ),
-        title=run.recipe.heading,
+        title=title_recipe(run.recipe),
         subset=subset,
         synthetic=pack.info.is_synthetic,
         split=split_use,

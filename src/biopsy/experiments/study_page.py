@@ -12,6 +12,7 @@ from biopsy.core.text import capitalize, count, plural
 from biopsy.evaluation.figures import draw_confusion
 from biopsy.evaluation.provenance_sections import describe_reproduction
 from biopsy.evaluation.sections import picture_of_confusion, table_by_group, table_of_classes
+from biopsy.models.weights import title_recipe
 from biopsy.plotting.style import (
     BASELINE,
     INK,
@@ -81,7 +82,7 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         describe_reproduction(facts.study),
     ]
     return ReportDocument(
-        title=facts.recipe.heading if facts.recipe else "A study",
+        title=title_recipe(facts.recipe) if facts.recipe else "A study",
         subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
         f"{count(len(table), 'run')}; {count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
         summary=_summarise(facts),

@@ -360,16 +360,35 @@ def _describe_resolution(patch_px: int, mpp: float | None, input_px: int, encode
     return text
 
 
+def title_recipe(recipe: Recipe) -> str:
+    """Return the title of a recipe, with "a frozen encoder" replaced by its name; without title, its name."""
+    name, tag = recipe.model.name, recipe.model.weights
+    library, _, published = name.rpartition(":")
+    encoder = f"the encoder `{published if library else tag or name}`"
+    start = f"the classifier `{tag}`" if tag in list_shipped() else encoder
+    return recipe.title.replace("a frozen encoder", start) or recipe.name
+
+
 def describe_weights(network: nn.Module, record: StartWeights) -> str:
     """Return one line on the initial weights and the number of trainable parameters."""
     total, trainable = count_parameters(network)
-    start = (
-        f"weights {record['weights']}, licence {record['licence']}"
-        if record["pretrained"]
-        else "random weights"
-    )
+    licence = f", licence {record['licence']}" if record["pretrained"] else ""
     note = f" ({record['note']})" if record["note"] else ""
-    return f"{start}{note}; {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
+    counts = f"{total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
+    return f"{name_weights(record)}{licence}{note}; {counts}"
+
+
+def name_weights(record: StartWeights) -> str:
+    """Return the initial weights of a run as texts name them."""
+    if not record["pretrained"]:
+        return "random weights"
+    kind = "weights of the classifier" if is_shipped_start(record) else "weights"
+    return f"{kind} {record['weights']}"
+
+
+def is_shipped_start(record: StartWeights) -> bool:
+    """Return whether a run began with the weights of a classifier that ships."""
+    return record.get("file") == WEIGHTS and record["weights"] in list_shipped()
 
 
 def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:

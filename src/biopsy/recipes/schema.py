@@ -252,10 +252,3 @@ class Recipe(_Table):
     as_published: AsPublished = AsPublished()
     sources: dict[str, str] = {}
     """Source of the value by dotted setting."""
-
-    @property
-    def heading(self) -> str:
-        """The title with "a frozen encoder" replaced by its name, else the name of the recipe."""
-        family, _, weights = self.model.name.rpartition(":")
-        encoder = weights if family else self.model.weights or self.model.name
-        return self.title.replace("a frozen encoder", f"the encoder `{encoder}`") or self.name

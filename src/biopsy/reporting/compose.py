@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 from biopsy.core.text import capitalize, count, count_patches, plural
+from biopsy.models.shipped import describe_shipped
+from biopsy.models.weights import is_shipped_start, name_weights, title_recipe
 from biopsy.reporting.checklist import describe_checklist
 from biopsy.reporting.document import (
     Facts,
@@ -26,6 +28,7 @@ from biopsy.reporting.elements import (
 from biopsy.reporting.facts import RunFacts, hide_run
 from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
+from biopsy.training.probe import PROBE
 
 
 def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
@@ -40,7 +43,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     m = facts.metrics
     title, source = "Evaluation of predictions", "Predictions from outside biopsy"
     if facts.run is not None:
-        title = facts.recipe.heading if facts.recipe else facts.run["recipe"]
+        title = title_recipe(facts.recipe) if facts.recipe else facts.run["recipe"]
         data = "synthetic data" if m.synthetic else f"the data set {facts.run['pack']['dataset']}"
         source = f"Run {facts.run['id']} on {data}, evaluated on the {m.subset} subset"
     size = count_patches(m.n_patches, m.n_patients, facts.unit)
@@ -132,6 +135,7 @@ def _summarise(facts: RunFacts) -> Summary:
         headlines=headlines,
         unit=facts.unit,
         findings=[
+            *_describe_training(facts),
             _describe_threshold(facts),
             *_list_groups(facts),
             describe_openings(m.ledger)
@@ -213,6 +217,30 @@ def _list_groups(facts: RunFacts) -> list[str]:
     if len(names) > MAX_LISTED:
         return [f"{kind}: {len(names):,}, listed under Per-{facts.unit} results."]
     return [f"{kind} ({len(names)}): {', '.join(names)}."]
+
+
+def _describe_training(facts: RunFacts) -> list[str]:
+    """Return what was trained, on which patches, and where training began."""
+    run, recipe = facts.run, facts.recipe
+    if run is None or recipe is None:
+        return []
+    used = run["split"].get("used") or run["split"]["subsets"]["train"]
+    patches = count_patches(used["patches"], used["groups"] or 0, facts.unit)
+    trainable, start = recipe.model.trainable, name_weights(run["weights"])
+    part = {
+        "all": "all layers of the network",
+        "head": "only the last layer of the network",
+    }.get(trainable, f"the layers of the network from {trainable} on")
+    if recipe.model.lora_rank:
+        part = "the last layer of the network and adapters (LoRA) of the others"
+    elif recipe.train.optimiser == PROBE:
+        part += " (a logistic regression on its features)"
+    if is_shipped_start(run["weights"]):
+        start += f", which ships with biopsy and was {describe_shipped(str(run['weights']['weights']))}"
+    others = f"Training began with {start}."
+    if trainable != "all" and not recipe.model.lora_rank:
+        others = f"The other layers were not changed: {start}."
+    return [f"Trained: {part}, on {patches}. {others}"]
 
 
 def _describe_threshold(facts: RunFacts) -> str:

@@ -276,7 +276,7 @@ def _begin(
         result = find_cached_run(config, sorted(RUNS.glob("*")) if out is None else [path])
         if result is not None:
             return _reuse_run(result, pack), pack
-    logger.info("%s: %s", recipe.model.name, describe_weights(network, weights))
+    logger.info("network %s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": subsets})
     return Run.create(path, info, recipe, table), pack
 

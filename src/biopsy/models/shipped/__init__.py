@@ -31,6 +31,15 @@ def open_shipped(name: Path | str) -> Classifier:
     if Path(name).exists():
         logger.info("%s: the classifier that ships with biopsy; ./%s holds no model", name, name)
     classifier = Classifier.load(FOLDER / str(name))
-    trained_on = classifier.info.description.partition(" (")[0]
-    logger.info("%s: %s%s; more: `biopsy list classifiers`", name, trained_on[:1].lower(), trained_on[1:])
+    logger.info("%s: %s; more: `biopsy list classifiers`", name, _describe_training(classifier))
     return classifier
+
+
+def describe_shipped(name: str) -> str:
+    """Return what a classifier that ships was trained on, as in "trained on 7,126 patches of IDC"."""
+    return _describe_training(Classifier.load(FOLDER / name))
+
+
+def _describe_training(classifier: Classifier) -> str:
+    trained_on = classifier.info.description.partition(" (")[0]
+    return trained_on[:1].lower() + trained_on[1:]
