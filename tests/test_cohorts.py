@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,20 @@ def test_everything_is_written(mapped):
     assert read_annotations(out / "a" / "regions.geojson").items
     row = pd.read_csv(out / "status.csv").iloc[0]
     assert (row["slide"], row["status"], row["n_patches"]) == ("a", "done", len(slide_map))
+
+
+def test_a_slide_unlike_training_is_named_with_where_to_look(mapped):
+    cohort, out = mapped
+    same, other = (
+        replace(
+            cohort, status=cohort.status.assign(out_of_distribution=share, out_of_distribution_quantile=0.95)
+        )
+        for share in (0.1, 0.5)
+    )
+    assert same.problems() == []
+    warning, advice = other.problems()
+    assert warning.startswith("a: 50%")
+    assert {f"`biopsy view {out}`", "`biopsy prepare`", "`biopsy train`"} <= set(re.findall("`.*?`", advice))
 
 
 def test_the_heat_map_lies_over_the_slide(mapped):

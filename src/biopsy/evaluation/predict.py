@@ -36,7 +36,7 @@ from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import Precision, pick_device
 from biopsy.models.inference import Predictor, open_predictor
-from biopsy.models.out_of_distribution import ood_warning, out_of_distribution_scores
+from biopsy.models.out_of_distribution import OOD_ADVICE, ood_warning, out_of_distribution_scores
 from biopsy.models.runtimes import MIN_PATCHES_TO_CONVERT
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slide_io.images import IMAGE_SUFFIXES, decode, read_header
@@ -287,7 +287,7 @@ def _warn_of_novelty(frame: pd.DataFrame, classifier: Classifier) -> None:
         return
     share = float(frame["out_of_distribution"].mean())
     if (expected := ood_warning(share, reference["quantile"])) is not None:
-        logger.warning("%s (column out_of_distribution)", expected)
+        logger.warning("%s (column out_of_distribution): %s", expected, OOD_ADVICE)
 
 
 _Predicted = tuple[pd.DataFrame, np.ndarray, pd.DataFrame]

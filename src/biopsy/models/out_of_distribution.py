@@ -64,6 +64,13 @@ def fit_reference(
     }
 
 
+OOD_ADVICE = (
+    "do not use probabilities there. For tissue, stain or scanner unlike training, make a classifier of "
+    "labelled patches or annotated slides of it: `biopsy prepare`, then `biopsy train`"
+)
+"""What to do about out-of-distribution patches, after where they are listed."""
+
+
 def expected_share(quantile: float) -> tuple[float, float]:
     """Return bounds of the expected fraction of in-distribution patches above a limit at this quantile.
 

@@ -41,7 +41,7 @@ from biopsy.core.text import printable
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
-from biopsy.models.out_of_distribution import ood_warning
+from biopsy.models.out_of_distribution import OOD_ADVICE, ood_warning
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
@@ -116,6 +116,11 @@ class SlideCohort(Output):
             for row in self._done.itertuples()
         ]
         lines = [f"{slide}: {warning}" for slide, warning in warned if warning is not None]
+        if lines:
+            place = f"`biopsy view {self.out}` hatches the patches (column ood of map.parquet)"
+            if self.address:
+                place = f"column ood of {self.address}/SLIDE/map.parquet marks the patches"
+            lines.append(f"{place}: {OOD_ADVICE}")
         return [*lines, *name_skipped(self.failed, self.out / STATUS)]
 
     @property
