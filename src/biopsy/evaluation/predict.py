@@ -16,7 +16,7 @@ import pandas as pd
 from biopsy.core.errors import ArchiveError, DataError, RunError, SlideError
 from biopsy.core.files import refuse_inputs
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped
-from biopsy.core.storage import stage
+from biopsy.core.storage import parse_url, stage
 from biopsy.core.text import class_title, count, normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
 from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
@@ -173,12 +173,16 @@ def predict(
             than two classes or ids are duplicated.
         SlideError: If a path is a slide or a folder of slides.
     """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    skipped: Skipped = []
+    is_remote = any(parse_url(path) is not None for path in paths)
+    sources = [] if is_remote else open_sources(list(map(Path, paths)), skipped)
     classifier = open_classifier(model, trust_model=trust_model, tta=tta)
     subsets = _subsets_by_hash(model)
     device = pick_device(device)
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    skipped: Skipped = []
-    sources = open_sources([Path(stage(path)) for path in paths], classifier, skipped)
+    if is_remote:  # copied only for a model that can be opened
+        sources = open_sources([Path(stage(path)) for path in paths], skipped)
+    check_packs(classifier, sources)
     path = Path(out or ("submission.csv" if format == "kaggle" else f"predictions.{format}"))
     if path.suffix not in (".csv", ".parquet"):
         raise DataError(f"predictions cannot be written to {path.name!r}; use .parquet or .csv")
@@ -443,11 +447,11 @@ def _full_path(image: Image) -> str:
     return image.source if Path(image.source).name == image.name else f"{image.source}/{image.name}"
 
 
-def open_sources(paths: list[Path], classifier: Classifier, skipped: Skipped) -> list[Source]:
+def open_sources(paths: list[Path], skipped: Skipped) -> list[Source]:
     """Open images, folders, zips and packs; consecutive images are one source.
 
     Raises:
-        DataError: If a path does not exist, or a pack does not fit the classifier.
+        DataError: If a path does not exist.
         SlideError: If a path is a slide or a folder of slides.
     """
     sources: list[Source] = []
@@ -461,12 +465,21 @@ def open_sources(paths: list[Path], classifier: Classifier, skipped: Skipped) ->
             continue
         for path in group:
             if is_pack(path):
-                pack = Pack.open(path)
-                classifier.check_pack(pack)
-                sources.append(PackSource(path, pack))
+                sources.append(PackSource(path, Pack.open(path)))
             else:
                 sources.append(_open_archive(path, skipped))
     return sources
+
+
+def check_packs(classifier: Classifier, sources: Sequence[Source]) -> None:
+    """Refuse packs that do not fit the classifier.
+
+    Raises:
+        DataError: Naming what differs.
+    """
+    for source in sources:
+        if isinstance(source, PackSource):
+            classifier.check_pack(source.pack)
 
 
 def _open_archive(path: Path, skipped: Skipped) -> ImageSource:

@@ -191,7 +191,7 @@ def pretrain(
         "patients": None if pack.unit == "patch" else np.unique(pack.group_ids[rows]).tolist(),
     }
     info = _begin(path, requested, described, rows)
-    logger.info("%s: %s", requested.model.name, describe_weights(network, start))
+    logger.info("network %s: %s", requested.model.name, describe_weights(network, start))
     if neighbours and not positives.n_with_neighbours:
         logger.warning("no patch of %s has neighbours: both views are of the same patch", pack.path.name)
     if info["status"] != "finished":

@@ -28,7 +28,7 @@ from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfuln
 from biopsy.evaluation.explanation.maps import Explanation, explain_patches
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.explanation.methods.layers import find_last_maps, has_convolution
-from biopsy.evaluation.predict import Image, PackSource, decode_patch, open_sources, pad_patches
+from biopsy.evaluation.predict import Image, PackSource, check_packs, decode_patch, open_sources, pad_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
@@ -255,7 +255,8 @@ def choose_from_data(classifier: Classifier, path: Path, selection: Selection, e
         DataError: If a requested patch does not exist, or an image cannot be read or is too large.
     """
     classifier = classifier.single_patch()
-    [source] = open_sources([path], classifier, [])
+    [source] = open_sources([path], [])
+    check_packs(classifier, [source])
     ids = selection.named(path, source.names)
     n_unlabelled = 2 * selection.errors
     if not isinstance(source, PackSource):
