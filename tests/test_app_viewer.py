@@ -20,6 +20,7 @@ from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.cohorts import slide
 from biopsy.slides.maps import SlideMap
 from conftest import draw_slide
+from refusals import refuses
 from slide_maps import make_classifier, make_map
 from tiny_runs import copy_run
 
@@ -438,10 +439,26 @@ def test_what_is_no_source_is_refused(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(DataError):
             make_viewer(path)
-    shutil.copy(__file__, tmp_path / "slide.svs")
-    client = open_page(tmp_path / "slide.svs")
-    refused = client.get(f"/api/slides/{first_slide(client)}")
+
+
+def test_slides_that_cannot_be_opened_are_refused_or_named(make_slide, tmp_path, caplog):
+    broken = tmp_path / "broken.svs"
+    shutil.copy(__file__, broken)
+    for paths in ([broken], [broken, shutil.copy(broken, tmp_path / "second.svs")]):
+        with refuses(SlideError, broken):
+            make_viewer(paths)
+    client = open_page(broken, make_slide())
+    assert "broken.svs" in caplog.text and "slide.tiff" not in caplog.text
+    [first, second] = [entry["key"] for entry in client.get("/api/state").json()["slides"]]
+    refused = client.get(f"/api/slides/{first}")
     assert refused.status_code == 422 and "Traceback" not in refused.text
+    assert client.get(f"/api/slides/{second}").status_code == 200
+
+
+def test_a_map_that_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / "map.parquet").write_bytes(b"PAR1")
+    with refuses(DataError, "map.parquet"):
+        make_viewer(tmp_path)
 
 
 def test_a_defect_gives_no_traceback(make_pack, monkeypatch):

@@ -43,6 +43,7 @@ def view(
 
     Raises:
         DataError: If a path does not exist or holds nothing to look at, or the port is taken.
+        SlideError: If no slide can be opened.
         MissingExtra: If the packages of the extra ``app`` are not installed.
     """
     _require_extra("the viewer")

@@ -5,9 +5,11 @@ when it is first looked at, and `Sheet` records, one a pack.
 """
 
 import hashlib
+import logging
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +39,9 @@ from biopsy.training.runs import Run
 if TYPE_CHECKING:
     from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 
+logger = logging.getLogger(__name__)
+
+CHECK_S = 3.0  # for opening every slide before the page starts
 MAX_OPEN = 12  # slides that are kept open
 _STATUS = "status.csv"
 
@@ -314,6 +319,7 @@ def open_sources(
 
     Raises:
         DataError: If a path does not exist or holds nothing to look at.
+        SlideError: If none of several slides can be opened.
     """
     runs = [path for path in paths if (path / "run.json").is_file()]
     maps = {path: result for path in paths if path not in runs and (result := _list_maps(path))}
@@ -335,9 +341,33 @@ def open_sources(
     for source in sources:
         if source.name not in used:
             _add_source(exhibit, source, sheets.get(source.path))
+    _check_slides([entry for entry in exhibit.entries.values() if entry.sheet is None], exhibit.sheets)
     if model is not None:
         exhibit.classifier = open_classifier(model)
     return exhibit
+
+
+def _check_slides(entries: Sequence[Entry], sheets: Mapping[str, Sheet]) -> None:
+    """Warn of slides and maps that cannot be opened; refuse where none can and there is no sheet either.
+
+    After `CHECK_S` seconds only until one has been opened: the page names the others when they are looked at.
+    """
+    deadline, n_opened, errors = time.monotonic() + CHECK_S, 0, list[OSError | DataError]()
+    for entry in entries:
+        if n_opened and time.monotonic() > deadline:
+            break
+        try:
+            entry.open()
+        except (OSError, DataError) as error:
+            errors.append(error)
+        else:
+            n_opened += 1
+    if errors and not n_opened and not sheets:
+        if len(errors) == 1:
+            raise errors[0]
+        raise SlideError(f"none of {len(errors)} slides can be opened; {errors[0]}")
+    for error in errors:
+        logger.warning("not shown: %s", error)
 
 
 def _list_stitched(pack: Path, mpp: float | None) -> list[Source]:
