@@ -17,6 +17,13 @@ from biopsy.core.seeds import make_rng
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import list_unmatched, normalize_id, plural
 from biopsy.data.packs import Pack, Unit
+from biopsy.data.pseudo_slides import (
+    MIN_CLASS_SHARE,
+    N_PSEUDO_SLIDES,
+    cluster_appearance,
+    describe_appearance,
+    have_all_classes,
+)
 
 SUBSETS = ("train", "validation", "test")
 Cases = Path | str | Sequence[Path | str]
@@ -118,6 +125,9 @@ PUBLISHED_METHODS: dict[str, Callable[["Request"], "Plan"]] = {
 
 logger = logging.getLogger(__name__)
 
+PSEUDO_SLIDE = "pseudo_slide"
+"""Further column of a split: the pseudo-slide of each patch."""
+
 ALWAYS_TRAIN = -1
 """Fold number of patches that train in every fold."""
 
@@ -140,10 +150,12 @@ class Request:
         group_ids: The group of each patch, ``(n_patches,)``.
         seed: Seed of random assignments.
         n_folds: Number of folds.
-        test_ids: Test groups (sites for ``site``); for ``leave-one-out``, one fold each.
+        test_ids: Test groups (sites for ``site``, sites or official subsets for ``pseudo-slides``); for
+            ``leave-one-out``, one fold each.
         val_ids: Validation groups (sites for ``site``).
         cases: A csv with ``case_id,split``, or the published lists.
         recipe: The ``[as_published.split]`` table of a recipe.
+        n_groups: Number of pseudo-slides.
     """
 
     pack: Pack
@@ -155,6 +167,7 @@ class Request:
     val_ids: tuple[str, ...]
     cases: Cases | None
     recipe: Mapping[str, object] | None
+    n_groups: int = N_PSEUDO_SLIDES
 
 
 def divide_groups(
@@ -298,6 +311,87 @@ def _subsets_by_site(request: Request, site_ids: np.ndarray) -> Plan:
         )
         subsets[remaining] = np.array(["train", "validation"])[parts]
     return subsets, _named_note(request)
+
+
+def split_by_pseudo_slide(request: Request) -> Plan:
+    """Assign clusters of patches alike in colour and texture to subsets, where no patient or slide is named.
+
+    Validation (and, if no test is named, test) groups are drawn by `divide_groups` from those with enough
+    patches of each class. Named official subsets or sites are tested; official validation and test subsets
+    that are not named are left out.
+    """
+    pack = request.pack
+    if request.unit != "patch":
+        raise SplitError(
+            f"{pack.path.name} names {plural(request.unit)}, which pseudo-slides only stand in for; use the "
+            "protocol 'patients' or 'folds'"
+        )
+    if request.val_ids:
+        raise SplitError(
+            "the protocol pseudo-slides draws the validation subset itself; omit --val-patients, or use the "
+            "protocol 'site'"
+        )
+    is_tested, is_left_out = _named_subsets(request)
+    subsets = np.select([is_tested, is_left_out], ["test", ""], "train").astype("<U10")
+    rows = np.flatnonzero(subsets == "train")
+    rows = rows[np.argsort(pack.table["patch_id"].to_numpy(str)[rows])]
+    if not len(rows):
+        raise SplitError("all patches are tested and none are left for pseudo-slides; name fewer for test")
+    groups = cluster_appearance(describe_appearance(pack, rows), request.n_groups, seed=request.seed)
+    counts = pd.crosstab(groups, pack.target[rows]).to_numpy()
+    eligible = have_all_classes(counts)
+    names = SUBSETS[:2] if is_tested.any() else SUBSETS
+    fractions = np.array(FRACTIONS[: len(names)])
+    held_back = fractions[1:] / fractions.sum() * request.n_groups / max(1, eligible.sum())
+    if eligible.sum() < len(names) or held_back.sum() >= 1:
+        raise SplitError(
+            f"{eligible.sum()} of {request.n_groups} pseudo-slides have {MIN_CLASS_SHARE:.0%} or more of an "
+            f"even share of each class, which are too few for {len(names)} subsets: classes differ in colour "
+            "and texture; use another --n-groups"
+        )
+    may_hold_back = eligible[groups]
+    parts = divide_groups(
+        groups[may_hold_back],
+        pack.target[rows[may_hold_back]],
+        [1 - held_back.sum(), *held_back],
+        seed=request.seed,
+        unit="pseudo-slide",
+    )
+    subsets[rows[may_hold_back]] = np.array(names)[parts]
+    columns = np.full(len(subsets), "", dtype="<U10")
+    columns[rows] = groups.astype(str)
+    subset_of = dict(zip(groups.tolist(), subsets[rows].tolist(), strict=True))
+    present = np.unique(pack.target[rows])
+    return subsets, {
+        "fractions": fractions.tolist(),
+        "method": f"k-means of colour and texture, then the best balanced of {N_DRAWS:,} random assignments",
+        "n_groups": request.n_groups,
+        "pseudo_slides": [
+            {
+                "pseudo_slide": str(group),
+                "subset": subset_of[group],
+                "per_class": {pack.class_names[index]: int(n) for index, n in zip(present, row, strict=True)},
+            }
+            for group, row in enumerate(counts)
+        ],
+        "left_out": {"patches": int(is_left_out.sum())},
+        PSEUDO_SLIDE: columns,
+        **_named_note(request),
+    }
+
+
+def _named_subsets(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks of patches in a named official subset or site, and in other held-out official subsets."""
+    table = request.pack.table
+    official, sites = (
+        table[name].fillna("").to_numpy(str) if name in table else np.full(len(table), "")
+        for name in ("official_subset", "site_id")
+    )
+    names = np.concatenate([official, sites])
+    check_known(request.test_ids, names[names != ""], "official subset or site")
+    is_tested = np.isin(official, request.test_ids) | np.isin(sites, request.test_ids)
+    is_held_out = np.isin(official, SUBSETS[1:]) & ~is_tested
+    return is_tested, is_held_out if request.test_ids else np.zeros(len(table), bool)
 
 
 def take_official_subsets(request: Request) -> Plan:
@@ -616,6 +710,7 @@ PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
     "folds": split_into_folds,
     "leave-one-out": leave_one_out,
     "site": leave_one_site_out,
+    "pseudo-slides": split_by_pseudo_slide,
     "kaggle-rows": cut_rows,
     "as-published": follow_recipe,
     "leak-apart": partial(make_leak_arm, arm="apart", blocked=False),

@@ -29,11 +29,13 @@ from biopsy.data.protocols import (
     LEAK_PROTOCOLS,
     MAY_OVERLAP,
     PROTOCOLS,
+    PSEUDO_SLIDE,
     PUBLISHED,
     SUBSETS,
     Cases,
     Request,
 )
+from biopsy.data.pseudo_slides import N_PSEUDO_SLIDES
 from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import MIN_GROUPS
 
@@ -81,7 +83,8 @@ class Split(Output):
         unit: Grouping unit.
         seed: Seed of random assignments.
         parameters: Further parameters, and ``counts`` per subset (with folds: a list under ``folds``).
-        table: One row per patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``.
+        table: One row per patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``; of the protocol
+            ``pseudo-slides`` also ``pseudo_slide``.
         overlap: Whether a patient is in two subsets; None without patients and slides.
         pack_sha256: Content hash of the pack.
     """
@@ -123,6 +126,13 @@ class Split(Output):
             reason = "as published" if self.is_published else "on purpose"
             blocks.append(
                 f"PATIENTS OVERLAP between subsets, {reason}: results on it do not apply to new patients"
+            )
+        if PSEUDO_SLIDE in self.table:
+            held_back = "validation" if self.parameters.get("test_named") else "validation and test"
+            blocks.append(
+                f"{held_back} patches are of other pseudo-slides (groups alike in colour and texture) than "
+                "training patches; these are not slides, so neighbours may still be in two subsets, and "
+                "intervals are over patches"
             )
         if self.unit == "patch":
             blocks.append(
@@ -221,6 +231,7 @@ def split(
     test_patients: Sequence[str] = (),
     val_patients: Sequence[str] = (),
     folds: int = 5,
+    n_groups: int = N_PSEUDO_SLIDES,
     unit: Unit | None = None,
     unknown_patients: UnknownPatients = "leave-out",
     save: bool = True,
@@ -229,19 +240,21 @@ def split(
 
     Args:
         pack: Pack to split.
-        protocol: "official", "patients", "folds", "leave-one-out", "site", "kaggle-rows", "as-published", or
-            one of a leakage experiment: "leak-apart", "leak-with", "leak-placebo", "leak-blocked-with" or
-            "leak-blocked-placebo".
+        protocol: "official", "patients", "folds", "leave-one-out", "site", "pseudo-slides", "kaggle-rows",
+            "as-published", or one of a leakage experiment: "leak-apart", "leak-with", "leak-placebo",
+            "leak-blocked-with" or "leak-blocked-placebo".
         name: Name of the split in the pack (default: the protocol).
         seed: Random seed; the order of patches has no influence.
         recipe: For ``as-published``: the recipe with the published split, or its ``[as_published.split]``
             table.
         cases: For ``official``: lists of cases, a csv with columns ``case_id,split`` or a folder of
             ``cases_train.txt``, ``cases_val.txt`` and ``cases_test.txt``.
-        test_patients: Ids of test patients; for ``leave-one-out``, one fold each; for ``leak-...``, the
-            patient of whom half is tested, and optionally the patient of the placebo.
+        test_patients: Ids of test patients; for ``leave-one-out``, one fold each; for ``site``, sites; for
+            ``pseudo-slides``, official subsets or sites; for ``leak-...``, the patient of whom half is
+            tested, and optionally the patient of the placebo.
         val_patients: Ids of validation patients.
         folds: Number of folds.
+        n_groups: For ``pseudo-slides``: number of groups of patches alike in colour and texture.
         unit: Grouping unit (default: the pack's).
         unknown_patients: Patches without a patient, in a pack where others have one: left out, or each its
             own group (``alone``).
@@ -269,8 +282,10 @@ def split(
         val_ids=tuple(map(normalize_id, val_patients)),
         cases=cases,
         recipe=load_recipe(recipe).as_published.split if isinstance(recipe, str | Path) else recipe,
+        n_groups=n_groups,
     )
     assigned, parameters = PROTOCOLS[protocol](request)
+    further = {name: parameters.pop(name) for name in (PSEUDO_SLIDE,) if name in parameters}
     column = "subset" if assigned.dtype.kind == "U" else "fold"
     values = np.full(len(pack), "" if column == "subset" else LEFT_OUT, assigned.dtype)
     values[~excluded] = assigned
@@ -283,7 +298,7 @@ def split(
         unit=unit,
         seed=seed,
         parameters=SplitParameters(**parameters),  # type: ignore[typeddict-item]
-        table=pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), column: values}),
+        table=pd.DataFrame({"patch_id": pack.table["patch_id"].to_numpy(), column: values, **further}),
         overlap=None,
         pack_sha256=pack.info.content_sha256,
     )
@@ -418,6 +433,8 @@ def read_split(path: Path | str) -> Split:
             f"{path} is not a split: it needs patch_id and subset (train, validation, test) or fold (numbers)"
         )
     values = {"subset": table["subset"].fillna("")} if subsets else {"fold": folds.astype("int64")}
+    if PSEUDO_SLIDE in table:
+        values[PSEUDO_SLIDE] = table[PSEUDO_SLIDE].fillna("")
     return Split(
         **document.model_dump(exclude={"patients_overlap", "table_sha256"}),
         table=pd.DataFrame({"patch_id": table["patch_id"], **values}),
