@@ -110,7 +110,7 @@ register_dataset(
         expected={"patches": 277_524, "patients": 279, "non_idc": 198_738, "idc": 78_786},
         mpp=MPP,
         citation="Cruz-Roa et al. 2014 (SPIE 9041); Janowczyk and Madabhushi 2016 (J Pathol Inform 7:29)",
-        licence="stated on the Kaggle page; read it there",
+        licence="CC0 1.0, as the Kaggle page says",
         files=tuple(RemoteFile(_CASE_LISTS.format(name=name)) for name in ("train", "val", "test")),
         # 277,524 PNGs, twice in the archive: 6.0 kB each there (mean of 8,151), 8.1 kB in blocks on disk.
         kaggle=KaggleData(
