@@ -1,20 +1,23 @@
 """Ours beside its peers, in turns in one run: training, prediction, metrics with intervals.
 
-* training: ``biopsy`` beside the post's own Keras code (both as in `training_speed.py`) and beside a plain
-  PyTorch loop: the same network, ``ImageFolder`` and ``DataLoader`` with the same kinds of augmentation;
-* training of the recommended recipe, ``idc-small``, beside a plain loop over the same network;
-* prediction of the same patches by the same network: `biopsy.models.inference` beside ``keras.Model.predict``
-  and beside the plain loop (batches of 256);
+* training: ``biopsy`` in float32 and bfloat16 beside the post's own Keras code (both as in
+  `training_speed.py`), beside a plain PyTorch loop: the same network, ``ImageFolder`` and ``DataLoader`` with
+  the same kinds of augmentation, and beside fastai's ``Learner`` with the same network;
+* training of the recommended recipe, ``idc-small``, in its precision and in float32, beside a plain loop over
+  the same network;
+* prediction of the same patches by the same network: `biopsy.models.inference` in float32 and bfloat16 beside
+  ``keras.Model.predict`` (the fastest of four batch sizes) and beside the plain loop (batches of 256);
 * sensitivity, specificity, AUROC, average precision and Brier score with intervals over patients:
   every metric of `biopsy evaluate` beside a loop of 1,000 bootstrap samples over scikit-learn's
   five.
 
 Every stack is a process of its own that sleeps while another works. The first pass of each (tracing,
-conversion, warming up) is not counted. Ratios are of passes in the same turn.
+conversion, warming up) is not counted. Ratios are of passes in the same turn. A peer that is not installed is
+left out with a word (fastai: ``uv run --with fastai``).
 
     python benchmarks/peers.py ../shared/data/idc/idc_kaggle_subset.zip --turns 5
 
-Results: `results/peers.csv`, one row a task and peer.
+Results: `results/peers.csv`, one row a task, peer and arm of ours.
 """
 
 import argparse
@@ -24,6 +27,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,12 +42,13 @@ from training_speed import BATCH_SIZE, INPUT_PX, describe_machine, draw_files, s
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 IDC_RECIPE = "idc-small"
 N_PATIENTS, N_BOOTSTRAP = 50, 1000
+KERAS_BATCH_SIZES = (32, 128, 256, 1024)
 Pass = Callable[[], int]
 
 
-def train_biopsy(tree: Path, pack: Path) -> Pass:
+def train_biopsy(tree: Path, pack: Path, precision: str = "fp32") -> Pass:
     """Set up ours; the pass returns its patches."""
-    return start_biopsy(pack, "fp32")
+    return start_biopsy(pack, precision)
 
 
 def train_keras(tree: Path, pack: Path) -> Pass:
@@ -66,8 +73,42 @@ def train_pytorch(tree: Path, pack: Path) -> Pass:
     return _loop(network, optimiser, _load_folder(tree, INPUT_PX, BATCH_SIZE, change))
 
 
-def train_idc_biopsy(tree: Path, pack: Path) -> Pass:
-    """Set up the recommended recipe as it trains: in its precision, with averaged weights."""
+def train_fastai(tree: Path, pack: Path) -> Pass:
+    """Set up fastai's ``Learner`` over the same network, with its own augmentation on batches."""
+    import torch
+    from fastai.vision import all as fastai
+
+    from biopsy.models.networks import build_network
+
+    change = fastai.aug_transforms(
+        flip_vert=True, max_rotate=20, min_zoom=0.95, max_zoom=1.05, max_warp=0, max_lighting=0
+    )
+    block = fastai.DataBlock(
+        blocks=(fastai.ImageBlock, fastai.CategoryBlock),
+        get_items=fastai.get_image_files,
+        get_y=fastai.parent_label,
+        splitter=lambda items: (range(len(items)), []),
+        item_tfms=fastai.Resize(INPUT_PX, method="squish"),
+        batch_tfms=change,
+    )
+    learner = fastai.Learner(
+        block.dataloaders(tree, bs=BATCH_SIZE, num_workers=2, device=torch.device("cpu")),
+        build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0),
+        loss_func=fastai.CrossEntropyLossFlat(),
+        opt_func=partial(fastai.OptimWrapper, opt=torch.optim.Adagrad),
+        lr=1e-2,
+    )
+
+    def run() -> int:
+        with learner.no_bar(), learner.no_logging():
+            learner.fit(1)
+        return len(learner.dls.train) * BATCH_SIZE
+
+    return run
+
+
+def train_idc_biopsy(tree: Path, pack: Path, precision: str = "") -> Pass:
+    """Set up the recommended recipe as it trains: in its precision or another, with averaged weights."""
     from biopsy.data.packs import Pack
     from biopsy.models.engine import Engine, make_loss
     from biopsy.models.weights import make_network
@@ -79,7 +120,7 @@ def train_idc_biopsy(tree: Path, pack: Path) -> Pass:
 
     recipe, data = load_recipe(IDC_RECIPE), Pack.open(pack)
     settings, rows = recipe.train, np.arange(len(data))
-    engine = Engine("cpu", settings.precision)
+    engine = Engine("cpu", precision or settings.precision)
     network = engine.place(make_network(recipe, 2, 0)[0]).train()
     optimiser = optimiser_of(recipe, network)
     average = WeightAverage(network, settings.ema_decay)
@@ -143,7 +184,7 @@ def _loop(network: Any, optimiser: Any, loader: Any, *, label_smoothing: float =
     return run
 
 
-def predict_biopsy(tree: Path, pack: Path) -> Pass:
+def predict_biopsy(tree: Path, pack: Path, precision: str = "fp32") -> Pass:
     """Set up our inference on a pack, the network opened as `predict` opens it."""
     from biopsy.data.packs import Pack
     from biopsy.models.classifier import Classifier, ClassifierInfo
@@ -163,21 +204,29 @@ def predict_biopsy(tree: Path, pack: Path) -> Pass:
         preprocessing=Preprocessing(input_px=INPUT_PX),
     )
     classifier = Classifier(info, build_network("cancernet", n_classes=2, input_px=INPUT_PX, seed=0))
-    predictor = open_predictor(classifier, Engine("cpu"), MIN_PATCHES_TO_CONVERT).__enter__()
+    predictor = open_predictor(classifier, Engine("cpu", precision), MIN_PATCHES_TO_CONVERT).__enter__()
     return lambda: len(predictor.logits(data.patches, data.sizes))
 
 
 def predict_keras(tree: Path, pack: Path) -> Pass:
-    """Set up ``predict`` of the post's network on its own generator."""
+    """Set up ``predict`` of the post's network on its own generator, in the fastest batch size."""
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
     from training_speed import build_keras
 
-    model = build_keras()
-    flow = ImageDataGenerator(rescale=1 / 255.0).flow_from_directory(
-        tree, target_size=(INPUT_PX, INPUT_PX), shuffle=False, batch_size=256
-    )
-    return lambda: len(model.predict(flow, verbose=0))
+    model, runs, seconds = build_keras(), {}, {}
+    for batch_size in KERAS_BATCH_SIZES:
+        flow = ImageDataGenerator(rescale=1 / 255.0).flow_from_directory(
+            tree, target_size=(INPUT_PX, INPUT_PX), shuffle=False, batch_size=batch_size
+        )
+        runs[batch_size] = partial(model.predict, flow, verbose=0)
+        runs[batch_size]()  # traces the graph
+        begin = time.perf_counter()
+        runs[batch_size]()
+        seconds[batch_size] = time.perf_counter() - begin
+    best = min(seconds, key=seconds.__getitem__)
+    print(f"keras predicts fastest in batches of {best}", flush=True)
+    return lambda: len(runs[best]())
 
 
 def predict_pytorch(tree: Path, pack: Path) -> Pass:
@@ -267,11 +316,28 @@ def measure_sklearn(tree: Path, pack: Path) -> Pass:
 
 
 TASKS: dict[str, dict[str, Callable[[Path, Path], Pass]]] = {
-    "train": {"biopsy": train_biopsy, "keras": train_keras, "pytorch": train_pytorch},
-    "train-idc": {"biopsy": train_idc_biopsy, "pytorch": train_idc_pytorch},
-    "predict": {"biopsy": predict_biopsy, "keras": predict_keras, "pytorch": predict_pytorch},
+    "train": {
+        "biopsy": train_biopsy,
+        "biopsy-bf16": partial(train_biopsy, precision="bf16"),
+        "keras": train_keras,
+        "pytorch": train_pytorch,
+        "fastai": train_fastai,
+    },
+    "train-idc": {
+        "biopsy": train_idc_biopsy,
+        "biopsy-fp32": partial(train_idc_biopsy, precision="fp32"),
+        "pytorch": train_idc_pytorch,
+    },
+    "predict": {
+        "biopsy": predict_biopsy,
+        "biopsy-bf16": partial(predict_biopsy, precision="bf16"),
+        "keras": predict_keras,
+        "pytorch": predict_pytorch,
+    },
     "metrics": {"biopsy": measure_biopsy, "scikit-learn": measure_sklearn},
 }
+OPTIONAL = ("fastai",)
+"""Peers that are left out where they are not installed."""
 
 
 def work(pipe: Connection, start: Callable[[Path, Path], Pass], tree: Path, pack: Path) -> None:
@@ -288,8 +354,12 @@ def take_turns(task: str, tree: Path, pack: Path, turns: int) -> dict[str, list[
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name, start in TASKS[task].items():
+        if name in OPTIONAL and find_spec(name) is None:
+            print(f"{task}: {name} is not installed and left out", flush=True)
+            continue
         pipes[name], theirs = context.Pipe()
         context.Process(target=work, args=(theirs, start, tree, pack)).start()
+        theirs.close()  # so that a stack that fails ends the run
     rates: dict[str, list[float]] = {name: [] for name in pipes}
     for turn in range(turns + 1):
         for name, pipe in pipes.items():
@@ -304,25 +374,25 @@ def take_turns(task: str, tree: Path, pack: Path, turns: int) -> dict[str, list[
 
 
 def summarise(task: str, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Return a row for each peer: medians, and the ratio with its range over turns."""
+    """Return a row for each arm of ours and each peer: medians, and the ratio with its range over turns."""
+    arms = [name for name in rates if name.startswith("biopsy")]
     rows = []
-    for name, theirs in rates.items():
-        if name == "biopsy":
-            continue
-        ratios = [ours / other for ours, other in zip(rates["biopsy"], theirs, strict=True)]
+    for arm, name in product(arms, rates.keys() - set(arms)):
+        ratios = [ours / other for ours, other in zip(rates[arm], rates[name], strict=True)]
         rows.append(
             {
                 "task": task,
                 "peer": name,
-                "biopsy_per_s": round(statistics.median(rates["biopsy"])),
-                "peer_per_s": round(statistics.median(theirs)),
+                "biopsy_per_s": round(statistics.median(rates[arm])),
+                "peer_per_s": round(statistics.median(rates[name])),
                 "ratio": round(statistics.median(ratios), 2),
                 "ratio_min": round(min(ratios), 2),
                 "ratio_max": round(max(ratios), 2),
                 "turns": len(ratios),
+                "arm": arm,
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: (str(row["peer"]), str(row["arm"])))
 
 
 def compare(source: Path, n_patches: int, turns: int, tasks: list[str]) -> None:
@@ -338,7 +408,9 @@ def compare(source: Path, n_patches: int, turns: int, tasks: list[str]) -> None:
             rows = [row | about for row in summarise(task, take_turns(task, tree, pack, turns))]
             append_rows(RESULTS, rows)
             for row in rows:
-                print("{task} beside {peer}: {ratio} ({ratio_min}-{ratio_max})".format(**row), flush=True)
+                print(
+                    "{task}, {arm} beside {peer}: {ratio} ({ratio_min}-{ratio_max})".format(**row), flush=True
+                )
 
 
 if __name__ == "__main__":
