@@ -17,14 +17,13 @@ from biopsy.recipes import load_recipe
 from biopsy.training.batches import Batches
 from biopsy.training.pretraining import (
     COVARIANCE,
-    DOCUMENT,
-    FORMAT,
     Positives,
     View,
     pretrain,
     select_patches,
     vicreg_loss,
 )
+from biopsy.training.pretraining_record import DOCUMENT, FORMAT
 from biopsy.training.train import train
 from command_line import call
 from conftest import draw_patches
@@ -311,6 +310,17 @@ def test_training_starts_from_the_weights_with_a_head_of_its_own(pack, whole, tm
     trained = train("idc-small", pack, split="fixed", overrides=settings, out=tmp_path / "r", device="cpu")
     assert trained.info["weights"]["pretrained"]
     assert trained.info["weights"]["sha256"] == whole["weights_sha256"]
+
+
+def test_weights_that_have_seen_a_test_patient_are_refused(pack, whole, tmp_path):
+    split(pack, protocol="patients", test_patients=["8869"], val_patients=VALIDATION, name="other")
+    options = {"overrides": (*TINY, f"model.weights={whole.weights}", "train.epochs=1"), "device": "cpu"}
+    with refuses(SplitError, whole.weights, "8869"):
+        train("idc-small", pack, split="other", out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    other = write(tmp_path / "p", target=1 - pack.target)  # another pack, whose ids may be of other people
+    split(other, protocol="patients", test_patients=["8869"], val_patients=VALIDATION, name="other")
+    train("idc-small", other, split="other", out=tmp_path / "run", **options)
 
 
 def test_a_network_of_a_library_is_pre_trained_too(pack, tmp_path):

@@ -16,29 +16,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import save
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import TypedDict
 
 from biopsy.core.errors import FileFormatError, RecipeError, RunError, SplitError, TrainingDiverged
-from biopsy.core.files import LOCK, create_directory, read_json, sha256_file, write_atomic, write_json
-from biopsy.core.loaders import validate
+from biopsy.core.files import LOCK, create_directory, sha256_file, write_atomic, write_json
 from biopsy.core.results import Result, number
 from biopsy.core.seeds import derive, make_rng
 from biopsy.core.text import count_patches
 from biopsy.data.coordinates import REACH, find_slides, find_step, has_coordinates
-from biopsy.data.packs import Pack, Unit
+from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
-from biopsy.models.classifier import WEIGHTS, StartWeights
+from biopsy.models.classifier import WEIGHTS
 from biopsy.models.engine import Engine
 from biopsy.models.weight_files import is_head
 from biopsy.models.weights import describe_weights, feed_as_encoder, make_network
@@ -48,45 +45,19 @@ from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoi
 from biopsy.training.finalize import fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, optimiser_of
 from biopsy.training.optimisers import learning_rate, set_learning_rate
-from biopsy.training.patch_operations import affine_matrix, warp
+from biopsy.training.patch_operations import affine_matrix, send, warp
+from biopsy.training.pretraining_record import DOCUMENT, FORMAT, PretrainingInfo, read_pretraining
 from biopsy.training.runs import EpochRecord, describe_environment
 from biopsy.training.train import choose_split, open_data
 
 logger = logging.getLogger(__name__)
 
-FORMAT, DOCUMENT, FOLDER = "biopsy-pretraining/1", "pretraining.json", Path("pretrained")
+FOLDER = Path("pretrained")
 WIDTH = 256  # of the embeddings: their covariance is estimated on one batch
 COVARIANCE = 1 / 25  # Bardes et al. 2022, sec. 4.2: 25, 25 and 1, here divided by 25 to keep rates of recipes
 RATIO = 4 / 3  # of the sides of a crop, and its inverse, as Chen & He 2021 (SimSiam), app. A
 GREY = 0.2  # probability, as there
 COLLAPSED = 0.1  # mean standard deviation of the embeddings; 0.3 with random weights, the loss aims at 1
-
-
-class PretrainingInfo(TypedDict):
-    """Content of ``pretraining.json``."""
-
-    format: str
-    status: Literal["running", "finished"]
-    config_sha256: str
-    recipe: str
-    network: str
-    start: StartWeights
-    pack: dict[str, Any]
-    split: dict[str, Any]
-    seed: int
-    epochs: PositiveInt
-    neighbours: float
-    crop: float
-    positives: Literal["neighbours", "same patch"]
-    n_patches: PositiveInt
-    n_with_neighbours: NonNegativeInt
-    unit: Unit
-    patients: list[str] | None
-    """Ids of the unit, None without patients and slides."""
-    log: list[EpochRecord]
-    warnings: list[str]
-    weights_sha256: str | None
-    environment: dict[str, str | int | None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -326,8 +297,8 @@ class View:
             zoom_y=height,
         )
         batch = warp(batch, matrix)
-        is_grey = (coin < GREY).to(batch.device)[:, None, None, None]
-        return torch.where(is_grey, batch.mean(dim=1, keepdim=True), batch)
+        is_grey = send(coin < GREY, batch)
+        return torch.where(is_grey[:, None, None, None], batch.mean(dim=1, keepdim=True), batch)
 
 
 class _Embedder(nn.Module):
@@ -371,8 +342,7 @@ def _begin(path: Path, recipe: Recipe, described: Mapping[str, Any], rows: np.nd
     settings = [recipe.model_dump(mode="json", include=set(DEFINING_TABLES)), described, rows.tolist()]
     config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (path / DOCUMENT).is_file():
-        document = read_json(path / DOCUMENT, format=FORMAT, remedy="remove the folder")
-        info = validate(path / DOCUMENT, PretrainingInfo, document)
+        info = read_pretraining(path / DOCUMENT)
         if info["config_sha256"] != config:
             raise RunError(f"{path} is of a pre-training with other data or settings: choose another --out")
         return info

@@ -44,6 +44,7 @@ from biopsy.training.finalize import complete, fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
 from biopsy.training.patch_weights import read_patch_weights
+from biopsy.training.pretraining_record import require_unseen
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
     DOCUMENT,
@@ -301,6 +302,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
                 f"split {split.name!r} has no {subset} patches: validation is needed to choose the epoch; "
                 "make a split with `biopsy split`"
             )
+    require_unseen(recipe, pack, subsets)
     target = pack.target[subsets == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(

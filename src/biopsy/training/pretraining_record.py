@@ -1,0 +1,75 @@
+"""Record of a self-supervised pre-training, and what it says of the patients of a split."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
+
+from biopsy.core.errors import SplitError
+from biopsy.core.files import read_json
+from biopsy.core.loaders import validate
+from biopsy.data.packs import Pack, Unit
+from biopsy.models.classifier import StartWeights
+from biopsy.recipes import Recipe
+from biopsy.training.runs import EpochRecord
+
+FORMAT, DOCUMENT = "biopsy-pretraining/1", "pretraining.json"
+
+
+class PretrainingInfo(TypedDict):
+    """Content of ``pretraining.json``."""
+
+    format: str
+    status: Literal["running", "finished"]
+    config_sha256: str
+    recipe: str
+    network: str
+    start: StartWeights
+    pack: dict[str, Any]
+    split: dict[str, Any]
+    seed: int
+    epochs: PositiveInt
+    neighbours: float
+    crop: float
+    positives: Literal["neighbours", "same patch"]
+    n_patches: PositiveInt
+    n_with_neighbours: NonNegativeInt
+    unit: Unit
+    patients: list[str] | None
+    """Ids of the unit, None without patients and slides."""
+    log: list[EpochRecord]
+    warnings: list[str]
+    weights_sha256: str | None
+    environment: dict[str, str | int | None]
+
+
+def read_pretraining(path: Path) -> PretrainingInfo:
+    """Read ``pretraining.json``.
+
+    Raises:
+        FileFormatError: If it was changed, or is something else.
+    """
+    return validate(path, PretrainingInfo, read_json(path, format=FORMAT, remedy="remove the folder"))
+
+
+def require_unseen(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> None:
+    """Refuse initial weights that were pre-trained on patches of test or validation patients.
+
+    Recognised by the record beside the weights, if it is of the same pack.
+
+    Raises:
+        SplitError: With the first such patient.
+    """
+    weights = Path(recipe.model.weights).expanduser()
+    if not (recipe.model.pretrained and weights.is_file() and weights.with_name(DOCUMENT).is_file()):
+        return
+    info = read_pretraining(weights.with_name(DOCUMENT))
+    held_out = pack.group_ids[np.isin(subsets, ("validation", "test"))]
+    seen = np.intersect1d(held_out, info["patients"] or [])
+    if len(seen) and info["pack"]["content_sha256"] == pack.info.content_sha256:
+        raise SplitError(
+            f"the weights {weights} were pre-trained on patches of {pack.unit} {seen[0]}, who is in the "
+            f"validation or test subset ({len(seen)} in all): pre-train on this split and fold"
+        )
