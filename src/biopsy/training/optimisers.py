@@ -60,7 +60,9 @@ class Muon(AdamW):
         self, weights: Sequence[Tensor], lr: float, *, momentum: float, nesterov: bool, weight_decay: float
     ) -> None:
         last = max((index for index, weight in enumerate(weights) if weight.ndim > 1), default=None)
-        matrices, others, vectors = [], [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
+        vectors: list[Tensor] = []
         for index, weight in enumerate(weights):
             if weight.ndim < 2:
                 vectors.append(weight)
