@@ -51,11 +51,12 @@ TEST_SLIDES = ("8863", "8865", "8867")
 SETTINGS = {
     # The recipe's own optimiser and augmentation. Only the number of epochs and the jitter differ: one real
     # scanner is further from the phantom's than two patients of one laboratory are from each other.
-    "cancernet": ["augmentation.hed_jitter=0.15", "augmentation.rot90=true"],
+    "cancernet": ["augmentation.hed_jitter=0.15", "augmentation.hed_offset=0.15", "augmentation.rot90=true"],
     "residual": [
         "model.name=residual",
         "preprocessing.input_px=50",
         "augmentation.hed_jitter=0.1",
+        "augmentation.hed_offset=0.1",
         "augmentation.rot90=true",
         "augmentation.rotation_deg=0.0",
         "augmentation.shift=0.0",

@@ -53,7 +53,7 @@ def test_everything_off_is_the_identity_bit_for_bit():
     [
         POST,
         Augmentation(rot90=True),
-        Augmentation(hed_jitter=0.2),
+        Augmentation(hed_jitter=0.2, hed_offset=0.2),
         Augmentation(blur_px=2),
         Augmentation(rand_augment_n=3),
     ],
@@ -194,8 +194,15 @@ def test_stain_jitter_keeps_colours_possible():
     batch = torch.stack(
         [torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.rand(3, 8, 8, generator=generator())]
     )
-    changed = augment(Augmentation(hed_jitter=0.5), batch, generator())
+    changed = augment(Augmentation(hed_jitter=0.5, hed_offset=0.5), batch, generator())
     assert changed.isfinite().all() and changed.min() >= 0 and changed.max() <= 1
+
+
+def test_jitter_of_stain_leaves_glass_white_and_an_offset_colours_it():
+    glass = torch.ones(4, 3, 8, 8)
+    assert (augment(Augmentation(hed_jitter=0.5), glass, generator()) - 1).abs().max() < 1e-5
+    offset = augment(Augmentation(hed_offset=0.2), glass, generator())
+    assert len(offset[:, :, 0, 0].unique(dim=0)) == 4 and offset.min() < 0.95
 
 
 def test_blur_agrees_with_scipy_away_from_the_border_and_keeps_constants():
@@ -275,6 +282,7 @@ def test_cutout_shows_the_mean_colour_to_the_network(order):
         "zoom=1",
         "fill=reflect",
         "hed_jitter=2",
+        "hed_offset=-1",
         "tilt=1",
     ],
 )

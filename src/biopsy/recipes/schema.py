@@ -119,7 +119,9 @@ class Augmentation(_Table):
     rot90: bool = False
     """Rotation by 0, 90, 180 or 270 degrees; patches must be square."""
     hed_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Maximum relative scaling and offset of the amounts of haematoxylin and eosin (Tellez et al. 2018)."""
+    """Maximum relative change of the amounts of haematoxylin and eosin (Tellez et al. 2018)."""
+    hed_offset: float = Field(default=0.0, ge=0, le=1)
+    """Maximum addition to these amounts, in decades of optical density; changes the background too."""
     stain_transfer: float = Field(default=0.0, ge=0, le=1)
     """Probability of transferring the stain of the same class in another training patient."""
     rand_stain_na: float = Field(default=0.0, ge=0, le=1)

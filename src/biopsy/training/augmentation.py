@@ -57,9 +57,10 @@ def augment(
         batch = warp(batch, matrix)
     elif moved:
         batch = move_pixels(batch, move)
-    if settings.hed_jitter:
-        spread = (torch.rand(2, n, 2, generator=generator)[:, part] * 2 - 1) * settings.hed_jitter
-        batch = change_stain(batch, scale=1 + spread[0], offset=spread[1])
+    if settings.hed_jitter or settings.hed_offset:
+        draws = torch.rand(2, n, 2, generator=generator)[:, part] * 2 - 1
+        scale, offset = 1 + draws[0] * settings.hed_jitter, draws[1] * settings.hed_offset
+        batch = change_stain(batch, scale=scale, offset=offset)
     if settings.rand_augment_n:
         batch = rand_augment(settings, batch, generator, n, part)
     if settings.blur_px:
