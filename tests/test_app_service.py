@@ -22,9 +22,10 @@ from filelock import FileLock
 
 import biopsy
 from biopsy.app.batching import Batcher, Busy
+from biopsy.app.jobs import Jobs
 from biopsy.app.service import Limits, make_service
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.files import LOCK
+from biopsy.core.files import LOCK, write_json
 from biopsy.models.engine import Engine
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.statistics.abstention import predict_sets
@@ -94,6 +95,7 @@ def test_a_shipped_classifier_answers_as_predict_does(tmp_path, shipped):
         together = send(client, images).json()["predictions"]
         alone = [send(client, [path]).json()["predictions"][0] for path in images[::8]]
     assert model["threshold"] == classifier.single_patch().threshold
+    assert model["classifier_sha256"] == classifier.sha256
     if shipped == "idc":
         assert model["threshold_with_neighbours"] == classifier.threshold != model["threshold"]
     else:
@@ -512,6 +514,37 @@ def test_a_killed_server_finishes_its_slides_when_it_is_back(make_slide, tmp_pat
         assert wait_for(client, identity)["status"] == "done"
         process.send_signal(signal.SIGINT)
         process.wait(30)
+
+
+def test_jobs_that_do_not_fit_are_reported_and_the_next_one_is_mapped(make_slide, tmp_path, caplog):
+    first, other, broken = "0" * 16, "1" * 16, "2" * 16
+    job = {
+        "format": "biopsy-job/1",
+        "id": first,
+        "model": "tiny",
+        "classifier": "",
+        "name": "case.tiff",
+        "mpp": None,
+        "path": None,
+        "status": "queued",
+        "error": None,
+        "created": "",
+        "finished": None,
+    }
+    for name, document in ((first, job), (other, job), (broken, {**job, "status": 1})):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+        write_json(tmp_path / "jobs" / name / "job.json", document)
+    jobs = Jobs(tmp_path / "jobs", {"tiny": make_classifier()}, root=tmp_path, device="cpu", max_waiting=9)
+    try:
+        last = jobs.add("tiny", make_slide(), None)["id"]
+        while jobs.get(last)["status"] not in ("done", "failed"):
+            time.sleep(0.05)
+        assert jobs.get(last)["status"] == "done"
+        assert jobs.get(first)["status"] == "failed" and "job.json" in jobs.get(first)["error"]
+        assert {job["id"] for job in jobs.list()} == {first, last}
+    finally:
+        jobs.close()
+    assert other in caplog.text and broken in caplog.text
 
 
 def test_headers_that_do_not_come_end_the_connection():

@@ -189,6 +189,11 @@ def test_a_run_shows_stitched_slides_with_truth_and_a_sheet(run):
     page = client.get(f"/api/sheets/{sheet['key']}?sort=prob&descending=true").json()
     probs = [item["prob"] for item in page["patches"] if item["prob"] is not None]
     assert probs == sorted(probs, reverse=True) and page["total"] == len(pack)
+    subsets = dict(zip(pack.table["patch_id"], run.subsets(pack), strict=True))
+    first = client.get(f"/api/sheets/{sheet['key']}").json()["patches"]
+    tested = [name for name, subset in subsets.items() if subset == run.evaluated_subset][: len(first)]
+    assert [patch["patch_id"] for patch in first][: len(tested)] == tested
+    assert all(patch["prob"] is not None for patch in first[: len(tested)])
     errors = client.get(f"/api/sheets/{sheet['key']}?column=error&value=True").json()
     assert errors["total"] == int((frame["pred"] != frame["target"]).sum())
     image = decode(client.get(f"/api/sheets/{sheet['key']}/patches/{index}.jpg"))

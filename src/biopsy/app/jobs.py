@@ -118,7 +118,10 @@ class Jobs:
         result = []
         for path in self.folder.glob(f"*/{DOCUMENT}"):
             try:
-                result.append(validate(path, Job, read_json(path, format=FORMAT)))
+                job = validate(path, Job, read_json(path, format=FORMAT))
+                if job["id"] != path.parent.name:
+                    raise DataError(f"{path} is of another job, {job['id']!r}")
+                result.append(job)
             except DataError as error:
                 logger.warning("job left out: %s", error)
         for job in sorted(result, key=lambda job: job["created"]):
@@ -288,19 +291,22 @@ class Jobs:
     def _work(self) -> None:
         while (identity := self._queue.get()) is not None and not self._closing.is_set():
             if identity in self._jobs:
-                self._map(identity)
+                try:
+                    self._map(identity)
+                except OSError:
+                    logger.exception("job %s: %s cannot be written", identity, DOCUMENT)
 
     def _map(self, identity: str) -> None:
-        job = self._jobs[identity]
+        job, job_folder = self._jobs[identity], self.folder / identity
         path = job["path"]
-        assert path is not None  # of a queued job
-        self._set(identity, "running")
-        job_folder = self.folder / identity
 
         def on_progress(done: int, total: int, name: str | None = None) -> None:
             self._progress[identity] = done, total
 
         try:
+            if path is None:
+                raise DataError(f"{DOCUMENT} names no slide: send the slide again")
+            self._set(identity, "running")
             if job["model"] not in self._classifiers:
                 raise DataError(f"the server has no model {job['model']!r} any more")
             slide(
@@ -312,7 +318,8 @@ class Jobs:
                 on_progress=on_progress,
             )
         except (BiopsyError, OSError) as error:
-            reason = str(error).replace(path, job["name"]).replace(os.fspath(job_folder), "")
+            reason = str(error).replace(path or DOCUMENT, job["name"] if path else DOCUMENT)
+            reason = reason.replace(os.fspath(job_folder), "")
             self._finish(identity, "failed", reason)
         except Exception as error:
             logger.exception("job %s failed", identity)

@@ -1,6 +1,7 @@
 """The service as tools of the Model Context Protocol, for assistants that start it."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ _INSTRUCTIONS = (
 
 def _tell(text: str, root: Path | None) -> str:
     """Return a message with paths below the root, and the tool in place of the command."""
+    text = re.sub(rf"{re.escape(str(root))}(?=[\s,;:]|$)", ".", text)
     return text.replace(f"{root}{os.sep}", "").replace("`biopsy slide`", "the tool `map_slide`")
 
 

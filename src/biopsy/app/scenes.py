@@ -248,6 +248,12 @@ class Sheet:
             frame["doubt"] = rank_label_issues(counts, pack.target, voices)["doubt"].to_numpy()
         return frame.assign(row=np.arange(len(pack)))
 
+    def rank_subsets(self, frame: pd.DataFrame) -> pd.Series:
+        """Return the rank of each row: evaluated patches, others with a prediction, those without one."""
+        if self.run is None:
+            return pd.Series(0, frame.index)
+        return frame["prob"].isna() * 2 + (frame["subset"] != self.run.evaluated_subset)
+
 
 @dataclass
 class Exhibit:

@@ -113,7 +113,7 @@ class ModelDescription(TypedDict):
     """A model; ``threshold`` is that of single patches, the other one of slides."""
 
     name: str
-    sha256: str
+    classifier_sha256: str
     network: str
     class_names: list[str]
     class_titles: list[str]
@@ -233,7 +233,7 @@ def describe_models(classifiers: Mapping[str, Classifier]) -> list[ModelDescript
     return [
         {
             "name": name,
-            "sha256": classifier.sha256,
+            "classifier_sha256": classifier.sha256,
             "network": classifier.info.network,
             "class_names": classifier.info.class_names,
             "class_titles": [class_title(name) for name in classifier.info.class_names],

@@ -253,7 +253,7 @@ class _Viewer:
         self,
         key: str,
         offset: int = Query(0, ge=0),
-        sort: str = "row",
+        sort: str = "",
         descending: bool = False,
         column: str = "",
         value: str = "",
@@ -262,9 +262,10 @@ class _Viewer:
         frame = sheet.frame
         if column:
             frame = _filter(frame, column, value)
-        if sort not in frame:
+        if sort and sort not in frame:
             raise DataError(f"the sheet has no column {sort!r}; it has {', '.join(frame)}")
-        frame = frame.sort_values(sort, ascending=not descending, kind="stable", na_position="last")
+        rank = frame[sort] if sort else sheet.rank_subsets(frame)
+        frame = frame.loc[rank.sort_values(ascending=not descending, kind="stable").index]
         chosen = frame.iloc[offset : offset + PAGE_SIZE]
         return {
             "total": len(frame),

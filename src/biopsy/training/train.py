@@ -47,7 +47,6 @@ from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.pretraining_record import require_unseen
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
-    DOCUMENT,
     EpochRecord,
     PatchCounts,
     Run,
@@ -136,7 +135,10 @@ def train(
             raise RunError(
                 "training needs a recipe and data, or resume= and the folder of an interrupted run"
             )
-        requested, pack = load_recipe(recipe, overrides), open_data(data)
+        requested = load_recipe(recipe, overrides)
+        if out is not None:
+            _require_room(Path(out), seed, transform)
+        pack = open_data(data)
         requested = feed_as_encoder(requested, pack.info.patch_px, pack.info.mpp)
         requested = _fix_precision(requested, device)
         if transform is not None:
@@ -215,8 +217,6 @@ def _begin(
     transform: Transform | None,
 ) -> tuple[Run, Pack]:
     """Validate the settings, and create the run or return a cached one."""
-    if out is not None and not (Path(out) / DOCUMENT).is_file():
-        require_empty(Path(out))
     pack.verify()
     split = choose_split(pack, split_name, recipe)
     subsets = split.subsets(pack, fold)
@@ -280,6 +280,21 @@ def _begin(
     logger.info("network %s: %s", recipe.model.name, describe_weights(network, weights))
     table = pd.DataFrame({"patch_id": pack.table["patch_id"], "subset": subsets})
     return Run.create(path, info, recipe, table), pack
+
+
+def _require_room(out: Path, seed: int, transform: Transform | None) -> None:
+    """Refuse a folder with anything but a finished run, which may have the same configuration.
+
+    Raises:
+        RunError: If the folder is not empty.
+    """
+    try:
+        run = Run.open(out)
+    except RunError:
+        require_empty(out)
+    else:
+        if run.info["status"] != "finished" or run.info["seed"] != seed or transform is not None:
+            require_empty(out)
 
 
 def _reuse_run(run: Run, pack: Pack) -> Run:

@@ -457,13 +457,13 @@ const openSheet = guarded(async (key) => {
 });
 
 async function loadPatches() {
-  const query = new URLSearchParams({ offset: sheet.patches.length, sort: $("sort-column").value || "row", descending: $("sort-descending").checked, column: $("filter-value").value ? $("filter-column").value : "", value: $("filter-value").value });
+  const query = new URLSearchParams({ offset: sheet.patches.length, sort: $("sort-column").value, descending: $("sort-descending").checked, column: $("filter-value").value ? $("filter-column").value : "", value: $("filter-value").value });
   const asked = sheet, at = sheet.patches, offset = at.length, page = await getJson(`api/sheets/${sheet.key}?${query}`);
   if (sheet !== asked || sheet.patches !== at || at.length !== offset) return;  // something else is wanted by now
   if (!sheet.labels) {
     sheet.labels = page.labels;
     sheet.values = page.values;
-    fill($("sort-column"), [["row", "as in the pack"], ...page.columns.map((name) => [name, name])]);
+    fill($("sort-column"), [["", page.columns.includes("subset") ? "evaluated patches first" : "as in the pack"], ...page.columns.map((name) => [name, name])]);
     fill($("filter-column"), page.columns.map((name) => [name, name]), "label");
     offerValues();
   }
