@@ -13,7 +13,8 @@ from huggingface_hub.repocard import metadata_load
 from biopsy.core.errors import DataError, HubError, RunError
 from biopsy.core.files import read_json
 from biopsy.evaluation.predict import predict
-from biopsy.exporting.bundles import export, publish
+from biopsy.exporting.bundles import export
+from biopsy.exporting.hub import publish
 from biopsy.training.open_model import open_classifier
 from command_line import call
 from conftest import encode_png

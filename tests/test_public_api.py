@@ -126,6 +126,13 @@ def test_importing_the_package_and_any_help_load_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["fetch", "publish", "view", "serve", "inspect", "split", "slide", "list"])
+def test_commands_that_run_no_network_load_without_torch(name):
+    code = f"import sys, biopsy; biopsy.{name}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_wrong_names_get_the_nearest_one():
     for wrong, right in [
         (["trian"], "train"),

@@ -49,6 +49,8 @@ def test_an_unfinished_answer_is_none(pack, tmp_path, monkeypatch):
     first = train(RECIPE, pack, overrides=ONE, device="cpu")
     first.update(status="interrupted")
     assert train(RECIPE, pack, overrides=ONE, device="cpu").path != first.path
+    with refuses(RunError, first.path, "--resume"):  # before data are read
+        train(RECIPE, "none.pack", overrides=ONE, device="cpu", out=first.path)
 
 
 def test_an_answer_finds_its_pack_where_it_lies_now(pack, tmp_path, monkeypatch):

@@ -48,10 +48,10 @@ from .experiments.reports import report as report
 from .experiments.reproduction import reproduce as reproduce
 from .experiments.sweeps import sweep as sweep
 from .exporting.bundles import export as export
-from .exporting.bundles import publish as publish
+from .exporting.hub import publish as publish
 from .models.classifier import Classifier as Classifier
+from .models.fetch import fetch as fetch
 from .models.importers.keras import import_keras as import_keras
-from .models.weights import fetch as fetch
 from .slides.cohorts import SlideCohort as SlideCohort
 from .slides.cohorts import slide as slide
 from .slides.maps import SlideMap as SlideMap

@@ -21,7 +21,7 @@ from biopsy.data.splits import list_splits, load_split
 from biopsy.evaluation.evaluate import FORMAT as METRICS_FORMAT
 from biopsy.evaluation.measure import measure_performance
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.exporting import bundles
+from biopsy.exporting import bundles, hub
 from biopsy.exporting.formats import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
 from biopsy.models.classifier import Classifier, score_classes
@@ -74,7 +74,7 @@ def verify(
     kinds: dict[str, Callable[[Checklist], object]] = {
         RUN: lambda checks: _verify_run(checks, folder, retrain, on_epoch),
         PACK: lambda checks: _verify_pack(checks, folder),
-        bundles.DOCUMENT: lambda checks: _verify_bundle(checks, folder, trust_model),
+        hub.DOCUMENT: lambda checks: _verify_bundle(checks, folder, trust_model),
         CLASSIFIER: lambda checks: _verify_classifier(checks, folder),
         outputs.SUMMARY: lambda checks: _verify_map(checks, folder),
     }
@@ -297,7 +297,7 @@ def _verify_classifier(checks: Checklist, folder: Path) -> Classifier | None:
 
 
 def _read_bundle_document(path: Path) -> dict[str, Any]:
-    document = read_json(path, format=bundles.FORMAT)
+    document = read_json(path, format=hub.FORMAT)
     if not isinstance(document.get("files"), dict) or "classifier_sha256" not in document:
         raise FileFormatError(path, "value", "has no hashes of its files and classifier")
     return document
@@ -306,7 +306,7 @@ def _read_bundle_document(path: Path) -> dict[str, Any]:
 def _verify_bundle(checks: Checklist, folder: Path, trust_model: str | None) -> None:
     remedy = "export it again with `biopsy export`"
     document = checks.run(
-        bundles.DOCUMENT, lambda: ("as written", _read_bundle_document(folder / bundles.DOCUMENT)), remedy
+        hub.DOCUMENT, lambda: ("as written", _read_bundle_document(folder / hub.DOCUMENT)), remedy
     )
     if document is None:
         return

@@ -6,8 +6,7 @@ script, ``openvino/`` for slide maps without PyTorch, a model card, and a parity
 agree are not written.
 """
 
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -17,17 +16,17 @@ import cv2
 import numpy as np
 
 from biopsy.core.errors import BiopsyError, DataError, RunError, first_line
-from biopsy.core.files import create_directory, read_json, sha256_file, write_json
+from biopsy.core.files import create_directory, sha256_file, write_json
 from biopsy.core.results import Output, Table
 from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.exporting.formats import FORMATS
+from biopsy.exporting.hub import CARD, DOCUMENT, FORMAT
 from biopsy.exporting.model_card import Int8Difference, Parity, card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.compiling import write_quantised
 from biopsy.models.engine import Engine
-from biopsy.models.hub import PREFIX, hub_errors, require_repository
 from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
 from biopsy.models.openvino_runtime import FOLDER, INT8_MODEL, MODEL, CompiledRuntime, read_compiled
@@ -35,9 +34,8 @@ from biopsy.phantom.cohort import iter_patches
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
-FORMAT: Final = "biopsy-bundle/1"
 PARITY_FORMAT: Final = "biopsy-parity/1"
-DOCUMENT, PARITY, CARD = "bundle.json", "parity.json", "README.md"
+PARITY = "parity.json"
 TOLERANCE = 1e-4
 """Tolerance of probabilities."""
 PARITY_PATCHES = 256
@@ -273,73 +271,3 @@ def _choose_patches(pack: Pack, patch_px: int, most: int) -> np.ndarray:
         raise DataError(f"{pack.path} has no whole patch of {patch_px} px: agreement cannot be tested on it")
     rows = full_size[np.unique(np.linspace(0, len(full_size) - 1, min(most, len(full_size))).astype(int))]
     return np.array(pack.patches[rows, :patch_px, :patch_px])
-
-
-@dataclass(frozen=True)
-class Publication(Output):
-    """Result of `publish`.
-
-    Attributes:
-        repository: ``ORG/NAME``.
-        commit: Hash of the commit.
-        model: ``hf:ORG/NAME@COMMIT``, the name of exactly this version.
-        url: Page of the commit.
-        files: The files uploaded.
-    """
-
-    repository: str
-    commit: str
-    model: str
-    url: str
-    files: list[str]
-
-    def blocks(self) -> list[str]:
-        return [self.model, f"{count(len(self.files), 'file')}: {self.url}"]
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-
-def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Publication:
-    """Upload a bundle to the Hugging Face hub.
-
-    Only files written by ``export`` are uploaded, and only if unchanged; the model card may be edited. The
-    token is taken from ``hf auth login`` or ``$HF_TOKEN``.
-
-    Args:
-        bundle: Folder written by ``export``.
-        repository: Repository on the hub, ``ORG/NAME``; created if missing.
-        private: Create the repository as a private one.
-
-    Raises:
-        DataError: If the folder is not a bundle.
-        RunError: If a file of the bundle is missing or was modified.
-        HubError: If the name is invalid, or the hub refuses the upload.
-    """
-    from huggingface_hub import HfApi
-
-    from biopsy import __version__
-
-    folder = Path(bundle)
-    files = _list_bundle(folder)
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    with hub_errors(require_repository(repository)):
-        api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=files,
-            commit_message=f"Classifier exported by biopsy {__version__}",
-        )
-    model = f"{PREFIX}{repository}@{commit.oid}"
-    return Publication(repository, commit.oid, model, commit.commit_url, files)
-
-
-def _list_bundle(folder: Path) -> list[str]:
-    """Return the files of a bundle, each checked against its hash."""
-    document = read_json(folder / DOCUMENT, format=FORMAT, remedy="name a folder that `export` wrote")
-    for name, digest in document["files"].items():
-        path = folder / name
-        if not path.is_file() or (name != CARD and sha256_file(path) != digest):
-            raise RunError(f"{path} is missing or was altered since the bundle was written: export again")
-    return [*document["files"], DOCUMENT]

@@ -1,4 +1,4 @@
-"""Pretrained weights: known files, their location, verification and download, and networks with them.
+"""Pretrained weights: known files, their location and verification, and networks with them.
 
 The file of a tag is searched in ``$BIOPSY_WEIGHTS`` (default ``~/.cache/biopsy/weights``), in the caches of
 torch, Keras and Hugging Face, and in the Python package that contains it. Only `fetch` downloads.
@@ -16,12 +16,9 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import TypedDict
 
-from biopsy.core.errors import DataError, DownloadError, RecipeError, suggest
+from biopsy.core.errors import DataError, RecipeError, suggest
 from biopsy.core.files import sha256_file
-from biopsy.data.datasets.base import RemoteFile, Source
-from biopsy.data.download import FetchResult, OnProgress, fetch_source, find_source
 from biopsy.models.classifier import WEIGHTS, Classifier, StartWeights
-from biopsy.models.hub import hub_errors
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.libraries import split_name
@@ -487,66 +484,3 @@ def _note_random_weights(recipe: Recipe) -> list[str]:
     if recipe.model.trainable != "all":
         notes.append("frozen stages are random")
     return notes
-
-
-FETCH_PREFIX = "weights:"
-
-
-def fetch(name: str, out: Path | str, *, on_progress: OnProgress | None = None) -> FetchResult:
-    """Download a public data set or pretrained weights.
-
-    An interrupted download is continued; files appear under their final names only when complete and
-    verified. Prints the folder to give to ``prepare``, or the one that ``$BIOPSY_WEIGHTS`` should name.
-
-    Args:
-        name: ``idc``, ``pcam``, ``hcd``, or ``weights:TAG`` with a tag of ``biopsy list models``, such as
-            ``weights:torchvision:resnet18``.
-        out: Output folder, created if missing.
-        on_progress: Called with a `Progress`; kagglehub and Hugging Face show their own.
-
-    Raises:
-        DataError: If the name is unknown, or the checksum of the weights is wrong.
-        RecipeError: If the tag is unknown, or the licence was not accepted.
-        MissingExtra: If it is on Kaggle and kagglehub is not installed.
-        DownloadError: If the disk is full, the server refuses, the connection keeps failing or a
-            checksum is wrong.
-    """
-    result = (
-        _fetch_weights(name.removeprefix(FETCH_PREFIX), out, on_progress)
-        if name.startswith(FETCH_PREFIX)
-        else fetch_source(find_source(name), out, on_progress=on_progress)
-    )
-    if result.kept:
-        logger.info("already there: %s", ", ".join(path.name for path in result.kept))
-    return result
-
-
-def _fetch_weights(tag: str, out: Path | str, on_progress: OnProgress | None) -> FetchResult:
-    weights = find_weights(tag)
-    require_licence(weights)
-    target = Path(out) / weights.file
-    if target.exists():
-        result = FetchResult(weights.tag, Path(out), (), (target,))
-    elif weights.hub is not None:
-        result = _fetch_from_hub(weights, Path(out))
-    else:
-        if not weights.url:
-            raise DownloadError(
-                f"the weights {weights.tag!r} have no fixed address: get {weights.file} from {weights.page}",
-                "missing",
-            )
-        source = Source(weights.tag, weights.tag, weights.licence, files=(RemoteFile(weights.url),))
-        result = fetch_source(source, out, on_progress=on_progress)
-    require_digest(target, weights.digest)
-    return result
-
-
-def _fetch_from_hub(weights: Weights, out: Path) -> FetchResult:
-    from huggingface_hub import hf_hub_download
-
-    assert weights.hub is not None
-    repository, file = weights.hub
-    with hub_errors(repository):
-        downloaded = Path(hf_hub_download(repository, file, local_dir=out / ".biopsy-hub"))
-    downloaded.replace(out / weights.file)
-    return FetchResult(weights.tag, out, (out / weights.file,), ())
