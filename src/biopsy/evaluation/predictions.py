@@ -316,7 +316,7 @@ def _index_classes(labels: np.ndarray, names: list[str]) -> np.ndarray:
     if len(np.unique(target)) < 2:
         raise MetricError(
             f"all {len(target):,} patches have class {names[int(target[0])]!r}: an evaluation needs at "
-            "least two classes"
+            "least two classes; add patches of another class"
         )
     return target
 
