@@ -463,7 +463,7 @@ async function loadPatches() {
   if (!sheet.labels) {
     sheet.labels = page.labels;
     sheet.values = page.values;
-    fill($("sort-column"), [["", page.columns.includes("subset") ? "evaluated patches first" : "as in the pack"], ...page.columns.map((name) => [name, name])]);
+    fill($("sort-column"), [...(page.columns.includes("error") ? [["", "evaluated patches first"], ["row", "as in the pack"]] : [["", "as in the pack"]]), ...page.columns.map((name) => [name, name])]);
     fill($("filter-column"), page.columns.map((name) => [name, name]), "label");
     offerValues();
   }
