@@ -372,8 +372,8 @@ def _check_slides(entries: Sequence[Entry], sheets: Mapping[str, Sheet]) -> None
         if len(errors) == 1:
             raise errors[0]
         raise SlideError(f"none of {len(errors)} slides can be opened; {errors[0]}")
-    for error in errors:
-        logger.warning("not shown: %s", error)
+    for reason in errors:
+        logger.warning("not shown: %s", reason)
 
 
 def _list_stitched(pack: Path, mpp: float | None) -> list[Source]:

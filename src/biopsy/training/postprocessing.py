@@ -167,7 +167,7 @@ def find_trained_prior(
     if sampled is None and train.class_weights == train.sampling == "none":
         return None
     if sampled is None:
-        sampled = counts if train.sampling == "none" else np.ones(len(counts))
+        sampled = list(counts) if train.sampling == "none" else [1.0] * len(counts)
     seen = np.asarray(sampled, np.float64) / (1 if train.class_weights == "none" else np.asarray(counts))
     return seen / seen.sum()
 
@@ -185,7 +185,7 @@ def fit_run_postprocessing(
     decision = recipe.as_published if published else recipe.decision
     names = classifier.info.class_names
     counts, shares = split["subsets"]["train"]["per_class"], split.get("class_shares")
-    sampled = shares and [shares[name] for name in names]
+    sampled = None if shares is None else [shares[name] for name in names]
     fit_postprocessing(
         classifier,
         logits,
