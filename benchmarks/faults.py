@@ -591,7 +591,7 @@ def try_command(
         run(campaign.folder, words)
         (from_altered := read_values(campaign.folder)).pop(name, None)
         values.pop(name, None)
-        return find_difference(values, from_altered, stable - {name}) is None
+        return find_difference(values, from_altered, stable & from_altered.keys()) is None
 
     for fault in faults:
         row = Row(command, fault)
