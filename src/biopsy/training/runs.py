@@ -467,9 +467,9 @@ def require_empty(path: Path) -> None:
         RunError: If the folder is not empty.
     """
     if path.exists() and any(path.iterdir()):
-        raise RunError(
-            f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
-        )
+        is_run = (path / DOCUMENT).is_file()
+        resume = f", or resume with `biopsy train --resume {path}`" if is_run else ""
+        raise RunError(f"{path} is not empty: choose another folder{resume}")
 
 
 def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:
