@@ -14,7 +14,6 @@ from biopsy.training.sampling import (
     take_fraction,
     within_patient_shares,
 )
-from refusals import refuses
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
@@ -110,9 +109,12 @@ def test_patients_that_are_balanced_are_drawn_once_each():
     assert sorted(sample_epoch(index, target, seed=0, epoch=1, **options)) == index.tolist()
 
 
-def test_patients_of_one_class_only_cannot_be_contrasted():
-    with refuses(DataError, "within-patient", "train.sampling=none"):
-        within_patient_shares(np.arange(6), np.repeat([0, 1], 3), np.repeat([4, 7], 3), 0.25)
+def test_patients_of_one_class_only_are_drawn_as_without_sampling():
+    index, target, groups = np.arange(6), np.repeat([0, 1], 3), np.repeat([4, 7], 3)
+    assert within_patient_shares(index, target, groups, 0.25) == pytest.approx(1 / 6)
+    options = {"groups": groups, "single_class_weight": 0.25, "seed": 3, "epoch": 2}
+    drawn = [sample_epoch(index, target, sampling=name, **options) for name in ("within-patient", "none")]
+    assert np.array_equal(*drawn)
 
 
 @given(targets, st.floats(0.01, 1), st.integers(0, 99))

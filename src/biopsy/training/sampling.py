@@ -56,25 +56,18 @@ def within_patient_shares(
     of classes that the patient has in training, ``n`` its number of patches of class ``c``, and ``m`` its
     number of patches, times ``single_class_weight`` where ``k`` is 1. So the classes of a patient weigh
     equally, patients of several classes weigh by their patches, and stain, which differs between patients
-    more than within them, tells the class less than where patches are drawn alike.
+    more than within them, tells the class less than where patches are drawn alike. Where no patient has
+    several classes, all shares are equal.
 
     Args:
         index: Rows of the training patches, ``(n,)``.
         groups: Patient of every patch of the pack.
         single_class_weight: Factor on patients with patches of one class only, above 0, at most 1.
-
-    Raises:
-        DataError: If no patient has patches of two classes.
     """
     names, patient = np.unique(groups[index], return_inverse=True)
     counts = np.zeros((len(names), target.max() + 1))
     np.add.at(counts, (patient, target[index]), 1)
     n_present = (counts > 0).sum(axis=1)
-    if n_present.max() < 2:
-        raise DataError(
-            "train.sampling=within-patient needs a training patient with patches of several classes: use "
-            "another split, or --set train.sampling=none"
-        )
     mass = counts.sum(axis=1) * np.where(n_present > 1, 1.0, single_class_weight)
     weight = (mass / n_present)[patient] / counts[patient, target[index]]
     return weight / weight.sum()

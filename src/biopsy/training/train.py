@@ -389,22 +389,15 @@ def _predict_teachers(
 def _share_classes(
     recipe: Recipe, pack: Pack, train: np.ndarray, patch_weights: np.ndarray | None
 ) -> dict[str, float] | None:
-    """Return the share of each class in training; None without sampling by patient or patch weights.
-
-    Raises:
-        DataError: If sampling by patient finds no patients, or none of several classes.
-    """
+    """Return the share of each class in training; None without sampling by patient or patch weights."""
     sampling, target = recipe.train.sampling, pack.target[train]
     if sampling != "within-patient" and patch_weights is None:
         return None
-    if sampling == "within-patient" and pack.unit == "patch":
-        raise DataError(
-            f"train.sampling=within-patient needs patient ids, and {pack.path.name} has none: prepare it "
-            "with --patients, or --set train.sampling=none"
-        )
     if sampling == "within-patient":
         factor = recipe.train.single_class_weight
         weight = within_patient_shares(train, pack.target, pack.group_ids, factor)
+        if np.allclose(weight, weight[0]):
+            logger.info("sampling within patients draws all patches equally often")
     else:
         weight = np.ones(len(train)) if sampling == "none" else 1 / np.bincount(target)[target]
     if patch_weights is not None:
