@@ -140,7 +140,7 @@ def test_without_groups_no_interval_is_over_patients(caplog):
 def test_an_evaluation_is_json_a_table_html_and_figures():
     target, probs = draw()
     found = biopsy.evaluate_predictions(target, probs, GROUPS, class_names=["<normal>", "tumour"])
-    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert document == found and document["format"] == "biopsy-metrics/1"
     assert set(found.to_frame().columns) == {"value", "low", "high", "reason"}
     assert "AUROC" in repr(found) and "10 patients" in repr(found)
@@ -227,7 +227,7 @@ def test_a_csv_of_another_program(tmp_path):
     )
     found = biopsy.evaluate(path)
     theirs = biopsy.evaluate_predictions(target, probs[:, 1], GROUPS)
-    assert found.to_dict() == theirs.to_dict() | {"evaluated": found["evaluated"]}
+    assert found.to_json() == theirs.to_json() | {"evaluated": found["evaluated"]}
     assert found.predictions["patient_id"].tolist() == GROUPS.tolist()
 
 

@@ -31,7 +31,7 @@ def run(trained_run: "biopsy.Run", tmp_path: Path) -> "biopsy.Run":
 def test_a_result_is_a_typed_mapping_with_a_table(name: str, run: "biopsy.Run", tmp_path: Path) -> None:
     result = RESULTS[name](run, tmp_path)
     assert type(result) is getattr(biopsy, name)
-    assert dict(result) == result.to_dict() and len(result) == len(result.to_dict())
+    assert dict(result) == result.to_json() and len(result) == len(result.document)
     assert len(result.to_frame().columns) > 0
     tables = [block for block in result.blocks() if isinstance(block, Table)]
     html = result._repr_html_()

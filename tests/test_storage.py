@@ -4,6 +4,7 @@ import functools
 import http.server
 import shutil
 import threading
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_a_folder_that_is_not_there_yet_is_made(memory):
 
 def test_copies_of_unknown_sizes_are_bounded_together(memory, staging, monkeypatch):
     memory.pipe({f"/a/{name}": bytes(2000) for name in "xyz"})
-    files = {name: info | {"size": None} for name, info in list_files("memory://a").items()}
+    files = {name: replace(file, size=None) for name, file in list_files("memory://a").items()}
     monkeypatch.setattr(storage, "list_files", lambda url: files)
     monkeypatch.setenv("BIOPSY_STAGING_GB", "5e-6")
     with refuses(DataError, "BIOPSY_STAGING_GB"), staged("memory://a"):

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -64,7 +63,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
 
     @server.tool()
     @_named_errors(jobs.root)
-    def predict_patches(paths: list[str], model: str | None = None) -> dict[str, Any]:
+    def predict_patches(paths: list[str], model: str | None = None) -> dict[str, object]:
         """Predict patches: images, folders or zips of them, packs. ``prob`` is that of the positive class."""
         classifier = classifiers[pick_model(classifiers, model)]
         with tempfile.TemporaryDirectory() as folder:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from biopsy.app.pictures import BlankPicture, Picture, SlidePicture, StitchedPicture
 from biopsy.core.errors import DataError, RunError, SlideError
-from biopsy.core.files import read_json
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import class_title
 from biopsy.data.packs import Pack, is_pack
@@ -30,8 +29,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, find_regions
-from biopsy.slides.outputs import FORMAT as SUMMARY_FORMAT
-from biopsy.slides.outputs import MAP, SUMMARY
+from biopsy.slides.outputs import MAP, SlideSummary, read_summary
 from biopsy.slides.sources import Source, list_sources, stitch_slide
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
@@ -407,8 +405,9 @@ def _find_slide(
     """Return the slide of a map, or a note that says why it is shown without."""
     name = file.parent.name
     summary = _read_summary(file)
-    fingerprint = summary.get("request", {}).get("slide")
-    mpp = summary.get("request", {}).get("mpp") or mpp
+    request = summary.get("request", {})
+    fingerprint, stated = request.get("slide"), request.get("mpp")
+    mpp = stated if isinstance(stated, int | float) and stated else mpp
     path_candidates = [Path(paths[name])] if name in paths else []
     file_name = str(summary.get("source") or "")
     if file_name == Path(file_name).name:
@@ -432,24 +431,25 @@ def _find_slide(
     return None, "the slide's file was not found: name it beside the map to see it"
 
 
-def _read_summary(file: Path) -> dict[str, Any]:
+def _read_summary(file: Path) -> SlideSummary:
     try:
-        return read_json(file.parent / SUMMARY, format=SUMMARY_FORMAT)
+        return read_summary(file.parent)
     except (OSError, DataError):
         return {}
 
 
 def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | None) -> None:
     summary = _read_summary(file)
-    positive, checked = summary.get("positive") or {}, summary.get("out_of_distribution") or {}
+    positive, checked = summary.get("positive"), summary.get("out_of_distribution")
     facts = {
         "n_patches": summary.get("n_patches"),
-        "positive_mm2": positive.get("area_mm2"),
+        "positive_mm2": positive and positive["area_mm2"],
         "abstained_share": summary.get("abstained_share"),
-        "ood_share": checked.get("share"),
+        "ood_share": checked and checked["share"],
     }
     name = file.parent.name if summary else file.stem
-    predicted = f"predicted {class_title(positive['class_name'])}" if positive else ""
+    positive_class = positive and positive["class_name"]
+    predicted = f"predicted {class_title(positive_class)}" if positive_class else ""
     key, opener = _key(file, name), partial(_open_map, file, source, note)
     exhibit.entries[key] = Entry(key, name, opener, facts, predicted)
 

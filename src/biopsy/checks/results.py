@@ -39,7 +39,14 @@ class CheckReport(Result):
 
     ``report["checks"]`` lists ``name``, ``status``, ``detail`` and ``remedy`` of every check,
     ``report["status"]`` is the worst of them, ``report["subject"]`` what was checked.
+
+    Attributes:
+        subject: What was checked.
+        checks: The checks.
     """
+
+    subject: str
+    checks: Sequence[Check]
 
     @classmethod
     def of(cls, subject: str, checks: Sequence[Check]) -> "CheckReport":
@@ -47,7 +54,8 @@ class CheckReport(Result):
         result = {check.status for check in checks}
         worst = next((status for status in ("FAIL", "WARN") if status in result), "PASS")
         rows = [asdict(check) for check in checks]
-        return cls({"format": FORMAT, "subject": subject, "status": worst, "checks": rows})
+        document = {"format": FORMAT, "subject": subject, "status": worst, "checks": rows}
+        return cls(document, subject, checks)
 
     @property
     def passed(self) -> bool:
@@ -60,21 +68,21 @@ class CheckReport(Result):
 
     def blocks(self) -> list[str]:
         """Return a line per check, the remedy below it, and the number of checks of each status."""
-        width = max(len(row["name"]) for row in self["checks"])
+        width = max(len(check.name) for check in self.checks)
         lines = []
-        for row in self["checks"]:
-            lines.append(f"{row['status']}  {row['name']:<{width}}  {row['detail']}")
-            if row["remedy"]:
-                lines.append(f"      {'':<{width}}  -> {row['remedy']}")
-        statuses = [row["status"] for row in self["checks"]]
+        for check in self.checks:
+            lines.append(f"{check.status}  {check.name:<{width}}  {check.detail}")
+            if check.remedy:
+                lines.append(f"      {'':<{width}}  -> {check.remedy}")
+        statuses = [check.status for check in self.checks]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("PASS", "WARN", "FAIL"))
-        return [*lines, f"{self['subject']}: {counts}"]
+        return [*lines, f"{self.subject}: {counts}"]
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per check: ``status``, ``detail`` and ``remedy`` by ``name``."""
         import pandas as pd
 
-        return pd.DataFrame(self["checks"]).set_index("name")
+        return pd.DataFrame(self.checks).set_index("name")
 
 
 class Checklist(list[Check]):

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from biopsy.checks.results import Checklist, CheckReport, Status, describe_differences
-from biopsy.core.errors import BiopsyError, DataError, FileFormatError, RunError
+from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import find_changed, plain, read_json, sha256_file
-from biopsy.core.loaders import load_json
+from biopsy.core.loaders import load_json, validate
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import DOCUMENT as PACK
 from biopsy.data.packs import Pack
@@ -30,6 +30,7 @@ from biopsy.models.inference import predict_classifier, predict_logits
 from biopsy.slides import outputs
 from biopsy.slides.maps import SlideMap, collect_regions, find_regions, write_geojson
 from biopsy.training.fit import OnEpoch
+from biopsy.training.metrics import Metrics
 from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import Run, RunInfo
 from biopsy.training.train import train
@@ -180,10 +181,11 @@ def _read_predictions(path: Path, run: Run) -> pd.DataFrame:
 def _recompute_metrics(path: Path, frame: pd.DataFrame, run: Run) -> str:
     """Compare recomputed performance metrics with those in ``metrics.json``."""
     stored = read_json(path, format=METRICS_FORMAT)
+    metrics = validate(path, Metrics, stored)
     scored = ScoredPatches.of_predictions(
-        frame, stored["class_names"], stored["positive_class"], stored["unit"], seed=run.info["seed"]
+        frame, metrics.class_names, metrics.positive_class, metrics.unit, seed=run.info["seed"]
     )
-    threshold = (stored["threshold"] or {}).get("value")
+    threshold = None if metrics.threshold is None else metrics.threshold["value"]
     result = plain(measure_performance(scored, threshold))
     differences = describe_differences({name: stored.get(name) for name in result}, result)
     if differences:
@@ -296,18 +298,9 @@ def _verify_classifier(checks: Checklist, folder: Path) -> Classifier | None:
     return checks.run("classifier", lambda: _describe_classifier(Classifier.load(folder)), remedy)
 
 
-def _read_bundle_document(path: Path) -> dict[str, Any]:
-    document = read_json(path, format=hub.FORMAT)
-    if not isinstance(document.get("files"), dict) or "classifier_sha256" not in document:
-        raise FileFormatError(path, "value", "has no hashes of its files and classifier")
-    return document
-
-
 def _verify_bundle(checks: Checklist, folder: Path, trust_model: str | None) -> None:
     remedy = "export it again with `biopsy export`"
-    document = checks.run(
-        hub.DOCUMENT, lambda: ("as written", _read_bundle_document(folder / hub.DOCUMENT)), remedy
-    )
+    document = checks.run(hub.DOCUMENT, lambda: ("as written", hub.read_bundle(folder)), remedy)
     if document is None:
         return
     hashes = document["files"]
@@ -379,7 +372,7 @@ def _verify_map(checks: Checklist, folder: Path, prefix: str = "") -> None:
     remedy = "remove the folder and map the slide again with `biopsy slide`"
     summary = checks.run(
         f"{prefix}{outputs.SUMMARY}",
-        lambda: ("as written", read_json(folder / outputs.SUMMARY, format=outputs.FORMAT)),
+        lambda: ("as written", outputs.read_summary(folder)),
         remedy,
     )
     _verify_outputs(checks, folder, prefix)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -15,13 +14,13 @@ from biopsy.core.loaders import parse_json, read_tensors
 _ABOUT = "about"
 
 
-def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, object]) -> None:
     """Write arrays and JSON metadata atomically."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_atomic(path, save(contiguous, metadata={_ABOUT: json.dumps(plain(metadata), allow_nan=False)}))
 
 
-def read_arrays(path: Path | str, *, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(path: Path | str, *, format: str) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """Return the arrays and metadata written by `write_arrays`.
 
     Raises:

@@ -24,7 +24,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -423,7 +423,7 @@ def read_json(
     format: str | None = None,
     remedy: str = "make it again",
     may_lack_hash: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Read a JSON document of `write_json` and verify its hash.
 
     Args:
@@ -482,7 +482,7 @@ def _check_format(path: Path | str, actual: object, expected: str) -> None:
     raise FileFormatError(path, "format", f"has format {text} where {expected!r} was expected")
 
 
-def _hash_document(document: dict[str, Any]) -> str:
+def _hash_document(document: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

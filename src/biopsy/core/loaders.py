@@ -13,15 +13,18 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, overload
 
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from safetensors import safe_open
 
 from biopsy.core.errors import BiopsyError, FileFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_JSON_BYTES = 2**26  # 64 MiB, ten times an audit of 300,000 patches
 MAX_JSON_VALUES = 15_000_000  # up to 70 bytes each in memory
@@ -121,7 +124,7 @@ def parse_json(content: bytes | str, path: Path | str, *, allow_nan: bool = Fals
     def refuse_constant(name: str) -> NoReturn:
         raise FileFormatError(path, "value", f"holds {name} where a number was expected")
 
-    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) < len(pairs):
             names = [name for name, _ in pairs]
@@ -136,12 +139,12 @@ def parse_json(content: bytes | str, path: Path | str, *, allow_nan: bool = Fals
     return value
 
 
-def load_toml(path: Path | str) -> dict[str, Any]:
+def load_toml(path: Path | str) -> dict[str, object]:
     """Read a TOML file; see `parse_toml`."""
     return parse_toml(read_text(path, max_bytes=MAX_TOML_BYTES), path)
 
 
-def parse_toml(text: str, path: Path | str) -> dict[str, Any]:
+def parse_toml(text: str, path: Path | str) -> dict[str, object]:
     """Return the table of a TOML text; ``path`` names the file in errors.
 
     Raises:
@@ -207,9 +210,21 @@ def map_array(path: Path | str, *, dtype: type, ndim: int) -> np.ndarray:
         return np.memmap(file, actual_dtype, "r", offset, shape)
 
 
+@overload
+def read_tensors(
+    path: Path | str, *, framework: Literal["numpy"] = "numpy", keep: Callable[[str], bool] = ...
+) -> tuple[dict[str, np.ndarray], dict[str, str]]: ...
+
+
+@overload
+def read_tensors(
+    path: Path | str, *, framework: Literal["pt"], keep: Callable[[str], bool] = ...
+) -> tuple[dict[str, "Tensor"], dict[str, str]]: ...
+
+
 def read_tensors(
     path: Path | str, *, framework: str = "numpy", keep: Callable[[str], bool] = lambda name: True
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[Mapping[str, object], dict[str, str]]:
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,16 +81,16 @@ class Written(Output):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Result(Output, Mapping[str, Any]):
+class Result(Output, Mapping[str, object]):
     """Result of a command: ``result[key]`` is an entry of the JSON document that the command writes.
 
     Attributes:
         document: The content of the JSON document.
     """
 
-    document: Mapping[str, Any]
+    document: Mapping[str, object]
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         return self.document[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -104,9 +104,6 @@ class Result(Output, Mapping[str, Any]):
         """Return the result as a table."""
 
     def to_json(self) -> dict[str, object]:
-        return dict(self.document)
-
-    def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON document."""
         return dict(self.document)
 

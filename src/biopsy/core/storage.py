@@ -13,7 +13,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,10 +47,21 @@ def show_url(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
 
 
-def list_files(url: str) -> dict[str, dict[str, Any]]:
-    """Return the files of a remote folder by their names relative to it, or the one file by an empty name.
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a storage says of a file.
 
-    Each has what the storage says of it, such as its ``size``.
+    Attributes:
+        size: Bytes; None if unknown.
+        version: What changes with its content, such as its size, time and hash.
+    """
+
+    size: int | None
+    version: Mapping[str, str]
+
+
+def list_files(url: str) -> dict[str, RemoteFile]:
+    """Return the files of a remote folder by their names relative to it, or the one file by an empty name.
 
     Raises:
         DownloadError: If there is nothing, or the storage cannot be read.
@@ -58,10 +70,12 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     fs, root = _open(url)
     with _one_error(url):
         if not _is_folder(fs, root):
-            return {"": fs.info(root)}
+            return {"": _describe(fs.info(root))}
         found = fs.find(root, detail=True)
     prefix = root.rstrip("/") + "/"
-    files = {name.removeprefix(prefix): info for name, info in found.items() if name.startswith(prefix)}
+    files = {
+        name.removeprefix(prefix): _describe(info) for name, info in found.items() if name.startswith(prefix)
+    }
     if not files:
         raise DownloadError(f"{show_url(url)} holds no file", "missing")
     for name in files:
@@ -72,11 +86,16 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     return files
 
 
+def _describe(info: Mapping[str, Any]) -> RemoteFile:
+    """Return the record of a file from fsspec's."""
+    version = {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
+    return RemoteFile(info.get("size"), version)
+
+
 def identify(url: str) -> str:
     """Return a hash of a remote file's address, size and version, without reading it."""
-    info = list_files(url)[""]
-    known = {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
-    return hashlib.sha256(json.dumps([url, known], sort_keys=True).encode()).hexdigest()
+    version = list_files(url)[""].version
+    return hashlib.sha256(json.dumps([url, version], sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -93,18 +112,17 @@ def staged(url: str) -> Iterator[Path]:
     with temporary_path(folder, folder / name) as partial:
         partial.mkdir()
         n_free = _limit() - _measure(folder)
-        _require_room(url, sum(info.get("size") or 0 for info in files.values()), n_free)
-        for relative, info in files.items():
+        _require_room(url, sum(file.size or 0 for file in files.values()), n_free)
+        for relative, file in files.items():
             target = partial / name / relative if relative else partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with _one_error(url):
                 _copy(fs, f"{root.rstrip('/')}/{relative}" if relative else root, target, n_free)
             n_bytes = target.stat().st_size
             n_free -= n_bytes
-            if info.get("size") not in (None, n_bytes):
-                expected = info["size"]
+            if file.size not in (None, n_bytes):
                 raise DownloadError(
-                    f"{show_url(url)}: {n_bytes:,} of {expected:,} bytes came: try again", "offline"
+                    f"{show_url(url)}: {n_bytes:,} of {file.size:,} bytes came: try again", "offline"
                 )
         yield partial / name
 

@@ -9,7 +9,7 @@ patches: JPEG quality 90, .97; quality 75, .93; 5 % darker, .997; noise of 5 gre
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NotRequired
 
 import cv2
 import numpy as np
@@ -157,6 +157,59 @@ class LabelConflicts(TypedDict):
     repeated_places: int
 
 
+class Size(TypedDict):
+    """Number of patches of a size in pixels."""
+
+    width: int
+    height: int
+    count: int
+
+
+class OddSizes(Findings):
+    """Patches padded to a square, and their numbers by size."""
+
+    by_size: list[Size]
+
+
+class ExactDuplicates(Findings):
+    """Groups of patches with the same pixels, and numbers of patches in them."""
+
+    patches: int
+    blank_patches: int
+
+
+class NearDuplicates(Findings):
+    """Pairs of similar patches, and how they were found."""
+
+    method: str
+
+
+class Coordinates(TypedDict):
+    """Numbers of patches with coordinates, off the most common grid, and left of or above the slide."""
+
+    known: int
+    off_grid: int
+    grid_offset: NotRequired[list[int]]
+    negative: int
+
+
+class GroupCounts(TypedDict):
+    """Patches of a patient (slide)."""
+
+    id: str
+    patches: int
+    per_class: dict[str, int]
+
+
+class Groups(TypedDict):
+    """Patients (slides), those of one class, and the number of patches without; null if none are known."""
+
+    count: int | None
+    one_class: Findings | None
+    items: list[GroupCounts]
+    unknown: int
+
+
 class Audit(TypedDict):
     """Content of ``audit.json``."""
 
@@ -166,13 +219,13 @@ class Audit(TypedDict):
     unit: str
     counts: PackCounts
     unreadable: Findings
-    odd_sizes: dict[str, object]
+    odd_sizes: OddSizes
     blank: Findings
-    exact_duplicates: dict[str, object]
-    near_duplicates: dict[str, object]
+    exact_duplicates: ExactDuplicates
+    near_duplicates: NearDuplicates
     label_conflicts: LabelConflicts
-    coordinates: dict[str, object]
-    groups: dict[str, object]
+    coordinates: Coordinates
+    groups: Groups
     split: SplitAudit | None
 
 
@@ -241,16 +294,16 @@ def find_blocking_issues(audit: Audit) -> list[str]:
     return reasons
 
 
-def _audit_sizes(pack: Pack) -> dict[str, object]:
+def _audit_sizes(pack: Pack) -> OddSizes:
     padded = (pack.sizes != pack.info.patch_px).any(axis=1)
     sizes, counts = np.unique(pack.sizes[padded], axis=0, return_counts=True)
-    by_size = [
+    by_size: list[Size] = [
         {"width": int(w), "height": int(h), "count": int(n)} for (w, h), n in zip(sizes, counts, strict=True)
     ]
     return {"by_size": by_size, **_listed_ids(pack, padded)}
 
 
-def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[str, object]:
+def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> ExactDuplicates:
     repeated = np.bincount(pictures)[pictures] > 1
     return {
         "patches": int(repeated.sum()),
@@ -259,7 +312,7 @@ def _audit_exact(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> dict[st
     }
 
 
-def _audit_near(pack: Pack, pairs: np.ndarray, correlations: np.ndarray) -> dict[str, object]:
+def _audit_near(pack: Pack, pairs: np.ndarray, correlations: np.ndarray) -> NearDuplicates:
     order = np.argsort(-correlations, kind="stable")
     return {
         "method": f"difference hash of 64 bits, at most {MAX_BITS} apart, then correlation of grey values "
@@ -289,7 +342,7 @@ def _audit_labels(pack: Pack, pictures: np.ndarray, blank: np.ndarray) -> LabelC
     }
 
 
-def _audit_coordinates(pack: Pack) -> dict[str, object]:
+def _audit_coordinates(pack: Pack) -> Coordinates:
     """Count patches with coordinates, and those off the most common grid."""
     coordinates = pack.table[["x", "y"]].dropna().astype(np.int64).to_numpy()
     if not len(coordinates):
@@ -303,7 +356,7 @@ def _audit_coordinates(pack: Pack) -> dict[str, object]:
     }
 
 
-def _audit_groups(pack: Pack) -> dict[str, object]:
+def _audit_groups(pack: Pack) -> Groups:
     """Count the classes of each patient (slide if there are no patients), and patches without one."""
     if pack.unit == "patch":
         return {"count": None, "one_class": None, "items": [], "unknown": len(pack)}
@@ -312,7 +365,7 @@ def _audit_groups(pack: Pack) -> dict[str, object]:
         columns=range(len(pack.class_names)), fill_value=0
     )
     present = (table > 0).sum(axis=1)
-    items = [
+    items: list[GroupCounts] = [
         {
             "id": group,
             "patches": int(counts.sum()),

@@ -3,13 +3,12 @@
 import errno
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, PackError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory, write_atomic, write_json
@@ -17,7 +16,7 @@ from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
 from biopsy.core.text import class_title, plural
-from biopsy.data.audit import Audit, audit_pack, find_blocking_issues
+from biopsy.data.audit import Audit, OddSizes, SplitAudit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import SUBSETS
@@ -34,47 +33,61 @@ MAX_SLIDES = 40  # slides drawn
 SLIDE_PX = 1000  # longest side of a slide's picture in pixels
 
 
+class InspectionPaths(TypedDict):
+    """Files of an inspection."""
+
+    audit: Path
+    pictures: list[Path]
+
+
+class InspectionDocument(Audit):
+    """Content of ``audit.json``, the problems that would invalidate a result, and the files."""
+
+    blocking_issues: list[str]
+    paths: InspectionPaths
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection(Result):
     """Result of an inspection: the content of ``audit.json``, ``blocking_issues`` and ``paths``."""
 
+    document: InspectionDocument
+
     def blocks(self) -> list[str | Table]:
-        exact, labels, groups, split = (
-            self[key] for key in ("exact_duplicates", "label_conflicts", "groups", "split")
-        )
+        m, pictures = self.document, self.document["paths"]["pictures"]
+        exact, labels, groups = m["exact_duplicates"], m["label_conflicts"], m["groups"]
         lines = [
-            f"audit: {self['paths']['audit']}",
-            f"  unreadable files: {self['unreadable']['count']:,}",
-            f"  padded to a square: {_list_sizes(self['odd_sizes'])}",
-            f"  blank patches: {self['blank']['count']:,}",
+            f"audit: {m['paths']['audit']}",
+            f"  unreadable files: {m['unreadable']['count']:,}",
+            f"  padded to a square: {_list_sizes(m['odd_sizes'])}",
+            f"  blank patches: {m['blank']['count']:,}",
             f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups",
-            f"  near duplicates: {self['near_duplicates']['count']:,} pairs",
+            f"  near duplicates: {m['near_duplicates']['count']:,} pairs",
             f"  label conflicts: {labels['same_pixels']['count']:,} with equal pixels, "
             f"{labels['same_place']['count']:,} at the same position",
         ]
-        if groups["count"]:
+        if groups["one_class"] is not None:
             n_one_class = groups["one_class"]["count"]
-            lines.append(f"  {self['unit']}s: {groups['count']:,}, of one class {n_one_class:,}")
+            lines.append(f"  {m['unit']}s: {groups['count']:,}, of one class {n_one_class:,}")
             if groups["unknown"]:
-                lines.append(f"  patches without a known {self['unit']}: {groups['unknown']:,}")
-        if split:
-            lines += _describe_split(split, self["unit"])
-        pictures = self["paths"]["pictures"]
+                lines.append(f"  patches without a known {m['unit']}: {groups['unknown']:,}")
+        if m["split"] is not None:
+            lines += _describe_split(m["split"], m["unit"])
         return [*lines, f"pictures: {len(pictures)} in {pictures[0].parent}"]
 
     def problems(self) -> list[str]:
-        return [f"blocking issue: {issue}" for issue in self["blocking_issues"]]
+        return [f"blocking issue: {issue}" for issue in self.document["blocking_issues"]]
 
     @property
     def exit_code(self) -> int:
-        return FAILED if self["blocking_issues"] else 0
+        return FAILED if self.document["blocking_issues"] else 0
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per problem that would invalidate a result."""
-        return pd.DataFrame({"blocking issue": self["blocking_issues"]})
+        return pd.DataFrame({"blocking issue": self.document["blocking_issues"]})
 
 
-def _describe_split(split: Mapping[str, Any], unit: str) -> list[str]:
+def _describe_split(split: SplitAudit, unit: str) -> list[str]:
     """Return what two subsets of a split share."""
     shared = "" if unit == "patch" else f"{split['overlap']['count']:,} {plural(unit)}, "
     shared += f"{split['duplicates_across_subsets']['count']:,} groups of exact and "
@@ -86,7 +99,7 @@ def _describe_split(split: Mapping[str, Any], unit: str) -> list[str]:
     return lines
 
 
-def _list_sizes(padded: Mapping[str, Any]) -> str:
+def _list_sizes(padded: OddSizes) -> str:
     sizes = ", ".join(
         f"{size['width']} x {size['height']} px: {size['count']:,}" for size in padded["by_size"]
     )
@@ -131,7 +144,10 @@ def inspect(
         pictures = [_draw_classes(pack, partial), *_draw_groups(pack, partial), *_draw_slides(pack, partial)]
         if division is not None:
             pictures.append(_draw_split(pack, division, partial))
-    paths = {"audit": audit_path, "pictures": [folder / picture.name for picture in pictures]}
+    paths: InspectionPaths = {
+        "audit": audit_path,
+        "pictures": [folder / picture.name for picture in pictures],
+    }
     return Inspection({**audit, "blocking_issues": find_blocking_issues(audit), "paths": paths})
 
 

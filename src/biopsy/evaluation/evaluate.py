@@ -346,7 +346,7 @@ def _warn_of_lost_openings(path: Path, pack: Pack, times: int) -> None:
         before = read_json(path, format=FORMAT).get("times_opened") if path.exists() else None
     except FileFormatError:
         return
-    if before is not None and times <= before:
+    if isinstance(before, int) and times <= before:
         logger.warning(
             "the ledger of %s counts %s, but the last evaluation of this run was number %d: entries are "
             "missing, from a ledger that was changed or a pack that was made again",

@@ -61,8 +61,9 @@ def demo(*, out: Path | str = "biopsy-demo", on_epoch: OnEpoch | None = None) ->
     logger.info("pack of %s patches: %s", f"{len(pack):,}", pack.path)
     inspect(pack, split="patients")
     run = _train(pack, folder / "run", on_epoch)
-    metrics = evaluate(run)
-    auroc, baseline = metrics["patch"]["auroc"]["value"], metrics["baseline"]["auroc"]
+    metrics = evaluate(run).metrics
+    assert metrics.baseline is not None
+    auroc, baseline = metrics.patch["auroc"].value, metrics.baseline.auroc
     logger.info("test AUROC: %.3f; colour-only baseline: %.3f", auroc, baseline)
     path, (width, height) = folder / SLIDE, SLIDE_PX
     if not path.exists():

@@ -16,7 +16,7 @@ from biopsy.core.results import Result, Table, number
 from biopsy.core.tables import write_csv
 from biopsy.data.packs import Pack
 from biopsy.evaluation.comparison.compare import compare
-from biopsy.evaluation.comparison.measure import MetricDifference
+from biopsy.evaluation.comparison.measure import ComparisonDocument, MetricDifference
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.evaluation.predictions import evaluate_predictions
 from biopsy.models.networks.encoders import PREFIX, find_encoder
@@ -158,7 +158,7 @@ def probe(
     differences: dict[str, MetricDifference] = {}
     if len(runs) > 1:
         comparison = compare(runs, out=folder / "comparison").record
-        assert comparison is not None
+        assert isinstance(comparison, ComparisonDocument)
         differences = {difference.of: difference.metrics["auroc"] for difference in comparison.differences}
     results = [
         _measure(name, run, pack, differences.get(run.path.name))
@@ -261,4 +261,4 @@ def _neighbours(run: Run, pack: Pack, record: EpochRecord) -> float | None:
     result = evaluate_predictions(
         (pack.target[test] == positive).astype(int), votes[:, positive], groups=pack.group_ids[test]
     )
-    return result["patch"]["auroc"]["value"]
+    return result.metrics.patch["auroc"].value

@@ -146,7 +146,9 @@ def gather_run(run: Run, *, complete: bool = False) -> RunFacts:
 
 def _describe_network(recipe: Recipe, n_classes: int) -> list[Any]:
     side = recipe.preprocessing.input_px
-    network = build_network(recipe.model.name, n_classes=n_classes, input_px=side, **recipe.model.params)
+    network = build_network(
+        recipe.model.name, n_classes=n_classes, input_px=side, seed=None, **recipe.model.params
+    )
     return describe(network, side)
 
 

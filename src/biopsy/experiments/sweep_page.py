@@ -252,7 +252,7 @@ WIDE_RANGE = 8  # from this ratio of largest to smallest value on, an axis of nu
 
 @styled
 def draw_sweep(
-    values: Mapping[str, Sequence[Any]],
+    values: Mapping[str, Sequence[object]],
     validation: np.ndarray,
     test: np.ndarray | None = None,
     *,
@@ -290,7 +290,7 @@ def draw_sweep(
 
 @styled
 def draw_search(
-    values: Mapping[str, Sequence[Any]],
+    values: Mapping[str, Sequence[object]],
     validation: np.ndarray,
     *,
     metric: str = "AUROC",

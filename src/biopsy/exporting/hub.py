@@ -5,14 +5,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from typing_extensions import TypedDict
+
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
+from biopsy.core.loaders import validate
 from biopsy.core.results import Output
 from biopsy.core.text import count
 from biopsy.models.hub import PREFIX, hub_errors, require_repository
 
 FORMAT: Final = "biopsy-bundle/1"
 DOCUMENT, CARD = "bundle.json", "README.md"
+
+
+class BundleDocument(TypedDict):
+    """Hashes of the classifier and of the files of a bundle."""
+
+    classifier_sha256: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,19 @@ def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Pu
     return Publication(repository, commit.oid, model, commit.commit_url, files)
 
 
+def read_bundle(folder: Path, *, remedy: str = "export it again") -> BundleDocument:
+    """Return what is needed of ``bundle.json``; ``remedy`` is advice for the error.
+
+    Raises:
+        FileFormatError: If it is missing, invalid or was changed.
+    """
+    path = folder / DOCUMENT
+    return validate(path, BundleDocument, read_json(path, format=FORMAT, remedy=remedy))
+
+
 def _list_bundle(folder: Path) -> list[str]:
     """Return the files of a bundle, each checked against its hash."""
-    document = read_json(folder / DOCUMENT, format=FORMAT, remedy="name a folder that `export` wrote")
+    document = read_bundle(folder, remedy="name a folder that `export` wrote")
     for name, digest in document["files"].items():
         path = folder / name
         if not path.is_file() or (name != CARD and sha256_file(path) != digest):

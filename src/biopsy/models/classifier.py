@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Required
 
 import numpy as np
 import pandas as pd
@@ -316,8 +316,9 @@ class Classifier(Output):
             )
         tensors, _ = read_tensors(weights, framework="pt", keep=lambda name: not _is_extra(name))
         n_classes, input_px = len(info.class_names), info.preprocessing.input_px
-        parameters: Any = info.params
-        build = partial(build_network, info.network, n_classes=n_classes, input_px=input_px, **parameters)
+        build = partial(
+            build_network, info.network, n_classes=n_classes, input_px=input_px, seed=None, **info.params
+        )
         with refusing(self.path / DOCUMENT, "a network"):
             with torch.device("meta"):  # no memory is taken for a network larger than the weights
                 shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}

@@ -8,9 +8,11 @@ from types import ModuleType
 from typing import Any, Final, cast
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import read_json, sha256_file
+from biopsy.core.loaders import validate
 from biopsy.models.classifier import Classifier
 from biopsy.models.hardware import keep_freed_memory, pick_precision
 
@@ -98,10 +100,17 @@ def import_openvino() -> Any:
     return openvino
 
 
+class CompiledDocument(TypedDict):
+    """Hashes of the files of a compiled network, and the `describe_origin` of its classifier."""
+
+    files: dict[str, str]
+    made_from: dict[str, object]
+
+
 def read_compiled(folder: Path, classifier: Classifier, name: str = MODEL) -> Any:
     """Read a network written by `compiling.write_compiled` or `compiling.write_quantised`."""
     openvino = import_openvino()
-    document = read_json(folder / DOCUMENT, format=FORMAT)
+    document = validate(folder / DOCUMENT, CompiledDocument, read_json(folder / DOCUMENT, format=FORMAT))
     is_complete = all((folder / name).is_file() for name in document["files"]) and all(
         sha256_file(folder / name) == digest for name, digest in document["files"].items()
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from biopsy.core.errors import DataError, FileFormatError
 from biopsy.core.loaders import open_regular, read_tensors, refusing
 from biopsy.models.networks.encoders import PREFIX, fill_encoder
-from biopsy.models.networks.libraries import LibraryNetwork, build_library_network, split_name, timm_size
+from biopsy.models.networks.libraries import LibraryNetwork, build_library_network, create_timm, split_name
 from biopsy.models.networks.stages import StagedNetwork
 
 KERAS_SUFFIXES = (".h5", ".hdf5", ".keras")
@@ -142,13 +142,8 @@ def _fill_from_keras(network: nn.Module, path: Path) -> bool:
 
 def _fill_timm(network: LibraryNetwork, name: str, path: Path) -> None:
     """Load the file by timm into a second network and copy its body."""
-    import timm
-
-    model = split_name(name)[1]
     overlay = {"file": str(path), "custom_load": False}
-    twin = timm.create_model(
-        model, pretrained=True, pretrained_cfg_overlay=overlay, **timm_size(model, network.size)
-    )
+    twin = create_timm(split_name(name)[1], network.size, pretrained=True, pretrained_cfg_overlay=overlay)
     twin.reset_classifier(0)  # type: ignore[operator]
     network.body.load_state_dict(twin.state_dict())
 

@@ -41,40 +41,42 @@ DASHED = (0, (4, 3))
 WIDTH_IN = 4.6  # 331 pt: the 9 pt text has 9.5 px on a phone
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "normal",
-    "figure.facecolor": "white",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "grid.color": "#e6e9ed",
-    "grid.linewidth": 0.6,
-    "legend.borderaxespad": 0.3,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.4,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.image_inline": True,
-    "text.color": INK,
-    "text.parse_math": False,  # ids may contain dollar signs
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "ytick.labelsize": 8.5,
-}
+STYLE = matplotlib.RcParams(
+    {
+        "axes.axisbelow": True,
+        "axes.edgecolor": MUTED,
+        "axes.facecolor": "none",
+        "axes.grid": True,
+        "axes.labelcolor": INK,
+        "axes.labelsize": 9,
+        "axes.linewidth": 0.7,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "normal",
+        "figure.facecolor": "white",
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        "grid.color": "#e6e9ed",
+        "grid.linewidth": 0.6,
+        "legend.borderaxespad": 0.3,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "legend.handlelength": 1.4,
+        "lines.linewidth": 1.6,
+        "svg.fonttype": "none",
+        "svg.image_inline": True,
+        "text.color": INK,
+        "text.parse_math": False,  # ids may contain dollar signs
+        "xtick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "xtick.labelsize": 8.5,
+        "ytick.color": MUTED,
+        "ytick.labelcolor": INK,
+        "ytick.labelsize": 8.5,
+    }
+)
 
 _LONG_LABEL = 14  # characters; longer legend labels are set in two columns
 

@@ -1,6 +1,6 @@
 """Schema of recipes, with types and limits."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -76,7 +76,7 @@ class Model(_Table):
 
     name: str
     """A network of this package, or any of ``timm:NAME``, ``torchvision:NAME`` and ``hf-hub:ORG/NAME``."""
-    params: dict[str, Any] = {}
+    params: dict[str, object] = {}
     pretrained: bool = False
     """Whether to start from ``weights`` instead of random weights."""
     weights: str = ""
@@ -227,7 +227,7 @@ class Decision(_Table):
 class AsPublished(_Table):
     """Settings for the published split."""
 
-    split: dict[str, Any] = {}
+    split: dict[str, object] = {}
     standardise: Literal["", "none", "featurewise"] = ""
     """Overrides ``preprocessing.standardise``, unless empty."""
     checkpoint: Literal["best", "last"] = "last"

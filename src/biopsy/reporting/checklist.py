@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from biopsy.core.loaders import load_toml
+from typing_extensions import TypedDict
+
+from biopsy.core.loaders import load_toml, validate
 from biopsy.reporting.document import Answer, Checklist, Section, Text
 
 TOP = ("answer", "Summary")
@@ -26,10 +28,15 @@ class Item:
     sections: Sequence[str]
 
 
+class _Guideline(TypedDict):
+    items: list[tuple[str, str, list[str]]]
+
+
 @cache
 def load_guidelines() -> dict[str, list[Item]]:
     """Return the items of TRIPOD+AI and of STARD-AI by name of the guideline, from ``guidelines.toml``."""
-    document = load_toml(Path(__file__).with_name("guidelines.toml"))
+    path = Path(__file__).with_name("guidelines.toml")
+    document = validate(path, dict[str, _Guideline], load_toml(path))
     return {name: [Item(*item) for item in guideline["items"]] for name, guideline in document.items()}
 
 

@@ -16,10 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required
 
 import pandas as pd
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from biopsy.core.claims import Claims, first_of_shard, share_work
 from biopsy.core.errors import DataError, SlideError, UserFileError
@@ -61,7 +62,24 @@ STATUS = "status.csv"
 _FAILED = ".failed.json"
 _LOCK_S = 10.0
 
-Row = dict[str, Any]
+Status = Literal["waiting", "done", "failed"]
+
+
+class Row(TypedDict, total=False):
+    """A row of ``status.csv``."""
+
+    slide: Required[str]
+    source: Required[str]
+    status: Required[Status]
+    reason: Required[str]
+    n_patches: int
+    mpp: float | str | None
+    mpp_source: float | str | None
+    positive_mm2: float | None
+    out_of_distribution: float | None
+    out_of_distribution_quantile: float | None
+
+
 Record = Callable[[Row], None]
 Request = dict[str, object]
 
@@ -303,7 +321,8 @@ def _map_on_ray(
     for (source, _), row in run_tasks(prepare, tasks, address=address, device=mapper.device):
         if isinstance(row, TaskLost):
             row = _row(source, "failed", reason=str(row))
-        record(row | {"source": printable(addresses[source.name])})
+        row["source"] = printable(addresses[source.name])
+        record(row)
         if n_patches := row.get("n_patches"):
             mapper.report(n_patches, n_patches)
 
@@ -397,7 +416,7 @@ def _collect_row(out: Path, source: Source, mapper: Mapper, claims: Claims) -> R
     """Return the row of a slide mapped by any process, or failed."""
     if (row := _find_row(out, source, mapper)) is not None:
         return row
-    return _row(source, "failed", reason=read_json(claims.folder / f"{source.name}{_FAILED}")["reason"])
+    return _row(source, "failed", reason=str(read_json(claims.folder / f"{source.name}{_FAILED}")["reason"]))
 
 
 def _write(out: Path, mapped: Mapped, mapper: Mapper) -> Row:
@@ -417,7 +436,7 @@ def _write(out: Path, mapped: Mapped, mapper: Mapper) -> Row:
     return _row(source, "done", document)
 
 
-def _row(source: Source, status: str, document: SlideSummary | None = None, *, reason: str = "") -> Row:
+def _row(source: Source, status: Status, document: SlideSummary | None = None, *, reason: str = "") -> Row:
     row: Row = {
         "slide": source.name,
         "source": printable(source.address),
@@ -437,7 +456,7 @@ def _row(source: Source, status: str, document: SlideSummary | None = None, *, r
     }
 
 
-def _write_status(out: Path, rows: Mapping[str, Mapping[str, object]]) -> pd.DataFrame:
+def _write_status(out: Path, rows: Mapping[str, Row]) -> pd.DataFrame:
     table = pd.DataFrame(list(rows.values()), columns=COLUMNS).astype(
         {"n_patches": "Int64", "out_of_distribution": float, "out_of_distribution_quantile": float}
     )

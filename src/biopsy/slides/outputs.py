@@ -9,10 +9,12 @@ from typing import Any, Final, NamedTuple, cast
 
 import cv2
 import numpy as np
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, write_atomic, write_json
+from biopsy.core.loaders import validate
 from biopsy.core.plugins import Registry
 from biopsy.core.text import class_title
 from biopsy.slide_io.pyramids import write_pyramid
@@ -61,7 +63,10 @@ class OutOfDistributionShare(TypedDict):
 class SlideSummary(TypedDict, total=False):
     """Content of ``summary.json``, besides provenance."""
 
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
     slide: str
+    source: str
     n_patches: int
     n_cells: int
     cell_um: float
@@ -287,13 +292,23 @@ def _shrink(picture: np.ndarray, tissue: np.ndarray) -> tuple[np.ndarray, np.nda
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA), mask
 
 
+def read_summary(folder: Path) -> SlideSummary:
+    """Return the content of ``summary.json``.
+
+    Raises:
+        FileFormatError: If it is missing, invalid or was changed.
+    """
+    path = folder / SUMMARY
+    return validate(path, SlideSummary, read_json(path, format=FORMAT))
+
+
 def read_finished(folder: Path, request: Mapping[str, object]) -> SlideSummary | None:
     """Return the summary of a slide if its outputs are complete and of this request, else None."""
     try:
-        document = read_json(folder / SUMMARY, format=FORMAT)
+        summary = read_summary(folder)
     except (OSError, DataError):
         return None
-    return cast(SlideSummary, document) if document.get("request") == dict(request) else None
+    return summary if summary.get("request") == dict(request) else None
 
 
 def prepare_to_draw() -> None:

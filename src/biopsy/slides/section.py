@@ -2,17 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from typing import cast
 
 import cv2
 
-from biopsy.core.files import read_json
 from biopsy.models.out_of_distribution import QUANTILE, expected_share
 from biopsy.reporting.document import Block, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
-from biopsy.slides.outputs import FORMAT as SLIDE_FORMAT
-from biopsy.slides.outputs import OVERLAY, SUMMARY, SlideSummary
+from biopsy.slides.outputs import OVERLAY, SUMMARY, SlideSummary, read_summary
 from biopsy.training.runs import Run
 
 MAPS = "slides"
@@ -33,7 +30,7 @@ def load_maps(run: Run) -> list[tuple[SlideSummary, bytes]]:
         scale = min(1.0, MAP_PX / max(overlay.shape))
         small = cv2.resize(overlay, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         image = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-        result.append((cast(SlideSummary, read_json(path, format=SLIDE_FORMAT)), image))
+        result.append((read_summary(path.parent), image))
     return result
 
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import FileFormatError, RecipeError
 from biopsy.core.files import read_json, replace_atomic, sha256_file, write_json
-from biopsy.core.loaders import map_array
+from biopsy.core.loaders import map_array, validate
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import StartWeights
 from biopsy.models.engine import Engine
@@ -47,6 +48,11 @@ class CachedFile(NamedTuple):
     """Name of a file of features, and the seconds of computing them."""
 
     file: str
+    seconds: float
+
+
+class _CachedFeatures(TypedDict):
+    sha256: str
     seconds: float
 
 
@@ -102,13 +108,19 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
         head.weight.copy_(torch.from_numpy(coefficients))
         head.bias.copy_(torch.from_numpy(intercepts))
     train, val = (features[subset] @ coefficients.T + intercepts for subset in (rows, task.val))
+    loss, accuracy, auroc = _score(train, pack.target[rows], pack)
+    val_loss, val_accuracy, val_auroc = _score(val, pack.target[task.val], pack)
     record = EpochRecord(
         epoch=1,
         step=1,
         best=True,
         penalty=penalty,
-        **_score("", train, pack.target[rows], pack),  # type: ignore[typeddict-item]
-        **_score("val_", val, pack.target[task.val], pack),
+        loss=loss,
+        accuracy=accuracy,
+        auroc=auroc,
+        val_loss=val_loss,
+        val_accuracy=val_accuracy,
+        val_auroc=val_auroc,
         seconds=time.perf_counter() - started,
         images_per_s=len(pack) / cached_file.seconds,
         features=cached_file.file,
@@ -151,7 +163,8 @@ def cached_features(
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=list).encode()).hexdigest()
     path = pack.path / FOLDER / f"{digest[:16]}.npy"
     try:
-        cached = read_json(path.with_suffix(".json"), format=FORMAT)
+        about = path.with_suffix(".json")
+        cached = validate(about, _CachedFeatures, read_json(about, format=FORMAT))
         if cached["sha256"] == sha256_file(path):
             logger.info("features of %s are kept in the pack: %s", identity["network"], path.name)
             return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, cached["seconds"])
@@ -295,7 +308,8 @@ def _fit(scaled: np.ndarray, target: np.ndarray, weights: np.ndarray, penalty: f
         return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(scaled, target, weights)
 
 
-def _score(prefix: str, logits: np.ndarray, target: np.ndarray, pack: Pack) -> dict[str, Any]:
+def _score(logits: np.ndarray, target: np.ndarray, pack: Pack) -> tuple[float, float, float | None]:
+    """Return loss, accuracy and, for two classes, AUROC."""
     from scipy.special import softmax
     from sklearn.metrics import log_loss, roc_auc_score
 
@@ -304,11 +318,8 @@ def _score(prefix: str, logits: np.ndarray, target: np.ndarray, pack: Pack) -> d
     auroc = None
     if positive is not None and len(np.unique(target)) == 2:
         auroc = float(roc_auc_score(target == positive, probs[:, positive]))
-    return {
-        f"{prefix}loss": float(log_loss(target, probs, labels=labels)),
-        f"{prefix}accuracy": float((logits.argmax(axis=1) == target).mean()),
-        f"{prefix}auroc": auroc,
-    }
+    loss = float(log_loss(target, probs, labels=labels))
+    return loss, float((logits.argmax(axis=1) == target).mean()), auroc
 
 
 def neighbour_votes(

@@ -1,14 +1,13 @@
 """Recalibration of a finished run: refits what `fit_postprocessing` fits at the end of training."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import RunError
 from biopsy.core.files import LOCK, remove_outputs, write_atomic
@@ -16,9 +15,9 @@ from biopsy.core.results import Result
 from biopsy.core.text import count
 from biopsy.data.packs import group_by_unit
 from biopsy.data.predictions import IDENTITY
-from biopsy.models.classifier import Classifier
+from biopsy.models.classifier import Classifier, Threshold
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
-from biopsy.statistics.calibrators import Method, check_method
+from biopsy.statistics.calibrators import CalibratorRecord, Method, check_method
 from biopsy.training.postprocessing import (
     fit_run_postprocessing,
     logger,
@@ -42,25 +41,36 @@ _STALE_DOCUMENTS = (
 )
 
 
+class RecalibrationDocument(TypedDict):
+    """Result of a recalibration: calibrator and thresholds as in ``classifier.json``, removed outputs."""
+
+    run: Path
+    calibrator: CalibratorRecord
+    thresholds: list[Threshold]
+    removed: list[str]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Recalibration(Result):
     """Result of a recalibration: ``run``, ``calibrator``, ``thresholds`` and ``removed`` outputs."""
 
+    document: RecalibrationDocument
+
     def blocks(self) -> list[str]:
-        lines = [f"{self['run']}: {_describe_calibrator(self['calibrator'])}"]
+        lines = [f"{self.document['run']}: {_describe_calibrator(self.document['calibrator'])}"]
         lines += [
             f"threshold {threshold['value']:.3f} ({threshold['rule']}, chosen on {threshold['chosen_on']})"
-            for threshold in self["thresholds"]
+            for threshold in self.document["thresholds"]
         ]
-        removed = ", ".join(self["removed"])
+        removed = ", ".join(self.document["removed"])
         return [*lines, *([f"removed outdated outputs: {removed}"] if removed else [])]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per decision threshold."""
-        return pd.DataFrame(self["thresholds"])
+        return pd.DataFrame(self.document["thresholds"])
 
 
-def _describe_calibrator(calibrator: Mapping[str, Any]) -> str:
+def _describe_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["method"] == "none":
         return "not calibrated"
     text = f"{calibrator['method']}, fitted on {calibrator['n_patches']:,} patches"
@@ -124,13 +134,14 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    document = {
-        "run": run.path,
-        "calibrator": classifier.info.calibrator,
-        "thresholds": classifier.info.thresholds,
-        "removed": removed,
-    }
-    return Recalibration(document)
+    return Recalibration(
+        {
+            "run": run.path,
+            "calibrator": classifier.info.calibrator,
+            "thresholds": classifier.info.thresholds,
+            "removed": removed,
+        }
+    )
 
 
 def _remove_stale(folder: Path) -> list[str]:

@@ -1,14 +1,15 @@
 """`biopsy compare`: runs and studies on the same test patches, and how many patients a comparison needs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError, RunError, suggest
 from biopsy.core.files import plain, update_directory, write_atomic, write_json
@@ -44,6 +45,35 @@ DOCUMENT, TABLE, FIGURE = "comparison.json", "comparison.csv", "figure.svg"
 CHANGED, PAGE = "changed.csv", "report.html"
 
 
+class Need(TypedDict):
+    """Number of patients needed under an assumption; see `SampleSize`."""
+
+    assumed: str
+    sd: float
+    n_patients: int
+    low: int
+    high: int
+    power: float
+
+
+_Sources = TypedDict("_Sources", {"from": list[str]})
+
+
+class ComparisonPlan(_Sources):
+    """Numbers of patients needed, the settings, and the patients of the runs from which they are computed."""
+
+    metric: str
+    difference: float
+    power: float
+    level: float
+    unit: str
+    n_patients_at_hand: int
+    n_effective_patients: float
+    patches_per_patient: float
+    correlation: NotRequired[float]
+    needs: list[Need]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Result):
     """Result of a comparison; ``comparison[key]`` is an entry of ``comparison.json``.
@@ -51,15 +81,15 @@ class Comparison(Result):
     With ``plan=True``, the number of patients needed per assumed correlation.
 
     Attributes:
-        record: The comparison; None with a plan.
+        record: The comparison, or the plan.
     """
 
-    record: ComparisonDocument | None = None
+    record: ComparisonDocument | ComparisonPlan
 
     def blocks(self) -> list[str | Table]:
-        if self.record is None:
-            return _describe_plan(self)
         m = self.record
+        if not isinstance(m, ComparisonDocument):
+            return _describe_plan(m)
         groups = "" if m.unit == "patch" else f" of {count(m.n_patients, m.unit)}"
         blocks: list[str | Table] = [f"{m.n_patches:,} common test patches{groups}; reference: {m.reference}"]
         for difference in m.differences:
@@ -78,10 +108,11 @@ class Comparison(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per difference and metric, with interval and p-value, or the rows of a plan."""
-        return pd.DataFrame(self["needs"]) if self.record is None else tabulate_differences(self.record)
+        m = self.record
+        return tabulate_differences(m) if isinstance(m, ComparisonDocument) else pd.DataFrame(m["needs"])
 
 
-def _describe_plan(plan: Mapping[str, Any]) -> list[str | Table]:
+def _describe_plan(plan: ComparisonPlan) -> list[str | Table]:
     """Return the numbers of patients that a comparison needs."""
     units = plural(plan["unit"])
     rows = [
@@ -145,7 +176,8 @@ def compare(
     if metric not in test_set.metrics:
         raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, test_set.metrics)}")
     if plan:
-        return Comparison(_plan(models, test_set, metric, difference, power))
+        planned = _plan(models, test_set, metric, difference, power)
+        return Comparison(planned, planned)
     if len(models) < 2:
         raise RunError("a comparison needs two or more runs or studies, found one")
     folder = _choose_folder(models, out)
@@ -301,7 +333,7 @@ def _write(folder: Path, facts: ComparisonFacts) -> None:
 
 def _plan(
     models: Sequence[ModelPredictions], test_set: EvaluationSet, metric: str, difference: float, power: float
-) -> dict[str, Any]:
+) -> ComparisonPlan:
     """Return the number of patients needed, from the patients of one model or the pairs of two."""
     if len(models) > 2:
         raise RunError(f"a plan needs one run or two, found {len(models)}")
@@ -311,7 +343,7 @@ def _plan(
     ]
     effective = min(influence.effective for influence in influences)
     n_groups, values = len(influences[0].values), [influence.values for influence in influences]
-    document: dict[str, Any] = {
+    plan: ComparisonPlan = {
         "metric": metric,
         "difference": difference,
         "power": power,
@@ -321,20 +353,24 @@ def _plan(
         "n_patients_at_hand": n_groups,
         "n_effective_patients": effective,
         "patches_per_patient": len(models[0].frames[0]) / n_groups,
+        "needs": [],
     }
     if len(models) == 2:
-        document["correlation"] = float(stats.pearsonr(*values).statistic)
+        plan["correlation"] = float(stats.pearsonr(*values).statistic)
         deviations = {"paired": np.std(values[1] - values[0], ddof=1)}
     else:
         sd = np.std(values[0], ddof=1)
         deviations = {f"correlation {rho:g}": sd * np.sqrt(2 * (1 - rho)) for rho in CORRELATIONS}
-    document["needs"] = [
-        {
-            "assumed": name,
-            **vars(
-                plan_patients(float(sd), n_groups, effective=effective, difference=difference, power=power)
-            ),
-        }
-        for name, sd in deviations.items()
-    ]
-    return document
+    for name, sd in deviations.items():
+        size = plan_patients(float(sd), n_groups, effective=effective, difference=difference, power=power)
+        plan["needs"].append(
+            {
+                "assumed": name,
+                "sd": size.sd,
+                "n_patients": size.n_patients,
+                "low": size.low,
+                "high": size.high,
+                "power": size.power,
+            }
+        )
+    return plan

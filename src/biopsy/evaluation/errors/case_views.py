@@ -159,7 +159,7 @@ def load_errors(run: Run) -> ErrorRecord | None:
     drawn = (record.document["classifier_sha256"], list(record.entries))
     if (metadata["classifier_sha256"], metadata["patch_ids"]) != drawn:
         return None
-    return _draw_views(run.open_pack(verify=False), record, arrays["maps"], metadata["method"])
+    return _draw_views(run.open_pack(verify=False), record, arrays["maps"], str(metadata["method"]))
 
 
 def hide_errors(record: ErrorRecord, pseudonymizer: Pseudonymizer) -> ErrorRecord:

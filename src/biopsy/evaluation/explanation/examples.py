@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from typing_extensions import TypedDict
 from biopsy.core.arrays import read_arrays, write_arrays
 from biopsy.core.errors import DataError
 from biopsy.core.files import update_directory, write_json
+from biopsy.core.loaders import validate
 from biopsy.core.text import capitalize, class_title, file_name
 from biopsy.evaluation.stored_results import read_result
 from biopsy.models.classifier import Classifier
@@ -89,6 +91,20 @@ def draw_sheet(explained: Explained, chosen: Sequence[int], parts: Sequence[Illu
 STORED, STORED_FORMAT = "examples.safetensors", "biopsy-explained/1"
 
 
+class _StoredIllustration(TypedDict):
+    method: str
+    layer: str | None
+    titles: list[str]
+    caption: str
+    signed: bool
+
+
+class _Stored(TypedDict):
+    classifier_sha256: str
+    examples: dict[str, list[object]]
+    illustrations: list[_StoredIllustration]
+
+
 def keep_explained(run: Run, explained: Explained) -> None:
     """Write the examples to the run, for the report."""
     parts, side = explained.illustrations, run.open_pack(verify=False).info.patch_px
@@ -111,12 +127,14 @@ def keep_explained(run: Run, explained: Explained) -> None:
 
 def load_explained(run: Run) -> Explained | None:
     """Return the stored examples of the subset evaluated last; None if there are none."""
+    path = run.path / FOLDER / STORED
     try:
-        arrays, metadata = read_arrays(run.path / FOLDER / STORED, format=STORED_FORMAT)
+        arrays, metadata = read_arrays(path, format=STORED_FORMAT)
+        stored = validate(path, _Stored, metadata)
     except DataError:
         return None
-    examples = pd.DataFrame(metadata["examples"])
-    if metadata["classifier_sha256"] != run.classifier.sha256 or set(examples["subset"]) != {
+    examples = pd.DataFrame(stored["examples"])
+    if stored["classifier_sha256"] != run.classifier.sha256 or set(examples["subset"]) != {
         run.evaluated_subset
     }:
         return None
@@ -130,7 +148,7 @@ def load_explained(run: Run) -> Explained | None:
             ],
             **part,
         )
-        for index, part in enumerate(metadata["illustrations"])
+        for index, part in enumerate(stored["illustrations"])
     ]
     return Explained(examples, patches, parts)
 
@@ -184,6 +202,7 @@ class ExplanationDocument(ExplanationKey):
 
     sheets: list[ExplanationSheet]
     patches: list[ExplainedPatch]
+    faithfulness: NotRequired[dict[str, object]]
 
 
 def write_explained(

@@ -20,11 +20,12 @@ from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide
 from biopsy.evaluation.explanation.examples import (
     Explained,
+    ExplanationDocument,
     Illustration,
     keep_explained,
     write_explained,
 )
-from biopsy.evaluation.explanation.faithfulness import FOLDER, measure_faithfulness
+from biopsy.evaluation.explanation.faithfulness import FOLDER, Faithfulness, measure_faithfulness
 from biopsy.evaluation.explanation.maps import Explanation, explain_patches
 from biopsy.evaluation.explanation.methods import find_method
 from biopsy.evaluation.explanation.methods.layers import find_last_maps, has_convolution
@@ -49,26 +50,31 @@ class Explanations(Result):
         document: The content of ``explain.json``.
         examples: One row per explained patch: class, predicted class, probability.
         path: Output folder.
+        faithfulness: The faithfulness tests; None if they were not requested.
     """
 
+    document: ExplanationDocument
     examples: pd.DataFrame
     path: Path
+    faithfulness: Faithfulness | None = None
 
     def blocks(self) -> list[str | Table]:
-        columns = ("kind", "class", "predicted", "prob", "patch_id")
-        patches = {str(entry["patch_id"]): entry for entry in self["patches"]}.values()  # one per method
-        table = Table(columns, [[number(entry[key]) for key in columns] for entry in patches])
-        sheets = [str(self.path / sheet["picture"]) for sheet in self["sheets"]]
-        if "faithfulness" not in self:
+        patches = {entry["patch_id"]: entry for entry in self.document["patches"]}.values()  # one per method
+        rows = [
+            [entry["kind"], entry["class"], entry["predicted"], number(entry["prob"]), entry["patch_id"]]
+            for entry in patches
+        ]
+        table = Table(["kind", "class", "predicted", "prob", "patch_id"], rows)
+        sheets = [str(self.path / sheet["picture"]) for sheet in self.document["sheets"]]
+        tests = self.faithfulness
+        if tests is None:
             return [table, *sheets]
-        tests = self["faithfulness"]
-        groups = count(tests["n_groups"], tests["unit"])
         return [
             table,
             *sheets,
-            f"\nfaithfulness, {count(tests['n_patches'], 'patch')} of {groups}:",
-            *(method["answer"] for method in tests["methods"]),
-            *(f"{method['name']}: {method['reason']}" for method in tests["refused"]),
+            f"\nfaithfulness, {count(tests.n_patches, 'patch')} of {count(tests.n_groups, tests.unit)}:",
+            *(method.answer for method in tests.methods),
+            *(f"{method['name']}: {method['reason']}" for method in tests.refused),
         ]
 
     def to_frame(self) -> pd.DataFrame:
@@ -152,16 +158,15 @@ def explain(
             )
         chosen = choose_from_data(classifier, Path(data), selection, Engine(device))
     explained = explain_chosen(classifier, chosen, methods, layers, device=device)
-    document = dict(write_explained(classifier, explained, folder, named_layers=layers))
+    document = write_explained(classifier, explained, folder, named_layers=layers)
     if run is not None and not patch and not random:
         with contextlib.suppress(OSError):  # read-only run
             keep_explained(run, explained)
-    if run is not None and faithfulness:
-        layer = layers[0] if layers else None
-        document["faithfulness"] = plain(
-            measure_faithfulness(run, methods=methods, layer=layer, device=device)
-        )
-    return Explanations(document, explained.examples, folder)
+    if run is None or not faithfulness:
+        return Explanations(document, explained.examples, folder)
+    layer = layers[0] if layers else None
+    tests = measure_faithfulness(run, methods=methods, layer=layer, device=device)
+    return Explanations({**document, "faithfulness": plain(tests)}, explained.examples, folder, tests)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,11 @@ def _guess(layers: list[Layer]) -> str:
             continue
         with torch.device("meta"):
             network = build_network(
-                recipe.model.name, n_classes=2, input_px=recipe.preprocessing.input_px, **recipe.model.params
+                recipe.model.name,
+                n_classes=2,
+                input_px=recipe.preprocessing.input_px,
+                seed=None,
+                **recipe.model.params,
             )
         if not _find_difference(layers, list_places(network)):
             matching.append(name)
@@ -228,7 +232,11 @@ def import_keras(
     keras_file = read_keras(file)
     preprocessing = recipe.preprocessing.fixed(input_px=keras_file.input_px or recipe.preprocessing.input_px)
     network = build_network(
-        recipe.model.name, n_classes=len(names), input_px=preprocessing.input_px, **recipe.model.params
+        recipe.model.name,
+        n_classes=len(names),
+        input_px=preprocessing.input_px,
+        seed=None,
+        **recipe.model.params,
     )
     activation = compare_steps(keras_file, network, recipe.model.name)
     copy_weights(keras_file, network, recipe.model.name)

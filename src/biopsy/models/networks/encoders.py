@@ -250,6 +250,7 @@ def _layer(name: str) -> Any:
 
 
 for _name, _row in load_toml(Path(__file__).with_suffix(".toml")).items():
+    assert isinstance(_row, dict)
     _row["feed"] = FEEDS[_row.get("feed", "imagenet")]
     if _row.get("mpp") == "none":
         _row["mpp"] = None

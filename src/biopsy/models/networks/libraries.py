@@ -152,20 +152,20 @@ def split_name(name: str) -> tuple[str, str]:
     return library, model
 
 
-def timm_size(model: str, size: tuple[int, int]) -> dict[Any, Any]:
-    """Return the keyword argument of timm for networks with a fixed input size."""
-    from timm.models import get_pretrained_cfg
+def create_timm(model: str, size: tuple[int, int], **arguments: Any) -> nn.Module:
+    """Return a network of timm for an input size, which those with a fixed one are told."""
+    import timm
 
-    settings = get_pretrained_cfg(model)
-    return {"img_size": size[::-1]} if settings is not None and settings.fixed_input_size else {}
+    settings = timm.models.get_pretrained_cfg(model)
+    if settings is not None and settings.fixed_input_size:
+        arguments["img_size"] = size[::-1]
+    return timm.create_model(model, **arguments)
 
 
 def _build_timm(
     model: str, n_classes: int, size: tuple[int, int], parameters: dict[str, object]
 ) -> tuple[nn.Module, nn.Module]:
-    import timm
-
-    body = timm.create_model(model, num_classes=0, **timm_size(model, size), **parameters)  # type: ignore[arg-type]
+    body = create_timm(model, size, num_classes=0, **parameters)
     with torch.no_grad():
         n_features = body.eval()(torch.zeros(1, 3, size[1], size[0])).shape[1]
     return body, nn.Linear(n_features, n_classes)
