@@ -2,7 +2,7 @@
 
 import base64
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -45,9 +45,9 @@ def explain_patch(classifier: Classifier, pixels: np.ndarray) -> dict[str, objec
     }
 
 
-def _describe_ood(row: dict[Any, Any]) -> dict[str, object]:
+def _describe_ood(row: Mapping[str, float]) -> dict[str, object]:
     """Return the distances of a patch, None where one has no limit to be compared with."""
-    return {str(name): value if math.isfinite(value) else None for name, value in row.items()}
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def find_nearest(sheet: Sheet, row: int) -> list[dict[str, object]]:

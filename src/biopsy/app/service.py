@@ -580,7 +580,7 @@ async def _receive(request: Request, path: Path) -> None:
         raise HTTPException(400, f"the upload was cut off after {size:,} bytes")
 
 
-def _describe_ood(row: dict[Any, Any]) -> OutOfDistribution | None:
+def _describe_ood(row: Mapping[str, float]) -> OutOfDistribution | None:
     colour, feature = _number(row.get("colour_distance")), _number(row.get("feature_distance"))
     if colour is None:
         return None

@@ -1,9 +1,9 @@
 """The page on which slides, maps and patches are looked at and corrected (`view`)."""
 
 import getpass
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 from urllib.parse import quote
 
 import numpy as np
@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field, FiniteFloat
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
 from biopsy.app.annotations import (
     Annotation,
@@ -90,6 +91,23 @@ class NewAnnotation(BaseModel):
     label: str | None = Field(None, max_length=200)
     """A class, instead of a verdict."""
     who: str | None = Field(None, max_length=100)
+
+
+class _Target(TypedDict):
+    """What is annotated; see `Annotation`."""
+
+    target: str
+    patch_id: NotRequired[str | None]
+    slide: str | None
+    polygon: list[tuple[float, float]] | None
+    shown: str | None
+
+
+class _Place(TypedDict):
+    """Key of a slide, and position and side of a patch on it."""
+
+    key: str
+    box: list[int]
 
 
 class _Viewer:
@@ -350,7 +368,7 @@ class _Viewer:
 
     def _make_annotation(self, new: NewAnnotation) -> Annotation:
         target, labels = self._look_up(new)
-        shown = target.pop("shown")
+        shown = target["shown"]
         if new.label is not None and (labels is None or new.label not in labels.names):
             raise DataError(
                 f"{new.label!r} is no class here; known: {', '.join(labels.names if labels else [])}"
@@ -362,9 +380,9 @@ class _Viewer:
         elif label is None and verdict == "wrong" and labels is not None and len(labels.names) == 2 and shown:
             label = labels.names[1 - labels.names.index(shown)]
         who = (new.who or self.who).strip() or self.who
-        return Annotation(**target, verdict=verdict, shown=shown, label=label, who=who, when=now())
+        return Annotation(**target, verdict=verdict, label=label, who=who, when=now())
 
-    def _look_up(self, new: NewAnnotation) -> tuple[dict[str, Any], Labels | None]:
+    def _look_up(self, new: NewAnnotation) -> tuple[_Target, Labels | None]:
         """Return what is annotated and the class that is shown there."""
         if new.place in self.exhibit.sheets:
             sheet = self.exhibit.sheet(new.place)
@@ -391,8 +409,10 @@ class _Viewer:
             if new.region is None or (new.polygon is None and new.verdict != "removed"):
                 raise DataError("give a patch, or the id and polygon of a region")
             shown = _majority(scene, new.polygon) if new.polygon else None
-            region = {"target": new.region, "slide": name, "polygon": new.polygon, "shown": shown}
-            return region, scene.labels
+            return (
+                {"target": new.region, "slide": name, "polygon": new.polygon, "shown": shown},
+                scene.labels,
+            )
         if scene.grid is None or scene.labels is None or new.patch >= len(scene.grid):
             raise DataError("there is no such patch")
         ids = scene.patches.ids
@@ -413,7 +433,7 @@ class _Viewer:
         assert scene.grid is not None
         return f"{self.exhibit.entries[key].name}@{int(scene.grid.x[index])},{int(scene.grid.y[index])}"
 
-    def _find_on_slide(self, sheet: Sheet, row: int) -> dict[str, Any] | None:
+    def _find_on_slide(self, sheet: Sheet, row: int) -> _Place | None:
         """Return where a patch of a sheet lies among the slides of the page."""
         record = sheet.pack.table.iloc[row]
         if record[["x", "y"]].isna().any():
@@ -564,7 +584,7 @@ def _require_row(sheet: Sheet, row: int) -> None:
         raise HTTPException(404, "there is no such patch")
 
 
-def _row(sheet: Sheet, record: dict[Any, Any]) -> dict[str, object]:
+def _row(sheet: Sheet, record: Mapping[str, object]) -> dict[str, object]:
     names = ("row", "patch_id", "label", "pred", "prob", "error", "abstained", "doubt", "patient_id")
     return {name: _plain(record[name]) for name in names if name in record}
 

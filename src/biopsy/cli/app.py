@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -186,7 +186,7 @@ def _make_launcher(app: App) -> Callable[..., int]:
     return launch
 
 
-def _run_command(command: Any, arguments: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
+def _run_command(command: Any, arguments: Mapping[str, object], *, as_json: bool, quiet: bool) -> int:
     """Call the public function with the given arguments, and print its result."""
     name, launch = command.__name__, read_launch()
     if launch.world_size > 1 and name != "train":

@@ -86,10 +86,11 @@ def list_files(url: str) -> dict[str, RemoteFile]:
     return files
 
 
-def _describe(info: Mapping[str, Any]) -> RemoteFile:
+def _describe(info: Mapping[str, object]) -> RemoteFile:
     """Return the record of a file from fsspec's."""
     version = {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
-    return RemoteFile(info.get("size"), version)
+    size = info.get("size")
+    return RemoteFile(size if isinstance(size, int) else None, version)
 
 
 def identify(url: str) -> str:

@@ -1,7 +1,6 @@
 """Figures of an evaluation: confusion, ranking curves, reliability, per-patient results."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,15 +39,14 @@ def draw_confusion(tp: int, fp: int, fn: int, tn: int, *, negative: str, positiv
         positive: {"true positive": tp, "false negative": fn},
         negative: {"false positive": fp, "true negative": tn},
     }
-    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     for row, (truth, cells) in enumerate(rows.items()):
         total, name = sum(cells.values()), shorten(truth, 14)
         for column, (kind, count) in enumerate(cells.items()):
             _draw_cell(axes, column, row, count, total)
-            axes.text(column, row - 0.23, kind, fontsize=9, **centred)
-            axes.text(column, row + 0.03, f"{count:,}", fontsize=16, **centred)
+            axes.text(column, row - 0.23, kind, fontsize=9, ha="center", va="center")
+            axes.text(column, row + 0.03, f"{count:,}", fontsize=16, ha="center", va="center")
             share = f"{count / total:.1%} of {name}" if total else f"no {name} patch"
-            axes.text(column, row + 0.29, share, fontsize=8.5, color=INK, **centred)
+            axes.text(column, row + 0.29, share, fontsize=8.5, color=INK, ha="center", va="center")
     _label_cells(axes, [f"predicted\n{shorten(name)}" for name in rows], list(rows))
     return figure
 
@@ -67,12 +65,12 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     if counts.shape != (n_classes, n_classes):
         raise MetricError(f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names")
     figure, axes = new_figure(max(WIDTH_IN, 0.62 * n_classes + 1.4), max(3.1, 0.55 * n_classes + 1.4))
-    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.3}
     for (row, column), count in np.ndenumerate(counts):
         total = counts[row].sum()
         _draw_cell(axes, column, row, count, total)
         text = f"{count:,}\n{count / total:.0%}" if count else "0"
-        axes.text(column, row, text, color=INK if count else MUTED, **style)
+        colour = INK if count else MUTED
+        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=8.5, linespacing=1.3)
     names = [shorten(name, 12 if n_classes <= 3 else 22) for name in class_names]
     _label_cells(axes, names, names)
     if n_classes > 3:
@@ -268,8 +266,8 @@ def draw_patient_probs(
             rows, (q05, q25, q50, q75, q95) = row_of[spreads.index] + offset, spreads.to_numpy().T
             axes.hlines(rows, q05, q95, color=colour, linewidth=0.9)
             axes.hlines(rows, q25, q75, color=colour, linewidth=3.2)
-            dots: dict[str, Any] = {"color": "white", "markeredgecolor": colour, "markersize": 4.5}
-            axes.plot(q50, rows, "o", label=shorten(label), **dots)
+            label = shorten(label)
+            axes.plot(q50, rows, "o", color="white", markeredgecolor=colour, markersize=4.5, label=label)
     if threshold is not None:
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=DASHED, label=f"threshold {threshold:.2f}")
     axes.set(xlabel=f"Predicted probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))

@@ -161,7 +161,7 @@ def find_audit(pack: Pack) -> Audit | None:
         return None
 
 
-def _load_results(run: Run, *, complete: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _load_results(run: Run, *, complete: bool) -> tuple[dict[str, object], list[tuple[str, str]]]:
     """Return the results of a run by feature, and the titles and commands of missing ones."""
     results, missing = {}, []
     for name, kind in list_results().items():

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import MetricError
 from biopsy.core.text import capitalize, count, plural
@@ -314,7 +314,18 @@ def table_of_lengths(papers: Papers, entries: Mapping[str, Paper]) -> Table:
 
 
 ROW_IN = 0.3
-MARKS: Mapping[str, dict[str, Any]] = {
+
+
+class _Mark(TypedDict, total=False):
+    """Keywords of matplotlib's for a marker."""
+
+    marker: str
+    color: str
+    markerfacecolor: str
+    markeredgewidth: float
+
+
+_MARKS: dict[str, _Mark] = {
     "published": {"marker": "D", "color": INK, "markerfacecolor": "white", "markeredgewidth": 1.4},
     "as published": {"marker": "o", "color": SERIES_COLOURS[0]},
     "patients apart": {"marker": "o", "color": MODEL},
@@ -352,7 +363,7 @@ def draw_reproduction(papers: Papers) -> Figure:
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    order = [label for label in MARKS if label in handles]
+    order = [label for label in _MARKS if label in handles]
     figure.legend([handles[label] for label in order], order, loc="outside upper center", ncols=2)
     return figure
 
@@ -380,8 +391,8 @@ def _mark(
     if value is None:
         return
     if reach is not None:
-        axes.plot(reach, [row, row], color=MARKS[kind]["color"], linewidth=2, alpha=0.45)
-    axes.plot([value], [row], linestyle="none", markersize=5.5, label=kind, **MARKS[kind])
+        axes.plot(reach, [row, row], color=_MARKS[kind]["color"], linewidth=2, alpha=0.45)
+    axes.plot([value], [row], linestyle="none", markersize=5.5, label=kind, **_MARKS[kind])
 
 
 def _reach(spread: Spread, interval: Interval | None = None) -> tuple[float, float] | None:
@@ -395,8 +406,8 @@ def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) ->
     """Draw one row per recipe and slide: the effect of leakage for each seed, and the mean."""
     names, last = [], None
     for row, ((recipe, tested), values) in enumerate(leaks.items()):
-        dots: dict[str, Any] = {"markersize": 5, "alpha": 0.6, "markeredgewidth": 0}
-        axes.plot(values, [row] * len(values), "o", color=SERIES_COLOURS[0], **dots)
+        rows, colour = [row] * len(values), SERIES_COLOURS[0]
+        axes.plot(values, rows, "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
         axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.8)
         names.append(
             f"{shorten(recipe, 22)}  {shorten(tested, 10)}" if recipe != last else shorten(tested, 10)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -329,7 +328,7 @@ def tabulate(summary: ReproductionSummary) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _describe(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(run: Run, record: Mapping[str, object]) -> dict[str, object]:
     """Return the row of a run in ``runs.csv``."""
     row, log = describe_run(run), run.log()
     columns = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")

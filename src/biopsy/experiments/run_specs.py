@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from matplotlib.figure import Figure
 
@@ -281,7 +281,9 @@ def open_study(
     Raises:
         RunError: If the folder contains a study with other settings.
     """
-    requested: dict[str, Any] = {
+    seeds = sorted({*seeds})
+    texts = {recipe.name: recipe_toml(recipe) for recipe in recipes}
+    requested: dict[str, object] = {
         "format": FORMAT,
         "name": path.name,
         "status": "running",
@@ -294,14 +296,14 @@ def open_study(
             "content_sha256": pack.info.content_sha256,
             "synthetic": pack.info.is_synthetic,
         },
-        "recipes": {recipe.name: recipe_toml(recipe) for recipe in recipes},
-        "seeds": sorted({*seeds}),
+        "recipes": texts,
+        "seeds": seeds,
     }
     if (path / DOCUMENT).exists():
         result = Study.open(path).info
-        _require_same(path, result, requested, tuple(fixed))
-        requested["recipes"] = {**result["recipes"], **requested["recipes"]}
-        requested["seeds"] = sorted({*result["seeds"], *requested["seeds"]})
+        _require_same(path, result, cast(StudyInfo, requested), tuple(fixed))
+        requested["recipes"] = {**result["recipes"], **texts}
+        requested["seeds"] = sorted({*result["seeds"], *seeds})
         requested = {**result, **requested}
     elif not is_vacant(path):
         raise RunError(f"{path} is not empty and not a study: choose another --name")
@@ -309,14 +311,12 @@ def open_study(
     return Study.open(path)
 
 
-def _require_same(
-    path: Path, existing: StudyInfo, requested: Mapping[str, Any], fixed: Sequence[str]
-) -> None:
+def _require_same(path: Path, existing: StudyInfo, requested: StudyInfo, fixed: Sequence[str]) -> None:
     if existing["question"] != requested["question"]:
         raise RunError(f"{path} is a study of {existing['question']}: choose another --name")
     for setting, old, new in (
         ("pack", existing["pack"]["content_sha256"], requested["pack"]["content_sha256"]),
-        *((key.replace("_", " "), existing.get(key), requested[key]) for key in fixed),
+        *((key.replace("_", " "), existing.get(key), requested.get(key)) for key in fixed),
         ("split", *(info["split"] and info["split"].get("sha256") for info in (existing, requested))),
         *(
             (f"recipe {name}", text, requested["recipes"].get(name, text))

@@ -261,8 +261,9 @@ def _split_values(text: str) -> list[str]:
     return parts
 
 
-def _find(document: dict[str, Any], key: str) -> Any:
+def _find(document: object, key: str) -> object:
     for name in key.split("."):
+        assert isinstance(document, dict)
         document = document[name]
     return document
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from typing_extensions import TypedDict
@@ -316,7 +316,7 @@ def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
     if recipe.preprocessing.feed == "recipe":
         return recipe
     name, feed = recipe.model.name, _known_feed(recipe)
-    changes: dict[str, Any] = {f"preprocessing.{key}": value for key, value in (feed or {}).items()}
+    changes: dict[str, object] = {f"preprocessing.{key}": value for key, value in (feed or {}).items()}
     if name.startswith(PREFIX):
         encoder = find_encoder(name)
         changes["model.name"] = encoder.tag

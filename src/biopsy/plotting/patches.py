@@ -7,7 +7,6 @@ they can be read with colour vision deficiencies and in grey print.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -125,8 +124,10 @@ def draw_overlays(
             sheet.imshow(image, interpolation="none", extent=extent, aspect="auto")
             if column and is_constant(row.maps[column - 1]):
                 middle = (extent[0] + extent[1]) / 2, (extent[2] + extent[3]) / 2
-                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white"}
-                sheet.text(*middle, "constant", **style, bbox={"fc": INK, "ec": "none", "pad": 1.5})
+                box = {"fc": INK, "ec": "none", "pad": 1.5}
+                sheet.text(
+                    *middle, "constant", ha="center", va="center", fontsize=7.5, color="white", bbox=box
+                )
             if index == 0:
                 y = (height - 0.6 * HEAD_IN) / height
                 title = shorten(title, 20)

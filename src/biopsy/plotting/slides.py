@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import matplotlib
@@ -300,5 +299,6 @@ def _list_marks(
 
 
 def _square(colour: str, label: str, edge: str = INK) -> Line2D:
-    style: dict[str, Any] = {"marker": "s", "linestyle": "", "markersize": 6, "markeredgecolor": edge}
-    return Line2D([], [], color=colour, label=label, **style)
+    return Line2D(
+        [], [], color=colour, label=label, marker="s", linestyle="", markersize=6, markeredgecolor=edge
+    )

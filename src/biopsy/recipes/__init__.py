@@ -7,7 +7,6 @@ default of its library, or a choice of this package. To add one, write ``author2
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -55,8 +54,9 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
     for line in lines:
         _override(document, line)
     changed = {line.partition("=")[0].strip() for line in lines}
-    if "model.weights" in changed and "model.pretrained" not in changed and document["model"]["weights"]:
-        document["model"]["pretrained"] = True
+    model = document.get("model")
+    if "model.weights" in changed and "model.pretrained" not in changed and isinstance(model, dict):
+        model["pretrained"] = bool(model["weights"]) or model.get("pretrained", False)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -89,7 +89,7 @@ def recipe_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
+def _read(recipe: str | Path) -> dict[str, object]:
     path = Path(recipe)
     if path.suffix != ".toml":
         path = _SHIPPED / f"{recipe}.toml"
@@ -101,7 +101,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{error}: expected the name of a recipe or the path of a .toml file") from None
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
@@ -118,7 +118,10 @@ def _override(document: dict[str, Any], override: str) -> None:
         value = text.strip()
     *tables, name = key.split(".")
     for table in tables:
-        document = document.setdefault(table, {})
+        nested = document.setdefault(table, {})
+        if not isinstance(nested, dict):
+            raise RecipeError(f"{table!r} of the recipe is {nested!r}, no table with a setting {key!r}")
+        document = nested
     document[name] = value
 
 
@@ -133,7 +136,7 @@ def _list_settings(model: type, prefix: str = "") -> Iterable[str]:
             yield f"{prefix}{name}"
 
 
-def _describe_error(error: ValidationError, document: dict[str, Any]) -> str:
+def _describe_error(error: ValidationError, document: Mapping[str, object]) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     name = document.get("name", "recipe")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -181,6 +181,9 @@ class StudyFacts(EvaluationFacts):
         return bool(split and split.get("patients_overlap"))
 
 
+Facts = TypeVar("Facts", RunFacts, StudyFacts)
+
+
 def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], Any]]) -> RunFacts:
     """Replace every id in the facts of a run by a pseudonym.
 
@@ -192,8 +195,7 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     )
     show = facts.get_patch
     return replace(
-        facts,
-        **_hide_common(facts, pseudonymizer),
+        _hide_common(facts, pseudonymizer),
         run=pseudonymizer.nested(facts.run),
         get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
         audit=pseudonymizer.nested(facts.audit),
@@ -210,22 +212,22 @@ def hide_study(facts: StudyFacts) -> StudyFacts:
     pseudonymizer = make_pseudonymizer(facts.predictions, facts.study["pack"]["content_sha256"])
     kind = "slide" if facts.unit == "slide" else "patient"
     return replace(
-        facts,
-        **_hide_common(facts, pseudonymizer),
+        _hide_common(facts, pseudonymizer),
         study=pseudonymizer.nested(facts.study),
         table=pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True),
         baselines={pseudonymizer.of(kind, name): value for name, value in facts.baselines.items()},
     )
 
 
-def _hide_common(facts: EvaluationFacts, pseudonymizer: Pseudonymizer) -> dict[str, Any]:
-    return {
-        "metrics": pseudonymizer.nested(facts.metrics),
-        "predictions": pseudonymizer.table(facts.predictions),
-        "recipe": pseudonymizer.nested(facts.recipe),
-        "recipe_toml": pseudonymizer.text(facts.recipe_toml),
-        "ids_hidden": True,
-    }
+def _hide_common(facts: Facts, pseudonymizer: Pseudonymizer) -> Facts:
+    return replace(
+        facts,
+        metrics=pseudonymizer.nested(facts.metrics),
+        predictions=pseudonymizer.table(facts.predictions),
+        recipe=pseudonymizer.nested(facts.recipe),
+        recipe_toml=pseudonymizer.text(facts.recipe_toml),
+        ids_hidden=True,
+    )
 
 
 def make_pseudonymizer(predictions: pd.DataFrame, pack_sha256: str) -> Pseudonymizer:

@@ -9,7 +9,7 @@ documentation "Exporting annotations", its class ``PathObjectTypeAdapters``, and
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,12 @@ def _read_geojson(path: Path) -> Annotations:
     return Annotations(path, items, repaired, dict(ignored), unclassified=unclassified)
 
 
-def _is_on_other_plane(geometry: dict[str, Any]) -> bool:
+def _is_on_other_plane(geometry: Mapping[str, object]) -> bool:
     plane = geometry.get("plane")
     return isinstance(plane, dict) and any(plane.get(axis) not in (None, 0) for axis in "zt")
 
 
-def _name_of(properties: dict[str, Any]) -> str:
+def _name_of(properties: Mapping[str, object]) -> str:
     """Return the name of an object, which other programs use for its class."""
     names = (properties.get(key) for key in ("name", "label", "class", "category"))
     return normalize_name(next((name for name in names if isinstance(name, str)), ""))[:MAX_NAME]
@@ -162,7 +162,7 @@ def _polygons_of(geometry: Any, where: str) -> list[list[Any]]:
     return [polygon for polygon in polygons if polygon]
 
 
-def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: str | None) -> str | None:
+def _reason_to_ignore(feature: Mapping[str, Any], polygons: list[Any], class_name: str | None) -> str | None:
     properties = feature["properties"]
     kind = (
         properties.get("objectType")
@@ -177,7 +177,7 @@ def _reason_to_ignore(feature: dict[str, Any], polygons: list[Any], class_name: 
     return None if class_name else WITHOUT_CLASS
 
 
-def _class_of(properties: dict[str, Any], where: str) -> str | None:
+def _class_of(properties: Mapping[str, object], where: str) -> str | None:
     """Return the class: the ``classification`` or its ``name``; of a derived class the names, joined."""
     classification = properties.get("classification")
     if not classification:

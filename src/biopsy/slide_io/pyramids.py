@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import cv2
 import imagecodecs
 import numpy as np
 import tifffile
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import SlideError
 from biopsy.core.files import replace_atomic
@@ -116,6 +117,16 @@ class _Level:
             yield spool.read(n_bytes)
 
 
+class _Tags(TypedDict, total=False):
+    """Keywords of tifffile's by which tiles are described."""
+
+    tile: tuple[int, int]
+    compression: Compression
+    photometric: str
+    subsampling: tuple[int, int]
+    predictor: int
+
+
 class _Coder:
     """Encoder of tiles, with the corresponding TIFF tags."""
 
@@ -124,7 +135,7 @@ class _Coder:
     ) -> None:
         self.tile_px = tile_px
         self.background = background
-        self.tags: dict[str, Any] = {"tile": (tile_px, tile_px), "compression": compression}
+        self.tags: _Tags = {"tile": (tile_px, tile_px), "compression": compression}
         self._quality = quality
         self._is_jpeg = compression == "jpeg"
         if self._is_jpeg:

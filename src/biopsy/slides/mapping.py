@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.text import printable
@@ -53,7 +54,14 @@ def make_map(
     )
 
 
-def _describe_model(classifier: Classifier, precision: str, device: str) -> dict[str, Any]:
+class _MapMetadata(TypedDict):
+    classifier: dict[str, object]
+    precision: str
+    device: str
+    versions: dict[str, str]
+
+
+def _describe_model(classifier: Classifier, precision: str, device: str) -> _MapMetadata:
     """Return classifier, device, precision and versions of a map."""
     from biopsy import __version__
 

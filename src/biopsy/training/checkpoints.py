@@ -7,9 +7,9 @@ epoch, to which the last checkpoint refers, so that the files are consistent aft
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
@@ -76,7 +76,7 @@ def save_checkpoint(
         _write(folder / _best_name(progress.epoch), averaged or weights, {"epoch": progress.epoch})
     tensors = {f"network.{name}": tensor for name, tensor in weights.items()}
     tensors |= {f"average.{name}": tensor for name, tensor in averaged.items()}
-    scalars: dict[str, dict[str, Any]] = {}
+    scalars: dict[str, dict[str, object]] = {}
     document = optimiser.state_dict()
     for index, state in document["state"].items():
         for name, value in state.items():
@@ -121,7 +121,9 @@ def load_checkpoint(
         raise RunError(
             f"{folder / LAST} does not fit the recipe of the run ({reason}): start a new run"
         ) from None
-    progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
+    stored = header["progress"]
+    assert isinstance(stored, dict)
+    progress = Progress(**{name: stored[name] for name in vars(Progress())})
     _remove_superseded(folder, progress.best_epoch)
     return progress
 
@@ -141,7 +143,7 @@ def _fill_optimiser(
 ) -> None:
     """Restore the state of an optimiser from a checkpoint."""
     weights = [weight for group in optimiser.param_groups for weight in group["params"]]
-    state: dict[int, dict[str, Any]] = {index: dict(values) for index, values in header.optimiser.items()}
+    state: dict[int, dict[str, object]] = {index: dict(values) for index, values in header.optimiser.items()}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         if value.ndim and value.shape != weights[int(index)].shape:
@@ -196,14 +198,14 @@ def _to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, object]) -> None:
     document = {"format": FORMAT, **header}
     document["sha256"] = _hash(tensors, document)
     # safetensors writes several metadata in a random order: with one, equal checkpoints are equal files
     write_atomic(path, save(tensors, metadata={"biopsy": json.dumps(document)}))
 
 
-def _hash(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> str:
+def _hash(tensors: dict[str, torch.Tensor], document: Mapping[str, object]) -> str:
     digest = hashlib.sha256(json.dumps(document).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -212,7 +214,7 @@ def _hash(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     try:
         tensors, texts = read_tensors(path, framework="pt")
         header = parse_json(texts.get("biopsy", "null"), path, allow_nan=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,15 +110,15 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-_OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+_OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
     # epsilon inside the root, sqrt(a + e), is the same as starting the accumulator at .1 + e
-    "adagrad": (Adagrad, {"initial_accumulator_value": 0.1 + KERAS_EPSILON, "eps": 0, "fused": True}),
-    "adagrad-keras2": (Adagrad, {"eps": KERAS_EPSILON, "fused": True}),
-    "adam": (KerasAdam, {"eps": KERAS_EPSILON, "fused": True}),
-    "adamw": (AdamW, {"fused": True}),
-    "sgd": (SGD, {"fused": True}),
-    "rmsprop": (KerasRMSprop, {}),
-    "rmsprop-keras2": (RMSprop, {"alpha": 0.9, "eps": KERAS_EPSILON}),  # torch's own: sqrt(v) + e
+    "adagrad": partial(Adagrad, initial_accumulator_value=0.1 + KERAS_EPSILON, eps=0, fused=True),
+    "adagrad-keras2": partial(Adagrad, eps=KERAS_EPSILON, fused=True),
+    "adam": partial(KerasAdam, eps=KERAS_EPSILON, fused=True),
+    "adamw": partial(AdamW, fused=True),
+    "sgd": partial(SGD, fused=True),
+    "rmsprop": KerasRMSprop,
+    "rmsprop-keras2": partial(RMSprop, alpha=0.9, eps=KERAS_EPSILON),  # torch's own: sqrt(v) + e
 }
 OPTIMISERS = (*_OPTIMISERS, "muon")
 
@@ -162,16 +163,16 @@ def make_optimiser(
         raise RecipeError("no parameter of the network is to be trained; unfreeze some of it")
     if name == "muon":
         return Muon(trained, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-    kind, settings = _OPTIMISERS[name]
+    make = _OPTIMISERS[name]
     if name == "sgd":
-        settings = settings | {"momentum": momentum, "nesterov": nesterov}
+        make = partial(make, momentum=momentum, nesterov=nesterov)
     groups: list[Any] = trained
     if weight_decay:
         groups = [
             {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
             {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
         ]
-    return kind(groups, lr=lr, **settings)  # type: ignore[call-arg]
+    return make(groups, lr=lr)
 
 
 def learning_rate(
@@ -244,6 +245,5 @@ def count_plateaus(history: Sequence[float], patience: int) -> int:
 
 def set_learning_rate(optimiser: Optimizer, lr: float) -> None:
     """Set the learning rate of all parameter groups."""
-    groups: list[dict[str, Any]] = optimiser.param_groups
-    for group in groups:
+    for group in optimiser.param_groups:
         group["lr"] = lr

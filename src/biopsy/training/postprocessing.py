@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,8 +40,9 @@ def fit_abstention(
         class_names: In the order of the columns of ``probs``.
         patients_overlap: Whether patients are in several subsets, so that there is no guarantee.
     """
-    how: dict[str, Any] = {"guarantee": guarantee, "unit": unit, "class_names": class_names}
-    fitted = fit_conformal(probs, target, group_ids, alpha, **how).to_dict()
+    fitted = fit_conformal(
+        probs, target, group_ids, alpha, guarantee=guarantee, unit=unit, class_names=class_names
+    ).to_dict()
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (

@@ -1,7 +1,6 @@
 """Report section on abstention: the coverage guarantee, the coverage reached, and risk against coverage."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -241,9 +240,8 @@ def draw_coverage(
     for name, (values, colour) in series.items():
         if values is not None:
             x, y = 100 * (np.arange(len(values)) + 0.5) / len(values), 100 * np.sort(values)
-            style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "markersize": 3.5}
-            style |= {"label": f"{name}: mean {y.mean():.1f} %", "marker": "o" if len(y) <= 60 else None}
-            axes.plot(x, y, **style)
+            label, marker = f"{name}: mean {y.mean():.1f} %", "o" if len(y) <= 60 else None
+            axes.plot(x, y, color=colour, linewidth=1.1, markersize=3.5, label=label, marker=marker)
     axes.axhline(100 * target, color=INK, linewidth=1, linestyle=DASHED, label=f"target: {100 * target:g} %")
     axes.set(
         xlim=(0, 101.5),
