@@ -192,17 +192,17 @@ def test_what_is_no_file_of_annotations_is_refused(read, name):
 
 
 CORNERS = {
-    "text": ([("a", 0), (1, 1), (2, 0)], "region 1 has a corner without numbers"),
-    "not a number": ([("nan", 0), (1, 1), (2, 0)], "region 1 has"),
-    "far": ([("1e300", 0), (1, 1), (2, 0)], "region 1 has"),
-    "on a line": ([(0, 0), (1, 1), (2, 2)], "region 1 has no area"),
+    "text": ([("a", 0), (1, 1), (2, 0)], ["corner"]),
+    "not a number": ([("nan", 0), (1, 1), (2, 0)], []),
+    "far": ([("1e300", 0), (1, 1), (2, 0)], []),
+    "on a line": ([(0, 0), (1, 1), (2, 2)], ["area"]),
 }
 
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_corners_that_are_none_are_refused_by_region(read, name):
     corners, reason = CORNERS[name]
-    with pytest.raises(DataError, match=reason):
+    with refuses(DataError, "region 1", *reason):
         read(halo(("A", [("Polygon", corners)])))
     with refuses(DataError, "Rectangle", "3 corners"):
         read(halo(("A", [("Rectangle", SQUARE[:3])])))

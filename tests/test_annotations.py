@@ -105,33 +105,33 @@ def test_an_outline_that_crosses_itself_is_repaired_and_named(write):
 
 
 BAD = {
-    "no class name": (feature(name=""), "has a classification without a name"),
-    "no geometry": ({"type": "Feature", "properties": {}}, "has no geometry"),
-    "no feature": (3, "is not a feature: '3'"),
-    "properties": ({**feature(), "properties": [1]}, "properties that are not an object"),
-    "a curve": (feature(kind="CircularString"), "is a CircularString; Polygon, MultiPolygon"),
-    "no list": (feature({"0": SQUARE}), "not a list of rings|not a list of x, y"),
-    "children": (feature(childObjects={"a": 1}), "childObjects that are not a list"),
-    "not closed": (feature([[[0, 0], [1, 0], [1, 1], [0, 1]]]), r"not closed: \[0, 0\] to \[0, 1\]"),
-    "too short": (feature([[[0, 0], [1, 0], [0, 0]]]), "a ring of 3 points"),
-    "text": (feature([[["a", 0], [1, 0], [1, 1], ["a", 0]]]), "not a list of x, y"),
+    "no class name": (feature(name=""), "classification"),
+    "no geometry": ({"type": "Feature", "properties": {}}, "geometry"),
+    "no feature": (3, "'3'"),
+    "properties": ({**feature(), "properties": [1]}, "properties"),
+    "a curve": (feature(kind="CircularString"), "CircularString"),
+    "no list": (feature({"0": SQUARE}), "not a list of"),
+    "children": (feature(childObjects={"a": 1}), "childObjects"),
+    "not closed": (feature([[[0, 0], [1, 0], [1, 1], [0, 1]]]), "[0, 0] to [0, 1]"),
+    "too short": (feature([[[0, 0], [1, 0], [0, 0]]]), "3 points"),
+    "text": (feature([[["a", 0], [1, 0], [1, 1], ["a", 0]]]), "x, y"),
     "text that reads as numbers": (
         feature([[["0", "0"], ["1", "0"], ["1", "1"], ["0", "0"]]]),
-        "not a list of x",
+        "x, y",
     ),
-    "one number": (feature([[[0], [1], [1], [0]]]), "not a list of x, y"),
-    "no places": (feature([[1, 2, 3, 1]]), "not a list of x, y"),
-    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "coordinates that are not numbers"),
-    "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "coordinates that are not numbers"),
-    "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "coordinates that are not numbers up to"),
-    "flat": (feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]), "has no area"),
+    "one number": (feature([[[0], [1], [1], [0]]]), "x, y"),
+    "no places": (feature([[1, 2, 3, 1]]), "x, y"),
+    "no number": (feature([[[float("nan"), 0], [1, 0], [1, 1], [0, 0]]]), "numbers"),
+    "endless": (feature([[[0, 0], [float("inf"), 0], [1, 1], [0, 0]]]), "numbers"),
+    "far": (feature([[[0, 0], [1e10, 0], [1, 1], [0, 0]]]), "numbers up to"),
+    "flat": (feature([[[0, 0], [5, 5], [9, 9], [0, 0]]]), "area"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_malformed_feature_is_refused_by_file_and_number(write, name):
-    bad, message = BAD[name]
-    with pytest.raises(DataError, match=rf"case\.geojson, feature 2 .*({message})"):
+    bad, fact = BAD[name]
+    with refuses(DataError, "case.geojson, feature 2 ", fact):
         read_annotations(write([feature(), bad]))
 
 

@@ -34,10 +34,9 @@ def write_folder(path, files):
     return path
 
 
-def refuse(path, match):
-    with pytest.raises(ArchiveError, match=match) as caught:
+def refuse(path, *facts):
+    with refuses(ArchiveError, path, *facts):
         open_archive(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(params=["stored", "deflated", "folder"])
@@ -117,7 +116,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (folder / "gone.png").symlink_to(tmp_path / "nowhere")
     archive = open_archive(folder)
     assert [entry.name for entry in archive.entries] == ["a/1.png", "b/2.png", "gone.png"]
-    with pytest.raises(DataError, match="No such file"):
+    with refuses(DataError, "No such file"):
         archive.read(archive.entries[2])
 
 
@@ -168,7 +167,7 @@ def test_a_damaged_entry_is_named_when_it_is_read(tmp_path):
     with refuses(DataError, "checksum"):
         archive.read(bad)
     assert bytes(archive.read(archive.entries[0])) == b"one"
-    with pytest.raises(DataError, match="the zip's directory"):
+    with refuses(DataError, "directory"):
         archive.read(bad._replace(offset=bad.offset + 1))
     with refuses(DataError, "end"):
         archive.read(bad._replace(offset=2**40))
@@ -268,5 +267,5 @@ def test_an_entry_that_unpacks_to_very_much_more_is_not_read(tmp_path, n_bytes):
     if n_bytes == 2**24:
         assert len(archive.read(archive.entries[0])) == n_bytes
     else:
-        with pytest.raises(DataError, match="not read"):
+        with refuses(DataError, f"{n_bytes:,}"):
             archive.read(archive.entries[0])

@@ -1,6 +1,7 @@
 """Checkpoints: the same bits go on, the last and the best file belong together, damage is named."""
 
 import copy
+import errno
 import json
 import os
 
@@ -127,12 +128,12 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     before = (tmp_path / LAST).read_bytes()
 
     def fail(*arguments):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     for call in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
-            with pytest.raises(OSError, match="No space left"):
+            with refuses(OSError, errno=errno.ENOSPC):
                 save(tmp_path, 2, best_epoch=2)
     assert [path.name for path in tmp_path.iterdir()] == [LAST]
     assert (tmp_path / LAST).read_bytes() == before
@@ -152,7 +153,7 @@ def test_damage_is_named(tmp_path):
         load(tmp_path)
     for place in (len(whole) - 1, whole.index(b"step") + 8):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(RunError, match="start a new run"):
+        with refuses(RunError, "last.safetensors"):
             load(tmp_path)
     save_file(tensors, path)
     with refuses(RunError, "last.safetensors", "format"):

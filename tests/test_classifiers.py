@@ -1,5 +1,6 @@
 """Classifiers: what is loaded is what was saved, bit for bit; the altered, newer or foreign is refused."""
 
+import errno
 import json
 import os
 
@@ -91,10 +92,10 @@ RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "fact"),
     [
-        ({"format": "biopsy-classifier/2"}, "newer.*'biopsy-classifier/1'"),
-        ({"format": "biopsy-pack/1"}, "'biopsy-pack/1'.*'biopsy-classifier/1'"),
+        ({"format": "biopsy-classifier/2"}, "'biopsy-classifier/1'"),
+        ({"format": "biopsy-pack/1"}, "'biopsy-classifier/1'"),
         ({"patch_px": "wide"}, "patch_px"),
         ({"class_names": ["non_idc", "idc", "c"]}, "'cancernet'"),
         ({"class_names": ["idc", "idc"]}, "class_names"),
@@ -108,22 +109,18 @@ RESIDUAL = {"network": "residual", "preprocessing": {"input_px": 16}}
         ({"calibrator": {"method": "isotonic", "prob": [0.5]}}, "calibrator"),
         ({"calibrator": {"method": "magic"}}, "calibrator.method"),
         ({"out_of_distribution": {"limits": {"feature": 1}}}, "out_of_distribution.limits.colour"),
-        (
-            {"out_of_distribution": {"limits": {"feature": 1, "colour": 1}}},
-            "lacks",
-        ),
+        ({"out_of_distribution": {"limits": {"feature": 1, "colour": 1}}}, "weights.safetensors"),
         (RESIDUAL | {"params": {"base_channels": 10**6}}, "'residual'"),
         (RESIDUAL | {"params": {"base_channels": [24]}}, "base_channels"),
         (RESIDUAL | {"params": {"base_channels": -1}}, "network"),
-        ({"network": "cancernett"}, "'cancernett'.*'cancernet'"),
+        ({"network": "cancernett"}, "'cancernet'"),
     ],
 )
-def test_another_document_is_refused(saved, change, message):
+def test_another_document_is_refused(saved, change, fact):
     path = saved / "classifier.json"
     write_json(path, json.loads(path.read_text()) | change)
-    with pytest.raises((RunError, ValueError), match=message) as caught:
+    with refuses((RunError, ValueError), fact):
         _ = Classifier.load(saved).network
-    assert "\n" not in str(caught.value)
 
 
 def test_a_document_changed_by_hand_is_refused(saved):
@@ -150,13 +147,13 @@ def test_a_folder_without_a_classifier_is_refused(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_save_leaves_what_was_there(saved, monkeypatch, call):
     def fail(*args, **options):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     before = Classifier.load(saved).sha256
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         for path in (saved, saved.with_name("new")):
-            with pytest.raises(OSError, match="No space left"):
+            with refuses(OSError, errno=errno.ENOSPC):
                 make_classifier(licence="another").save(path)
     assert [path.name for path in saved.parent.iterdir()] == ["classifier"]
     assert Classifier.load(saved).sha256 == before

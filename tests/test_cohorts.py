@@ -276,19 +276,19 @@ def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "facts", "reason"),
     [
-        ("name\na\n", "columns name; slide"),
-        ("slide,mpp\na\0b,1\n", "holds NUL bytes"),
-        ("slide,mpp\n,\n", "slides"),
-        ("slide,mpp\n,0.5\n", "0.5"),
-        ("slide,mpp\na,nan\n", "mpp 'nan'"),
-        ("slide,mpp\na,x\n", "mpp 'x'"),
+        ("name\na\n", ["name", "slide"], "columns"),
+        ("slide,mpp\na\0b,1\n", ["NUL"], "syntax"),
+        ("slide,mpp\n,\n", ["no slides"], ""),
+        ("slide,mpp\n,0.5\n", ["0.5"], ""),
+        ("slide,mpp\na,nan\n", ["mpp 'nan'"], ""),
+        ("slide,mpp\na,x\n", ["mpp 'x'"], ""),
     ],
 )
-def test_csv_files_that_say_nothing_are_refused(tmp_path, text, message):
+def test_csv_files_that_say_nothing_are_refused(tmp_path, text, facts, reason):
     (tmp_path / "s.csv").write_text(text)
-    with pytest.raises(DataError, match=message):
+    with refuses(DataError, "s.csv", *facts, reason=reason):
         slide(make_classifier(), [tmp_path / "s.csv"], out=tmp_path / "out")
 
 
@@ -302,7 +302,7 @@ def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
 
 
 def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide):
-    with pytest.raises(DataError, match="pass out=DIR"):
+    with refuses(DataError, "out=DIR"):
         slide(make_classifier(), [make_slide()])
     with refuses(DataError, "none.svs"):
         slide(make_classifier(), tmp_path / "none.svs")

@@ -215,23 +215,22 @@ def test_pcam_refusals(tree, tmp_path):
     )
     whole = {path: path.read_bytes() for path in (x, y, meta)}
 
-    def refuse(match):
-        with pytest.raises(DataError, match=match) as caught:
+    def refuse(*facts):
+        with refuses(DataError, *facts):
             prepare(folder, tmp_path / "x.pack")
-        assert "\n" not in str(caught.value)
         for path, data in whole.items():
             path.write_bytes(data)
 
     x.write_bytes(whole[x][:1000])
-    refuse("train_x.h5 is no HDF5 file")
+    refuse("train_x.h5", "HDF5")
     meta.write_text("wsi\nonly_one\n")
-    refuse("has 1 rows")
+    refuse("train_meta.csv", "1 rows")
     y.write_bytes((folder / "camelyonpatch_level_2_split_valid_y.h5").read_bytes())
-    refuse("for 6 patches")
+    refuse("6 patches")
     x.write_bytes(whole[y])
-    refuse("names 'x', which it does not hold")
+    refuse("train_x.h5", "'x'")
     (folder / "camelyonpatch_level_2_split_test_x.h5.gz").write_bytes(b"gz")
-    refuse("test_x.h5.gz must be unpacked first")
+    refuse("test_x.h5.gz", "unpacked")
     with refuses(ArchiveError, "h5", "unpack"):
         prepare(zip_folder(TREES / "pcam", tmp_path / "pcam.zip"), tmp_path / "x.pack")
 
@@ -267,20 +266,20 @@ def test_hcd_rows_without_image_and_images_without_row_are_named(tree, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
+    ("content", "facts"),
     [
-        ("id,label\na,0\nb,\n", "has 1 rows without an id or a label 0 or 1, first row 1 .id b, label None"),
-        ("id,label\na,0\nb,2\n", "first row 1 .id b, label 2"),
-        ("id,label\n,1\n", "first row 0"),
-        ("id,label\na,0\na,0\n", "1 repeated ids"),
-        ("name,class\na,0\n", "name, class; id, label"),
-        ("", "is empty"),
+        ("id,label\na,0\nb,\n", ["1 rows", "row 1", "id b", "label None"]),
+        ("id,label\na,0\nb,2\n", ["1 rows", "row 1", "id b", "label 2"]),
+        ("id,label\n,1\n", ["row 0"]),
+        ("id,label\na,0\na,0\n", ["1 repeated ids"]),
+        ("name,class\na,0\n", ["name, class", "id, label"]),
+        ("", ["empty"]),
     ],
 )
-def test_hcd_csv_refusals(tree, tmp_path, content, match):
+def test_hcd_csv_refusals(tree, tmp_path, content, facts):
     folder = tree("hcd")
     (folder / "train_labels.csv").write_text(content)
-    with pytest.raises(DataError, match=match):
+    with refuses(DataError, "train_labels.csv", *facts):
         prepare(folder, tmp_path / "x.pack")
 
 

@@ -243,7 +243,7 @@ def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
         key: wanted[key] for key in wanted if key != "evaluated"
     }
     assert not (copied.path / "external").exists()
-    with pytest.raises(RunError, match="own split"):
+    with refuses(RunError, "'patients'"):
         evaluate(copied, data=moved, split="patients")
 
 
@@ -296,21 +296,17 @@ def test_a_subset_of_another_packs_split_is_judged(copied, make_pack):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "error", "facts"),
     [
-        (
-            {"class_names": ["idc", "non_idc"]},
-            RunError,
-            r"has the classes \['idc', 'non_idc'\], positive 'idc'",
-        ),
-        ({"positive_class": "non_idc"}, RunError, "positive 'non_idc'; the run learned .* positive 'idc'"),
-        ({"mpp": 0.5}, DataError, "0.5 um/px.*4.0"),
+        ({"class_names": ["idc", "non_idc"]}, RunError, ["['idc', 'non_idc']", "['non_idc', 'idc']"]),
+        ({"positive_class": "non_idc"}, RunError, ["positive 'non_idc'", "positive 'idc'"]),
+        ({"mpp": 0.5}, DataError, ["0.5 um/px", "4.0"]),
     ],
 )
-def test_a_pack_that_does_not_fit_is_refused(copied, make_pack, change, error, message):
+def test_a_pack_that_does_not_fit_is_refused(copied, make_pack, change, error, facts):
     other = make_pack(n_patients=3, patches_per_patient=4)
     edit(other.path / "pack.json", **change)
-    with pytest.raises(error, match=message):
+    with refuses(error, *facts):
         evaluate(copied, data=other.path)
     assert not (other.path / "ledger.jsonl").exists()
 

@@ -44,7 +44,7 @@ def test_another_file_than_was_published_is_refused(known, tmp_path, monkeypatch
 
 def test_a_licence_is_accepted_before_anything_is_fetched(known, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "find_weights", lambda tag: replace(known, licence="cc-by-nc-4.0"))
-    with pytest.raises(RecipeError, match=r"biopsy --accept-licence cc-by-nc-4.0"):
+    with refuses(RecipeError, "--accept-licence cc-by-nc-4.0", reason="licence"):
         fetch("weights:keras-vgg16", tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -92,8 +92,9 @@ def test_an_independent_schema_accepts_it(slide_map, tmp_path, detections):
     jsonschema.Draft202012Validator(RFC_7946).validate(load(path))
     broken = load(path)
     del broken["features"][0]["properties"]["objectType"]
-    with pytest.raises(jsonschema.ValidationError, match="objectType"):
+    with pytest.raises(jsonschema.ValidationError) as caught:
         jsonschema.Draft202012Validator(RFC_7946).validate(broken)
+    assert (caught.value.json_path, caught.value.validator) == ("$.features[0].properties", "required")
 
 
 def test_rings_are_closed_and_turn_as_the_standard_asks(slide_map, tmp_path):

@@ -112,12 +112,12 @@ def test_strides_cut_a_patch_into_equal_parts():
 
 
 @pytest.mark.parametrize(
-    ("tissue", "size", "message"),
+    ("tissue", "size", "facts"),
     [
-        (np.zeros((20, 30), bool), (300, 200), r"none of 150 patches of 10 um is half tissue.*0%"),
-        (np.ones((2, 2), bool), (19, 200), r"10 x 100 um, smaller than one patch of 10 um: check its mpp"),
+        (np.zeros((20, 30), bool), (300, 200), ["150 patches", "10 um", "0%"]),
+        (np.ones((2, 2), bool), (19, 200), ["10 x 100 um", "10 um", "mpp"]),
     ],
 )
-def test_what_has_no_patch_is_refused(tissue, size, message):
-    with pytest.raises(SlideError, match=message):
+def test_what_has_no_patch_is_refused(tissue, size, facts):
+    with refuses(SlideError, *facts):
         lay(tissue, size=size)

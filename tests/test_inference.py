@@ -169,13 +169,13 @@ def test_what_openvino_computes_is_within_1e5_of_pytorch(name, tta, monkeypatch)
 
 def test_few_patches_are_not_worth_a_conversion(monkeypatch):
     def refuse(_):
-        raise AssertionError("converted")
+        raise ZeroDivisionError
 
     monkeypatch.setattr(compiling, "try_to_convert", refuse)
     classifier = make_classifier()
     assert predict_classifier(classifier, PATCHES, engine=ENGINE).shape == (18, 2)
     with (
-        pytest.raises(AssertionError, match="converted"),
+        pytest.raises(ZeroDivisionError),
         open_predictor(classifier, ENGINE, runtimes.MIN_PATCHES_TO_CONVERT),
     ):
         pass

@@ -61,7 +61,7 @@ def test_a_map_comes_back_from_its_file(tmp_path):
     assert (back.name, back.class_names, back.threshold) == ("case", ["normal", "tumour"], 0.5)
     assert back.about == {"source": "ä.svs"} and back.grid.origin_px == (0, 0)
     assert list(back.to_frame()) == ["x", "y", "prob", "prob_normal", "prob_tumour", "abstained"]
-    with pytest.raises(DataError, match="no picture"):
+    with refuses(DataError, "picture"):
         draw(back)
 
 
@@ -115,7 +115,7 @@ def test_a_map_that_was_changed_is_refused(tmp_path, caplog):
 
 
 def test_probabilities_that_are_no_numbers_are_refused():
-    with pytest.raises(SlideError, match="case: the"):
+    with refuses(SlideError, "case", "[0, 1]"):
         check_probs(np.array([[0.5, np.nan]]), "case")
 
 
@@ -219,5 +219,5 @@ def test_slides_that_cannot_be_mapped_are_refused(make_slide):
         open_view(Source("case", make_slide("white.tiff", pixels=white)), make_classifier())
     with refuses(SlideError, "um/px"):
         open_view(Source("case", make_slide()), make_classifier(mpp=None))
-    with pytest.raises(SlideError, match="too coarse"):
+    with refuses(SlideError, "2.00 um/px", "1.5x"):
         open_view(Source("case", make_slide(mpp=2.0)), make_classifier())

@@ -428,11 +428,11 @@ def test_refusals(pack, pair, tmp_path):
     with refuses(RunError, "test.parquet", "biopsy evaluate"):
         biopsy.compare([weak, strong])
     (tmp_path / "away.parquet").rename(strong.path / "predictions" / "test.parquet")
-    with pytest.raises(RunError, match=r"is not a run"):
+    with refuses(RunError, tmp_path / "nothing"):
         biopsy.compare([weak, tmp_path / "nothing"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
-    with pytest.raises(RunError, match="not a comparison"):
+    with refuses(RunError, tmp_path / "full", "--out"):
         biopsy.compare([weak, strong], out=tmp_path / "full")
     done = call("compare", str(weak.path), str(part.path))
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and not done.stdout

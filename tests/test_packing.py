@@ -227,10 +227,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_idc_zip, tmp_path, monk
 def test_too_little_space_is_known_before_anything_is_written(make_idc_zip, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
-    with pytest.raises(
-        DataError,
-        match=r"class[01].png, 16 px.* 0.00 GB.* 0.00 GB",
-    ):
+    with refuses(DataError, "16 px", "0.00 GB"):
         prepare(make_idc_zip(), tmp_path / "out" / "x.pack")
     assert not list((tmp_path / "out").iterdir())
 
@@ -254,7 +251,7 @@ def test_a_finished_pack_is_used_again_and_nothing_is_overwritten(make_idc_zip, 
         prepare(source, out, mpp=0.5)
     with refuses(PackError, "x.pack", "--out", reason="exists"):
         prepare(make_idc_zip("other.zip", seed=1), out)
-    with pytest.raises(DataError, match="a pack"):
+    with refuses(DataError, out, "a pack"):
         prepare(out, tmp_path / "y.pack")
     (tmp_path / "mine").mkdir()
     prepare(source, tmp_path / "mine")

@@ -14,6 +14,7 @@ import pytest
 from biopsy.core import plugins
 from biopsy.core.plugins import Registry
 from conftest import encode_png, write_pack
+from refusals import refuses
 
 EXAMPLE = Path(__file__).parent / "plugins" / "biopsy_example"
 
@@ -130,6 +131,6 @@ def test_a_name_is_taken_once_and_a_module_may_register_again():
     theirs.__module__ = "elsewhere"
     registry.add("one", 1, ours)
     registry.add("one", 2, ours)
-    with pytest.raises(ValueError, match="one"):
+    with refuses(ValueError, "one", "elsewhere"):
         registry.add("one", 3, theirs)
     assert dict(registry) == {"one": 2} and "two" not in registry

@@ -115,7 +115,7 @@ def test_the_recipes_preprocessing_runs_and_gives_that_of_a_classifier():
 
 def test_patches_of_another_shape_or_size_are_refused():
     spec = Preprocessing(input_px=48)
-    with pytest.raises(DataError, match=r"float32 .* uint8 \(N, H, W, 3\) is needed"):
+    with refuses(DataError, "float32", "uint8 (N, H, W, 3)"):
         spec.resize_patches(np.zeros((1, 50, 50, 3), np.float32))
     with refuses(DataError, "patch 1"):
         spec.resize_patches(np.zeros((2, 50, 50, 3), np.uint8), np.array([50, 51]), np.array([50, 50]))

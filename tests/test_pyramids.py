@@ -108,16 +108,16 @@ def test_nothing_is_left_when_the_source_fails(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"mpp": 0.0}, "0.0 um/px"),
-        ({"tile_px": 100}, "tile_px 100 .*16"),
-        ({"compression": "zip"}, "'zip' .*deflate, jpeg"),
-        ({"width": 10}, "expected uint8"),
+        ({"mpp": 0.0}, ["0.0 um/px"]),
+        ({"tile_px": 100}, ["tile_px 100", "16"]),
+        ({"compression": "zip"}, ["'zip'", "deflate", "jpeg"]),
+        ({"width": 10}, ["uint8", "10, 3"]),
     ],
 )
-def test_refusals(tmp_path, options, message):
-    with pytest.raises(SlideError, match=message):
+def test_refusals(tmp_path, options, facts):
+    with refuses(SlideError, *facts):
         write(tmp_path / "a.tiff", draw_slide(), **options)
 
 
@@ -126,7 +126,7 @@ def test_refusals_of_pixels(tmp_path):
         write(tmp_path / "a.tiff", draw_slide()[..., 0])
     with refuses(SlideError, "uint8"):
         write(tmp_path / "a.tiff", draw_slide() / 255)
-    with pytest.raises(SlideError, match=r"shape \(3, 3, 3\)"):
+    with refuses(SlideError, "(3, 3, 3)"):
         write_pyramid(
             tmp_path / "a.tiff",
             lambda *place: np.zeros((3, 3, 3), np.uint8),

@@ -370,7 +370,7 @@ def test_tiled_pixels_without_certain_rgb_are_refused_like_plain_ones(tmp_path, 
         for page in pages if isinstance(pages, list) else [pages]:
             file.write(page, **plain | options)
         file.write(draw_slide()[::4, ::4], photometric="rgb", metadata=None)  # a thumbnail, as SVS has
-    with pytest.raises(SlideError, match=rf"case\.tif {reason}"):
+    with refuses(SlideError, "case.tif", reason):
         open_slide(tmp_path / "case.tif")
 
 
@@ -459,7 +459,7 @@ def test_real_slides(data_dir):
         open_slide(tcga)
     with open_slide(tcga, mpp=0.5) as slide:
         assert slide.level_for(1.0) == (1, 1.0) and slide.mpp_source == "stated"
-    with pytest.raises(SlideError, match=r"broken.svs"):
+    with refuses(SlideError, "broken.svs"):
         open_slide(data_dir / "wsi" / "broken.svs", mpp=0.5)
     with open_slide(data_dir / "wsi" / "openslide_small.svs") as slide:
         assert slide.read(0, 0, 20, 20)[16:].min() == 255

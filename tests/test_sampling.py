@@ -162,6 +162,5 @@ def test_balanced_weights_are_scikit_learns(target):
 
 @pytest.mark.parametrize("method", ["largest", "balanced"])
 def test_a_class_without_patches_has_no_weight(method):
-    message = rf"class weights '{method}' need every class in training, found counts \[2, 0, 1\]"
-    with pytest.raises(DataError, match=message):
+    with refuses(DataError, f"'{method}'", "[2, 0, 1]"):
         class_weights(np.array([0, 0, 2]), 3, method)

@@ -53,9 +53,9 @@ def test_random_numbers_are_those_of_the_seed_and_the_global_state_is_left():
     ids=["cropped", "fewer", "double", "numpy", "nothing", "resized", "uint8"],
 )
 def test_a_change_of_shape_or_type_is_refused_before_training(transform, make_pack, tmp_path):
-    with pytest.raises(RecipeError, match="transform must"):
+    with refuses(RecipeError, reason="transform"):
         check_transform(transform, 8)
-    with pytest.raises(RecipeError, match="transform must"):
+    with refuses(RecipeError, reason="transform"):
         train_tiny(make_pack(), tmp_path / "run", transform=transform)
     assert not (tmp_path / "run").exists()
 

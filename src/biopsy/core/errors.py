@@ -108,7 +108,15 @@ class PackError(DataError):
 
 
 class SplitError(DataError):
-    """A split cannot be made from these patients, or would leak."""
+    """A split cannot be made from these patients, or would leak.
+
+    Attributes:
+        reason: ``name`` (of a split, protocol, method or subset that does not exist), ``missing`` (ids, lists
+            or options that are needed), ``patient`` (one that does not exist or is not suitable),
+            ``too-few`` (patients or patches), ``classes``, ``overlap`` (a patient in two subsets), ``folds``
+            (a fold that does not exist, or folds where subsets are needed), ``unit``, ``columns`` or
+            ``other-pack``, or the code of the `FileFormatError` of its file.
+    """
 
 
 class SlideError(DataError):
@@ -116,11 +124,27 @@ class SlideError(DataError):
 
 
 class RecipeError(BiopsyError, ValueError):
-    """A recipe, a setting or a registered name is wrong."""
+    """A recipe, a setting or a registered name is wrong.
+
+    Attributes:
+        reason: ``name`` (of a recipe, network, layer, method or weights that do not exist), ``setting`` (one
+            that is unknown or lacking), ``value`` (of a setting), ``conflict`` (settings that exclude each
+            other), ``network`` (one that cannot do this), ``weights`` (unavailable or of another network),
+            ``licence`` (not accepted), ``transform`` (a user's, with another result than a batch) or ``data``
+            (data that the recipe is not for), or the code of the `FileFormatError` of its file.
+    """
 
 
 class MetricError(BiopsyError, ValueError):
-    """A metric is not defined for targets or probabilities."""
+    """A metric is not defined for targets or probabilities.
+
+    Attributes:
+        reason: ``empty`` (nothing to measure or draw), ``shape`` (lengths or shapes that differ), ``order``
+            (rows that do not correspond), ``missing`` (values that are missing or not finite), ``target``
+            (one that is no class), ``prob`` (one that is no probability), ``classes`` (their number or
+            names), ``duplicate`` (patch ids), ``undefined`` (for these data), ``name`` (of a metric, method
+            or rule that does not exist) or ``value`` (of a setting).
+    """
 
 
 class RunError(BiopsyError, RuntimeError):

@@ -56,7 +56,7 @@ def export_tree(
     """
     folder = Path(folder)
     if split.n_folds:
-        raise SplitError(f"split {split.name!r} has folds: use a split with subsets")
+        raise SplitError(f"split {split.name!r} has folds: use a split with subsets", "folds")
     _require_empty(folder)
     archive = open_archive(source)
     if not pack.table["source"].str.lower().str.endswith(IMAGE_SUFFIXES).all():

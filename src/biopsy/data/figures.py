@@ -25,7 +25,7 @@ def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequen
     counts = np.asarray(counts)
     if counts.shape != (len(subsets), len(class_names)):
         raise MetricError(
-            f"counts {counts.shape} do not fit {len(subsets)} subsets x {len(class_names)} classes"
+            f"counts {counts.shape} do not fit {len(subsets)} subsets x {len(class_names)} classes", "shape"
         )
     height = 0.8 / len(class_names)
     figure, axes = new_figure(WIDTH_IN, 1.0 + 0.22 * max(len(subsets), 2) * max(len(class_names), 2))
@@ -65,7 +65,8 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
     counts = np.asarray(counts)
     if counts.shape != (len(patient_ids), len(class_names)):
         raise MetricError(
-            f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes"
+            f"counts {counts.shape} do not fit {len(patient_ids)} patients x {len(class_names)} classes",
+            "shape",
         )
     order = np.argsort(-counts.sum(axis=1), kind="stable")
     figure, axes = open_rows(len(order), legend_rows=-(-len(class_names) // 2))

@@ -33,12 +33,13 @@ def follow_recipe(request: "Request") -> "Plan":
     """Make the published split of a recipe, by the method in its ``[as_published.split]`` table."""
     if not request.recipe:
         raise SplitError(
-            "protocol as-published needs a recipe with a published split, such as --recipe cancernet-2020"
+            "protocol as-published needs a recipe with a published split, such as --recipe cancernet-2020",
+            "missing",
         )
     method = str(request.recipe.get("method"))
     if method not in PUBLISHED_METHODS:
         raise SplitError(
-            f"unknown split method {method!r} in the recipe; {suggest(method, PUBLISHED_METHODS)}"
+            f"unknown split method {method!r} in the recipe; {suggest(method, PUBLISHED_METHODS)}", "name"
         )
     subsets, parameters = PUBLISHED_METHODS[method](request)
     return subsets, {"recipe": dict(request.recipe), **parameters}
@@ -88,7 +89,8 @@ def cut_rows(request: "Request") -> "Plan":
     table = request.pack.table
     if "row" not in table.columns or table["row"].isna().any():
         raise SplitError(
-            f"{request.pack.path.name} lacks the row numbers of Kaggle's train_labels.csv; prepare it again"
+            f"{request.pack.path.name} lacks the row numbers of Kaggle's train_labels.csv; prepare it again",
+            "missing",
         )
     rows = table["row"].to_numpy(np.int64)
     n_rows = int(rows.max()) + 1
@@ -107,7 +109,7 @@ def _read_options(
     except KeyError as error:
         *keys, last = kinds
         raise SplitError(
-            f"the split method {method!r} needs {', '.join(keys)} and {last}; {error} is missing"
+            f"the split method {method!r} needs {', '.join(keys)} and {last}; {error} is missing", "missing"
         ) from None
 
 
@@ -191,7 +193,8 @@ def divide_groups(
     if len(names) < len(fractions):
         raise SplitError(
             f"{len(names)} {plural(unit)} are too few for {len(fractions)} subsets or folds: "
-            "one would be empty"
+            "one would be empty",
+            "too-few",
         )
     counts = np.zeros((len(names), int(target.max()) + 1))
     np.add.at(counts, (codes, target), 1)
@@ -226,7 +229,8 @@ def split_by_patient(request: Request) -> Plan:
     both = sorted(set(request.test_ids) & set(request.val_ids))
     if both:
         raise SplitError(
-            f"{request.unit} {both[0]} is named both for validation and for test; name it for one of them"
+            f"{request.unit} {both[0]} is named both for validation and for test; name it for one of them",
+            "overlap",
         )
     subsets = np.full(len(request.group_ids), "", dtype="<U10")
     subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
@@ -251,7 +255,7 @@ def split_into_folds(request: Request) -> Plan:
     """Assign groups to folds by `divide_groups`."""
     if request.n_folds < 3:
         raise SplitError(
-            f"{request.n_folds} folds are too few: 3 or more are needed (test, validation, train)"
+            f"{request.n_folds} folds are too few: 3 or more are needed (test, validation, train)", "too-few"
         )
     folds = divide_groups(
         request.group_ids,
@@ -269,7 +273,8 @@ def leave_one_out(request: Request) -> Plan:
     order = list(dict.fromkeys(request.test_ids)) or sorted(set(request.group_ids.tolist()))
     if len(order) < 2:
         raise SplitError(
-            f"leave-one-out needs 2 or more {plural(request.unit)} (test and validation); got {order}"
+            f"leave-one-out needs 2 or more {plural(request.unit)} (test and validation); got {order}",
+            "too-few",
         )
     return _index_ids(request.group_ids, order), {"order": order}
 
@@ -280,7 +285,8 @@ def leave_one_site_out(request: Request) -> Plan:
     if sites.isna().any():
         raise SplitError(
             f"{int(sites.isna().sum()):,} of {len(sites):,} patches have no site_id; add it with "
-            "`biopsy prepare --join CSV` and a site_id column"
+            "`biopsy prepare --join CSV` and a site_id column",
+            "missing",
         )
     site_ids = sites.to_numpy(str)
     if request.test_ids:
@@ -289,7 +295,8 @@ def leave_one_site_out(request: Request) -> Plan:
     if len(order) < 3:
         raise SplitError(
             f"{len(order)} sites ({', '.join(order)}) are too few: 3 or more are needed for folds; "
-            "name the test site, and patients of the other sites are used for validation"
+            "name the test site, and patients of the other sites are used for validation",
+            "too-few",
         )
     return _index_ids(site_ids, order), {"order": order}
 
@@ -402,7 +409,8 @@ def take_official_subsets(request: Request) -> Plan:
     if "official_subset" not in table.columns or table["official_subset"].isna().all():
         raise SplitError(
             f"{request.pack.path.name} ({request.pack.info.dataset}) has no official subsets; give the "
-            "published lists of cases with --cases, or use the protocol 'patients'"
+            "published lists of cases with --cases, or use the protocol 'patients'",
+            "missing",
         )
     return table["official_subset"].fillna("").to_numpy(str), {
         "subsets_from": "the data set's own folders or files"
@@ -412,7 +420,8 @@ def take_official_subsets(request: Request) -> Plan:
 def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     if request.unit == "patch":
         raise SplitError(
-            f"cases are patients, and {request.pack.path.name} has none; prepare it with --patients"
+            f"cases are patients, and {request.pack.path.name} has none; prepare it with --patients",
+            "missing",
         )
     subset_of = read_cases(cases)
     groups = sorted(set(request.group_ids.tolist()))
@@ -420,7 +429,8 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     if not known_subsets:
         raise SplitError(
             f"none of the {len(groups)} {plural(request.unit)}, such as {groups[0]!r}, is among the "
-            f"{len(subset_of)} listed cases, such as {next(iter(subset_of))!r}"
+            f"{len(subset_of)} listed cases, such as {next(iter(subset_of))!r}",
+            "patient",
         )
     subsets = pd.Series(request.group_ids).map(known_subsets).fillna("").to_numpy(str)
     missing = [case for case in subset_of if case not in known_subsets]
@@ -482,7 +492,8 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
     if arm == "placebo" and not leak.placebo_id:
         raise SplitError(
             f"no {request.unit} but the tested and the validating one has patches of both classes: there is "
-            "no placebo, compare with leak-apart"
+            "no placebo, compare with leak-apart",
+            "classes",
         )
     train = leak.base.copy()
     if arm != "apart":
@@ -518,7 +529,8 @@ def draw_leak(request: Request, *, blocked: bool) -> Leak:
     if len(np.unique(target[test])) < 2:
         class_name = request.pack.class_names[np.bincount(target[is_tested]).argmax()]
         raise SplitError(
-            f"{request.unit} {request.test_ids[0]} has {class_name} patches only: name one with both classes"
+            f"{request.unit} {request.test_ids[0]} has {class_name} patches only: name one with both classes",
+            "classes",
         )
     remaining = is_tested & ~test
     adjacent = _find_adjacent(coordinates, remaining, test, request.pack.info.patch_px)
@@ -533,7 +545,8 @@ def draw_leak(request: Request, *, blocked: bool) -> Leak:
         if n_leaked > len(in_base):
             raise SplitError(
                 f"{n_leaked:,} {name} patches of {request.test_ids[0]} would replace {len(in_base):,} of the "
-                f"other {plural(request.unit)}, which are too few; name another test {request.unit}"
+                f"other {plural(request.unit)}, which are too few; name another test {request.unit}",
+                "too-few",
             )
         leaked[rng.choice(may_leak, n_leaked, replace=False)] = True
         replaced[rng.choice(in_base, n_leaked, replace=False)] = True
@@ -550,14 +563,16 @@ def _resolve_leak_patients(request: Request) -> tuple[np.ndarray, np.ndarray, st
     if unit == "patch":
         raise SplitError(
             f"{request.pack.path.name} has neither patients nor slides, so leakage cannot be measured; "
-            "prepare it with --patients"
+            "prepare it with --patients",
+            "missing",
         )
     check_known(request.test_ids + validation_ids, request.group_ids, unit)
     n_test, n_validation = len(request.test_ids), len(validation_ids)
     if n_test not in (1, 2) or n_validation != 1 or validation_ids[0] in request.test_ids:
         raise SplitError(
             f"leakage experiments need one test {unit} (optionally a second one for the placebo) and one "
-            f"validation {unit}; got test {list(request.test_ids)}, validation {list(validation_ids)}"
+            f"validation {unit}; got test {list(request.test_ids)}, validation {list(validation_ids)}",
+            "patient",
         )
     is_tested, is_validation = request.group_ids == test_ids[0], request.group_ids == validation_ids[0]
     if len(request.test_ids) == 2:
@@ -583,7 +598,9 @@ def _halve_by_line(coordinates: np.ndarray, target: np.ndarray, rng: np.random.G
     Of `N_LINES` random lines, the one that divides all patches most evenly is used.
     """
     if not np.isfinite(coordinates).all():
-        raise SplitError("patches of the test slide have no coordinates, which a blocked half requires")
+        raise SplitError(
+            "patches of the test slide have no coordinates, which a blocked half requires", "missing"
+        )
     names, counts = np.unique(target, return_counts=True)
     rarer = target == names[counts.argmin()]
     angles = rng.uniform(0, 2 * np.pi, N_LINES)
@@ -614,7 +631,8 @@ def check_known(names: Sequence[str], group_ids: np.ndarray, unit: str) -> None:
                 suggest(name, options) if len(options) < 50 else suggest(name, options).partition("known:")[0]
             )
             raise SplitError(
-                f"no {unit} is called {name!r}; {hint or f'the pack has {len(options)} {plural(unit)}'}"
+                f"no {unit} is called {name!r}; {hint or f'the pack has {len(options)} {plural(unit)}'}",
+                "patient",
             )
 
 
@@ -666,10 +684,11 @@ def read_cases(cases: Cases) -> dict[str, str]:
     for case, subset in pairs:
         if subset_of.setdefault(case, subset) != subset:
             raise SplitError(
-                f"case {case} is listed in {subset_of[case]} and in {subset}; it must be in one of them"
+                f"case {case} is listed in {subset_of[case]} and in {subset}; it must be in one of them",
+                "overlap",
             )
     if not subset_of:
-        raise SplitError(f"{cases} lists no cases")
+        raise SplitError(f"{cases} lists no cases", "missing")
     return subset_of
 
 
@@ -678,12 +697,14 @@ def _read_case_table(path: Path) -> list[tuple[str, str]]:
     try:
         table = read_csv_table(path, aliases={name: name for name in columns}, required=columns)
     except DataError as error:
-        raise SplitError(f"the list of cases {error}") from None
+        raise SplitError(f"the list of cases {error}", error.reason) from None
     pairs = []
     for case, word in table[list(columns)].fillna("").itertuples(index=False):
         case, word = normalize_id(case), word.strip().lower()
         if not case or word not in SUBSET_WORDS:
-            raise SplitError(f"{path}: case {case!r} has the subset {word!r}; use train, validation or test")
+            raise SplitError(
+                f"{path}: case {case!r} has the subset {word!r}; use train, validation or test", "name"
+            )
         pairs.append((case, SUBSET_WORDS[word]))
     return pairs
 
@@ -696,11 +717,12 @@ def _read_case_list(paths: list[Path], subset: str) -> list[tuple[str, str]]:
             try:
                 text = read_bytes(path, max_bytes=MAX_LIST_BYTES).decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise SplitError(f"{path} is not UTF-8: save it as UTF-8") from None
+                raise SplitError(f"{path} is not UTF-8: save it as UTF-8", "encoding") from None
             cases = map(normalize_id, text.splitlines())
             return [(case, subset) for case in cases if case]
     raise SplitError(
-        f"{name} was not found in {', '.join(map(str, paths))}; all three published lists are needed"
+        f"{name} was not found in {', '.join(map(str, paths))}; all three published lists are needed",
+        "missing",
     )
 
 

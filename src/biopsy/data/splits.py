@@ -183,10 +183,12 @@ class Split(Output):
         """Return the subset of each patch as `subsets` does, without checking for overlap (for audits)."""
         if not self.n_folds:
             if fold is not None:
-                raise SplitError(f"split {self.name!r} has subsets, not folds; omit fold={fold}")
+                raise SplitError(f"split {self.name!r} has subsets, not folds; omit fold={fold}", "folds")
             return self._align(pack, "subset").astype("<U10")
         if fold is None or not 0 <= fold < self.n_folds:
-            raise SplitError(f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; got fold={fold}")
+            raise SplitError(
+                f"split {self.name!r} has the folds 0 to {self.n_folds - 1}; got fold={fold}", "folds"
+            )
         folds = self._align(pack, "fold")
         subsets = np.full(len(folds), "train", dtype="<U10")
         several_slides = self.unit == "slide" and pack.unit == "patient"
@@ -215,7 +217,8 @@ class Split(Output):
         if unknown or surplus or table["patch_id"].duplicated().any():
             raise SplitError(
                 f"split {self.name!r} does not match {pack.path.name}: {unknown:,} patches of the pack are "
-                f"missing and {surplus:,} are unknown; make it for this pack with `biopsy split`"
+                f"missing and {surplus:,} are unknown; make it for this pack with `biopsy split`",
+                "other-pack",
             )
         return table.set_index("patch_id")[column].loc[ids].to_numpy()
 
@@ -266,7 +269,7 @@ def split(
     """
     pack = Pack.open(pack)
     if protocol not in PROTOCOLS:
-        raise SplitError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
+        raise SplitError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}", "name")
     unit = _choose_unit(pack, protocol, unit)
     no_group = pack.table[f"{unit}_id"].isna().to_numpy() if unit != "patch" else np.zeros(len(pack), bool)
     keeps_unknown = protocol in PUBLISHED or (protocol == "official" and cases is None)
@@ -335,7 +338,8 @@ def load_split(pack: Pack, name: str) -> Split:
     path = pack.path / FOLDER / f"{_check_name(name)}.csv"
     if not path.is_file():
         raise SplitError(
-            f"{pack.path.name} has no split {name!r}; {suggest(name, [*list_splits(pack), *PROTOCOLS])}"
+            f"{pack.path.name} has no split {name!r}; {suggest(name, [*list_splits(pack), *PROTOCOLS])}",
+            "name",
         )
     split = read_split(path)
     split.assign(pack, 0 if split.n_folds else None)
@@ -430,7 +434,8 @@ def read_split(path: Path | str) -> Split:
     are_folds = len(folds) > 0 and folds.str.fullmatch(f"{ALWAYS_TRAIN}|{LEFT_OUT}|[0-9]{{1,6}}").all()
     if not subsets <= {*SUBSETS, ""} or not (subsets or are_folds):
         raise SplitError(
-            f"{path} is not a split: it needs patch_id and subset (train, validation, test) or fold (numbers)"
+            f"{path} is no split: it needs patch_id and subset (train, validation, test) or fold (numbers)",
+            "columns",
         )
     values = {"subset": table["subset"].fillna("")} if subsets else {"fold": folds.astype("int64")}
     if PSEUDO_SLIDE in table:
@@ -448,7 +453,8 @@ def _choose_unit(pack: Pack, protocol: str, unit: Unit | None) -> Unit:
     if unit == "slide" and protocol == "leave-one-out" and pack.table["slide_id"].notna().all():
         return unit
     raise SplitError(
-        f"{pack.path.name} is grouped by {pack.unit}; protocol {protocol!r} cannot divide it by {unit}"
+        f"{pack.path.name} is grouped by {pack.unit}; protocol {protocol!r} cannot divide it by {unit}",
+        "unit",
     )
 
 
@@ -465,7 +471,7 @@ def _note_unknown_groups(pack: Pack, unit: Unit, no_group: np.ndarray, treatment
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise SplitError(
-            f"a split cannot be called {name!r}; use letters, digits, dots, dashes and underscores"
+            f"a split cannot be called {name!r}; use letters, digits, dots, dashes and underscores", "name"
         )
     return name
 
@@ -484,7 +490,7 @@ def _check_split(split: Split, pack: Pack) -> Split:
             n_classes = sum(n_patches > 0 for n_patches in counts[-1][subset]["per_class"].values())
             if n_classes == 0 and not (split.protocol == "official" and (subsets != "").any()):
                 raise SplitError(
-                    f"no patches are left for {subset}{fold_text}; name other {plural(split.unit)}"
+                    f"no patches are left for {subset}{fold_text}; name other {plural(split.unit)}", "too-few"
                 )
             if n_classes < 2:
                 warnings.append(f"{subset}{fold_text} has {'one class only' if n_classes else 'no patches'}")
@@ -570,7 +576,8 @@ def check_no_leakage(group_ids: np.ndarray, subsets: np.ndarray, *, unit: str = 
             f" (and {len(overlap) - 1:,} more {plural(unit)} are in two subsets)" if len(overlap) > 1 else ""
         )
         raise SplitError(
-            f"{unit} {patient} is in {' and '.join(group_subsets)}{more}; split by {unit}, not by patch"
+            f"{unit} {patient} is in {' and '.join(group_subsets)}{more}; split by {unit}, not by patch",
+            "overlap",
         )
 
 

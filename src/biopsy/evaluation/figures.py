@@ -63,7 +63,9 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Fig
     """
     counts, n_classes = np.asarray(counts), len(class_names)
     if counts.shape != (n_classes, n_classes):
-        raise MetricError(f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names")
+        raise MetricError(
+            f"a confusion matrix of shape {counts.shape} does not fit {n_classes} class names", "shape"
+        )
     figure, axes = new_figure(max(WIDTH_IN, 0.62 * n_classes + 1.4), max(3.1, 0.55 * n_classes + 1.4))
     for (row, column), count in np.ndenumerate(counts):
         total = counts[row].sum()
@@ -167,11 +169,13 @@ def _check_pair(target: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.nd
     target, prob = np.asarray(target), np.asarray(prob, dtype=float)
     classes = set(np.unique(target).tolist())
     if not classes <= {0, 1}:
-        raise MetricError(f"targets are {sorted(classes)}; a binary curve needs 0 and 1")
+        raise MetricError(f"targets are {sorted(classes)}; a binary curve needs 0 and 1", "target")
     if classes != {0, 1}:
-        raise MetricError(f"only class {sorted(classes)} occurs; a ranking curve needs both classes")
+        raise MetricError(
+            f"only class {sorted(classes)} occurs; a ranking curve needs both classes", "undefined"
+        )
     if not np.isfinite(prob).all():
-        raise MetricError(f"{int((~np.isfinite(prob)).sum())} probabilities are not finite")
+        raise MetricError(f"{int((~np.isfinite(prob)).sum())} probabilities are not finite", "prob")
     return target.astype(int), prob
 
 
@@ -204,7 +208,7 @@ def draw_patient_metric(
     values, n_patches = np.asarray(values, dtype=float), np.asarray(n_patches)
     if not len(patient_ids) == len(values) == len(n_patches):
         raise MetricError(
-            f"{len(patient_ids)} patients have {len(values)} values and {len(n_patches)} counts"
+            f"{len(patient_ids)} patients have {len(values)} values and {len(n_patches)} counts", "shape"
         )
     order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")
     defined = np.isfinite(values[order])
@@ -289,7 +293,7 @@ def draw_decision_curve(curve: DecisionCurve) -> Figure:
     """
     at = np.asarray(curve.thresholds, float)
     if not len(at):
-        raise MetricError("the decision curve has no threshold: give at least one")
+        raise MetricError("the decision curve has no threshold: give at least one", "empty")
     model, treat_all = (np.asarray(values, float) for values in (curve.model, curve.treat_all))
     figure, axes = new_figure(height_in=3.6)
     bounded = [point for point in curve.marked if point.low is not None]

@@ -123,7 +123,8 @@ def evaluate_predictions(
     if threshold is not None and (positive is None or not 0 <= threshold <= 1):
         raise MetricError(
             f"threshold={threshold!r}: expected a probability between 0 and 1, for two classes only; with "
-            "more classes, the most probable one is predicted"
+            "more classes, the most probable one is predicted",
+            "value",
         )
     if prevalence is not None:
         check_prevalence(prevalence)
@@ -194,11 +195,13 @@ def _read_vector(name: str, values: ArrayLike, n_expected: int | None = None) ->
     """Return a one-dimensional array with one value per patch."""
     array = np.asarray(values)
     if array.ndim != 1:
-        raise MetricError(f"{name} has shape {array.shape}: give one value per patch")
+        raise MetricError(f"{name} has shape {array.shape}: give one value per patch", "shape")
     if n_expected is not None and len(array) != n_expected:
-        raise MetricError(f"{name} has {len(array):,} values for {n_expected:,} patches: give one per patch")
+        raise MetricError(
+            f"{name} has {len(array):,} values for {n_expected:,} patches: give one per patch", "shape"
+        )
     if n_expected is None and not len(array):
-        raise MetricError("there are no patches to evaluate: at least one per class is needed")
+        raise MetricError("there are no patches to evaluate: at least one per class is needed", "empty")
     return array
 
 
@@ -212,7 +215,8 @@ def _refuse_other_order(**values: Any) -> None:
         if not index.equals(expected) and set(index) == set(expected):
             raise MetricError(
                 f"{name} has the index of {first} in another order: sort both alike, rows are matched by "
-                "position"
+                "position",
+                "order",
             )
 
 
@@ -229,7 +233,8 @@ def _refuse_missing(name: str, missing: Any) -> None:
     if missing.any():
         raise MetricError(
             f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: fill in "
-            "the values or drop the rows"
+            "the values or drop the rows",
+            "missing",
         )
 
 
@@ -243,21 +248,22 @@ def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
             raise TypeError("complex numbers")
         probs = probs.astype(np.float64)
     except (TypeError, ValueError):
-        raise MetricError("y_prob holds values that are not numbers: give probabilities") from None
+        raise MetricError("y_prob holds values that are not numbers: give probabilities", "prob") from None
     if probs.ndim == 2 and probs.shape[1] == 1:
         probs = probs[:, 0]
     if probs.ndim not in (1, 2):
-        raise MetricError(f"y_prob has shape {probs.shape}: give (n,) or (n, n_classes)")
+        raise MetricError(f"y_prob has shape {probs.shape}: give (n,) or (n, n_classes)", "shape")
     if len(probs) != n:
         raise MetricError(
-            f"y_true has {n:,} patches and y_prob {len(probs):,}: give one row per patch in both"
+            f"y_true has {n:,} patches and y_prob {len(probs):,}: give one row per patch in both", "shape"
         )
     _refuse_missing("y_prob", np.isnan(probs.reshape(n, -1)).any(axis=1))
     low, high = probs.min(), probs.max()
     if low < 0 or high > 1:
         raise MetricError(
             f"y_prob ranges from {low:.4g} to {high:.4g}, expected probabilities in 0-1: apply the sigmoid "
-            "(two classes) or softmax (more) to logits, and divide percentages by 100"
+            "(two classes) or softmax (more) to logits, and divide percentages by 100",
+            "prob",
         )
     if probs.ndim == 2:
         sums = probs.sum(axis=1)
@@ -266,7 +272,8 @@ def _read_probs(y_prob: ArrayLike, n: int) -> np.ndarray:
             at = int(wrong.argmax())
             raise MetricError(
                 f"{wrong.sum():,} rows of y_prob do not sum to one, first row {at} with {sums[at]:.4g}: "
-                "independent sigmoid outputs are not probabilities of exclusive classes"
+                "independent sigmoid outputs are not probabilities of exclusive classes",
+                "prob",
             )
     return probs
 
@@ -284,26 +291,32 @@ def _name_classes(
         if len(names) != n_classes:
             raise MetricError(
                 f"y_true has {len(names)} classes ({', '.join(names)}) but y_prob has {n_classes}: list all "
-                "in class_names, in the order of the columns of y_prob"
+                "in class_names, in the order of the columns of y_prob",
+                "classes",
             )
     else:
         names = [str(index) for index in range(n_classes)]
     if len(names) != n_classes or len(set(names)) != len(names) or n_classes < 2:
         raise MetricError(
-            f"class_names {names} do not match y_prob with {n_classes} classes: one unique name per class"
+            f"class_names {names} do not match y_prob with {n_classes} classes: one unique name per class",
+            "classes",
         )
     if positive_class is not None and str(positive_class) not in names:
         raise MetricError(
-            f"positive_class={positive_class!r} is unknown: {suggest(str(positive_class), names)}"
+            f"positive_class={positive_class!r} is unknown: {suggest(str(positive_class), names)}", "classes"
         )
     if n_classes > 2:
         if positive_class is not None:
-            raise MetricError(f"positive_class={positive_class!r} needs two classes, found {n_classes}")
+            raise MetricError(
+                f"positive_class={positive_class!r} needs two classes, found {n_classes}", "classes"
+            )
         return names, None
     if positive_class is None and class_names is None and is_text:
         positive_class = find_positive(names)
         if positive_class is None:
-            raise MetricError(f"positive class of {' and '.join(names)} unknown: set positive_class")
+            raise MetricError(
+                f"positive class of {' and '.join(names)} unknown: set positive_class", "classes"
+            )
     return names, names[1] if positive_class is None else str(positive_class)
 
 
@@ -312,11 +325,12 @@ def _index_classes(labels: np.ndarray, names: list[str]) -> np.ndarray:
     try:
         target = index_labels(labels, names)
     except DataError as error:
-        raise MetricError(str(error)) from None
+        raise MetricError(str(error), "classes") from None
     if len(np.unique(target)) < 2:
         raise MetricError(
             f"all {len(target):,} patches have class {names[int(target[0])]!r}: an evaluation needs at "
-            "least two classes; add patches of another class"
+            "least two classes; add patches of another class",
+            "undefined",
         )
     return target
 
@@ -331,7 +345,8 @@ def _tabulate_patches(
     if duplicated.any():
         raise MetricError(
             f"{duplicated.sum():,} duplicate patch ids, first {table['patch_id'][duplicated].iloc[0]!r}: "
-            "evaluate each patch once"
+            "evaluate each patch once",
+            "duplicate",
         )
     if groups is None:
         logger.warning("no groups given: intervals treat patches as independent and may be too narrow")

@@ -153,7 +153,9 @@ class Evaluation(Result):
         """Return whether each patch is positive, and its probability."""
         positive = self.metrics.positive_class
         if positive is None:
-            raise MetricError(f"a {curve} needs two classes; this evaluation has {len(self.class_names)}")
+            raise MetricError(
+                f"a {curve} needs two classes; this evaluation has {len(self.class_names)}", "classes"
+            )
         is_positive = self.predictions["target"].to_numpy(int) == self.class_names.index(positive)
         return is_positive.astype(int), self.predictions["prob"].to_numpy(float)
 

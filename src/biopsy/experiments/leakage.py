@@ -81,7 +81,9 @@ def matched(first_split: Split, second_split: Split, pack: Pack, seed: int = 0) 
     """
     for split in (first_split, second_split):
         if split.n_folds:
-            raise SplitError(f"split {split.name!r} has folds: only splits with subsets can be matched")
+            raise SplitError(
+                f"split {split.name!r} has folds: only splits with subsets can be matched", "folds"
+            )
     sizes = [int((split.subsets(pack) == "train").sum()) for split in (first_split, second_split)]
     first, second = (_trim(split, pack, min(sizes), seed) for split in (first_split, second_split))
     return first, second

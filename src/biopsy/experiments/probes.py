@@ -180,7 +180,7 @@ def _settings(name: str, overrides: Sequence[str]) -> list[str]:
     """Return the settings of the recipe for ``NAME`` or ``NAME=FILE``."""
     encoder, _, file = name.partition("=")
     if not encoder:
-        raise RecipeError(f"{name!r} has no encoder: write NAME or NAME=FILE")
+        raise RecipeError(f"{name!r} has no encoder: write NAME or NAME=FILE", "value")
     if ":" not in encoder or encoder.startswith(PREFIX):
         encoder = find_encoder(encoder).tag
     return [f"model.name={encoder}", *([f"model.weights={file}"] if file else []), *overrides]

@@ -334,7 +334,8 @@ def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Rec
         if not result:
             raise RecipeError(
                 f"no recipe was published on {dataset!r}, the data set of {pack.path.name}; published ones: "
-                + ", ".join(f"{recipe.name} ({recipe.origin.dataset})" for recipe in published)
+                + ", ".join(f"{recipe.name} ({recipe.origin.dataset})" for recipe in published),
+                "data",
             )
         return result
     result = [load_recipe(paper) for paper in requested]
@@ -342,15 +343,17 @@ def choose_papers(papers: Sequence[str | Path | Recipe], pack: Pack) -> list[Rec
         if not recipe.origin.claim:
             raise RecipeError(
                 f"{recipe.name} has no published results to reproduce (its origin.claim is empty); recipes "
-                f"with published results: {', '.join(recipe.name for recipe in published)}"
+                f"with published results: {', '.join(recipe.name for recipe in published)}",
+                "data",
             )
         if recipe.origin.dataset and dataset != UNKNOWN and not _is_of(recipe, dataset):
             raise RecipeError(
                 f"{recipe.name} was published on {recipe.origin.dataset!r}, {pack.path.name} contains "
-                f"{dataset!r}: give a pack of that data set, or `biopsy train` the recipe on this one"
+                f"{dataset!r}: give a pack of that data set, or `biopsy train` the recipe on this one",
+                "data",
             )
     if len({recipe.name for recipe in result}) < len(result):
-        raise RecipeError("two of the papers have the same name: change `name` in one of the files")
+        raise RecipeError("two of the papers have the same name: change `name` in one of the files", "name")
     return result
 
 

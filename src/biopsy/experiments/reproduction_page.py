@@ -344,7 +344,7 @@ def draw_reproduction(papers: Papers) -> Figure:
         MetricError: If there is no recipe.
     """
     if not papers:
-        raise MetricError("a reproduction without a recipe cannot be drawn")
+        raise MetricError("a reproduction without a recipe cannot be drawn", "empty")
     leaks = {
         (name, slide.tested): slide.auroc.values
         for name, entry in papers.items()

@@ -325,7 +325,7 @@ def draw_folds(
     """
     values = np.asarray(values, dtype=float)
     if len(folds) != len(values) or not len(values):
-        raise MetricError(f"{len(folds)} folds have {len(values)} values; expected one per run")
+        raise MetricError(f"{len(folds)} folds have {len(values)} values; expected one per run", "shape")
     names = list(dict.fromkeys(folds))
     figure, axes = new_figure(WIDTH_IN, 1.2 + 0.36 * max(len(names), 2))
     seen = values[np.isfinite(values)].tolist()

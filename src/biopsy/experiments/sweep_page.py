@@ -276,7 +276,9 @@ def draw_sweep(
     validation = np.asarray(validation, dtype=float)
     counts = {len(result) for result in values.values()} | {len(validation)}
     if not values or len(counts) > 1 or not len(validation):
-        raise MetricError(f"{len(validation)} runs have {len(values)} settings; expected one value per run")
+        raise MetricError(
+            f"{len(validation)} runs have {len(values)} settings; expected one value per run", "shape"
+        )
     keys = list(values)
     points = [tuple(format_value(values[key][run]) for key in keys) for run in range(len(validation))]
     marked = None if best is None else tuple(format_value(best[key]) for key in keys)

@@ -69,15 +69,18 @@ def read_space(search: Iterable[str]) -> "dict[str, BaseDistribution]":
     for line in [search] if isinstance(search, str) else search:
         key, equals, text = (part.strip() for part in line.partition("="))
         if not equals or not text:
-            raise RecipeError(f"--search {line!r} has no range: write --search 'train.lr=1e-4..1e-1 log'")
+            raise RecipeError(
+                f"--search {line!r} has no range: write --search 'train.lr=1e-4..1e-1 log'", "value"
+            )
         if key in space:
-            raise RecipeError(f"--search has {key!r} twice")
+            raise RecipeError(f"--search has {key!r} twice", "conflict")
         if match := _RANGE.fullmatch(text):
             space[key] = _read_range(line, match)
         elif ".." in text or "," not in text:
             raise RecipeError(
                 f"--search {line!r} is neither a range nor a choice: write 'train.lr=1e-4..1e-1 log' or "
-                "'train.batch_size=32,64'"
+                "'train.batch_size=32,64'",
+                "value",
             )
         else:
             space[key] = CategoricalDistribution([_read_value(key, value) for value in text.split(",")])
@@ -91,11 +94,13 @@ def _read_range(line: str, match: re.Match[str]) -> "BaseDistribution":
     try:
         low, high = (float(end) for end in ends)
     except ValueError:
-        raise RecipeError(f"--search {line!r}: the ends of a range are numbers") from None
+        raise RecipeError(f"--search {line!r}: the ends of a range are numbers", "value") from None
     if not low < high:
-        raise RecipeError(f"--search {line!r}: the range is empty, its low end must be below its high end")
+        raise RecipeError(
+            f"--search {line!r}: the range is empty, its low end must be below its high end", "value"
+        )
     if log and low <= 0:
-        raise RecipeError(f"--search {line!r}: a range on a logarithmic scale begins above 0")
+        raise RecipeError(f"--search {line!r}: a range on a logarithmic scale begins above 0", "value")
     if all(re.fullmatch(r"[+-]?\d+", end) for end in ends):
         return IntDistribution(int(low), int(high), log=log)
     return FloatDistribution(low, high, log=log)
@@ -201,16 +206,17 @@ def read_grid(grid: Iterable[str]) -> dict[str, list[str]]:
         key, equals, text = line.partition("=")
         key, values = key.strip(), [value.strip() for value in _split_values(text)]
         if not equals:
-            raise RecipeError(f"--grid {line!r} has no '=': write --grid train.lr=0.01,0.001")
+            raise RecipeError(f"--grid {line!r} has no '=': write --grid train.lr=0.01,0.001", "value")
         if not all(values):
-            raise RecipeError(f"--grid {line!r} lacks a value: write --grid train.lr=0.01,0.001")
+            raise RecipeError(f"--grid {line!r} lacks a value: write --grid train.lr=0.01,0.001", "value")
         if key in result:
-            raise RecipeError(f"--grid has {key!r} twice: give all its values in one")
+            raise RecipeError(f"--grid has {key!r} twice: give all its values in one", "conflict")
         result[key] = values
     if not result:
         raise RecipeError(
             "a sweep needs a grid of values or a search: write --grid train.lr=0.01,0.001 or "
-            "--search 'train.lr=1e-4..1e-1 log'"
+            "--search 'train.lr=1e-4..1e-1 log'",
+            "setting",
         )
     return result
 
@@ -229,7 +235,7 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
     requested = read_grid(grid)
     duplicated = sorted(requested.keys() & {override.partition("=")[0].strip() for override in overrides})
     if duplicated:
-        raise RecipeError(f"{duplicated[0]} is in both --grid and --set: leave it out of one")
+        raise RecipeError(f"{duplicated[0]} is in both --grid and --set: leave it out of one", "conflict")
     result: dict[str, Combination] = {}
     for values in itertools.product(*requested.values()):
         lines = [f"{key}={value}" for key, value in zip(requested, values, strict=True)]
@@ -335,11 +341,13 @@ def sweep(
     ranges = [search] if isinstance(search, str) else list(search)
     space = read_space(ranges) if ranges else {}
     if space and grid:
-        raise RecipeError("a sweep takes either --grid or --search")
+        raise RecipeError("a sweep takes either --grid or --search", "conflict")
     if space and (shard is not None or engine != "local"):
-        raise RecipeError("a trial of a search depends on those before it: leave --shard and --engine out")
+        raise RecipeError(
+            "a trial of a search depends on those before it: leave --shard and --engine out", "conflict"
+        )
     if space and trials < 1:
-        raise RecipeError(f"a search needs at least one trial, got --trials {trials}")
+        raise RecipeError(f"a search needs at least one trial, got --trials {trials}", "value")
     base = load_recipe(recipe, changed)
     if space:
         combinations = [_with_values(base, values, changed) for values in list_ends(space)]
@@ -410,7 +418,7 @@ def _with_values(base: Recipe, values: Values, overrides: Sequence[str]) -> Comb
         RecipeError: If a setting or value is invalid, or a setting is also overridden.
     """
     for key in values.keys() & {line.partition("=")[0].strip() for line in overrides}:
-        raise RecipeError(f"{key} is in both --search and --set: leave it out of one")
+        raise RecipeError(f"{key} is in both --search and --set: leave it out of one", "conflict")
     return _combination(base, list(values), setting_lines(values))
 
 

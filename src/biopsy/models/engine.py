@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, device: str = "auto", precision: Precision = "fp32") -> None:
         if precision not in get_args(Precision):
             raise RecipeError(
-                f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}"
+                f"precision={precision!r} is not possible; {suggest(precision, get_args(Precision))}", "value"
             )
         self.device = torch_device(device)
         self.precision = pick_precision(precision, str(self.device))
@@ -117,7 +117,9 @@ def make_loss(
             gradients keep their size (Hinton et al. 2015).
     """
     if outputs not in ("softmax", "sigmoid"):
-        raise RecipeError(f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}")
+        raise RecipeError(
+            f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}", "value"
+        )
 
     def loss_fn(
         logits: Tensor,

@@ -44,11 +44,13 @@ def torch_device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0") from None
+        raise RecipeError(
+            f"device={name!r} is not possible; try auto, cpu, cuda or cuda:0", "value"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise RecipeError(
-            f"device={name!r} is not available: PyTorch has {count} CUDA devices; use device='cpu'"
+            f"device={name!r} is not available: PyTorch has {count} CUDA devices; use device='cpu'", "value"
         )
     return device
 

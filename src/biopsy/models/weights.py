@@ -143,7 +143,8 @@ def find_weights(tag: str) -> Weights:
     if tag not in by_tag:
         raise RecipeError(
             f"unknown weights {tag!r}; {suggest(tag, [*by_tag, *list_shipped()])}; also "
-            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})"
+            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})",
+            "name",
         )
     return by_tag[tag]
 
@@ -186,7 +187,7 @@ def _find_torchvision(name: str) -> Weights:
     split_name(f"torchvision:{network}")
     members = {member.name: member for member in torchvision.models.get_model_weights(network)}
     if tag and tag not in members:
-        raise RecipeError(f"torchvision has no weights {tag!r} of {network}; {suggest(tag, members)}")
+        raise RecipeError(f"torchvision has no weights {tag!r} of {network}; {suggest(tag, members)}", "name")
     chosen = members[tag] if tag else torchvision.models.get_model_weights(network).DEFAULT
     file = chosen.url.rpartition("/")[2]
     page, licence = chosen.meta.get("license", chosen.url), NOT_STATED
@@ -217,7 +218,7 @@ def _find_timm(name: str) -> Weights:
     settings = get_pretrained_cfg(name)
     if settings is None or not (settings.hf_hub_id or settings.url):
         raise RecipeError(
-            f"timm has no weights of {name!r}; use --set model.pretrained=false for random weights"
+            f"timm has no weights of {name!r}; use --set model.pretrained=false for random weights", "weights"
         )
     hub = None
     if settings.hf_hub_id:
@@ -401,13 +402,16 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
             weights = find_weights(model.name)
             require_licence(weights)
         if not path.is_file():
-            raise RecipeError(f"model.weights: no file {model.weights!r}; {_random_weights_hint()}")
+            raise RecipeError(
+                f"model.weights: no file {model.weights!r}; {_random_weights_hint()}", "weights"
+            )
     else:
         weights = _find_default(recipe) if not model.weights else find_weights(model.weights)
         if not {model.name, model.name.partition(".")[0]} & {*weights.networks}:
             raise RecipeError(
                 f"the weights {weights.tag!r} are of {' or '.join(weights.networks)}, the recipe's network "
-                f"is {model.name!r}"
+                f"is {model.name!r}",
+                "weights",
             )
         require_licence(weights)
         located = locate(weights)
@@ -415,7 +419,8 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
             raise RecipeError(
                 f"the weights {weights.tag!r} are not on this machine: download {weights.file} from "
                 f"{weights.page} to {weights_folder()} (or the folder ${FOLDER_VARIABLE}), or use "
-                f"--set model.weights=PATH; {_random_weights_hint()}"
+                f"--set model.weights=PATH; {_random_weights_hint()}",
+                "weights",
             )
         path = located
         require_digest(path, weights.digest)
@@ -430,7 +435,8 @@ def _find_default(recipe: Recipe) -> Weights:
     fitting = [weights.tag for weights in KNOWN_WEIGHTS if name in weights.networks]
     raise RecipeError(
         f"model.pretrained needs model.weights: for {name!r} "
-        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file"
+        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file",
+        "weights",
     )
 
 
@@ -459,7 +465,8 @@ def require_licence(weights: Weights) -> None:
         raise RecipeError(
             f"the weights {weights.tag!r} have the licence {weights.licence!r}, which restricts their use: "
             f"read it at {weights.page}, and if you accept it begin the command with "
-            f"`biopsy --accept-licence {weights.licence}` or set {LICENCE_VARIABLE}={weights.licence}"
+            f"`biopsy --accept-licence {weights.licence}` or set {LICENCE_VARIABLE}={weights.licence}",
+            "licence",
         )
 
 

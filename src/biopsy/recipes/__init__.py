@@ -60,7 +60,7 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_describe_error(error, document)) from None
+        raise RecipeError(_describe_error(error, document), "value") from None
 
 
 def setting_lines(overrides: Overrides) -> tuple[str, ...]:
@@ -94,22 +94,26 @@ def _read(recipe: str | Path) -> dict[str, object]:
     if path.suffix != ".toml":
         path = _SHIPPED / f"{recipe}.toml"
         if str(recipe) not in list_recipes():
-            raise RecipeError(f"unknown recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}")
+            raise RecipeError(
+                f"unknown recipe {str(recipe)!r}: {suggest(str(recipe), list_recipes())}", "name"
+            )
     try:
         return load_toml(path)
     except FileFormatError as error:
-        raise RecipeError(f"{error}: expected the name of a recipe or the path of a .toml file") from None
+        raise RecipeError(
+            f"{error}: expected the name of a recipe or the path of a .toml file", error.reason
+        ) from None
 
 
 def _override(document: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
-        raise RecipeError(f"--set {override!r} has no '=': write --set train.lr=0.001")
+        raise RecipeError(f"--set {override!r} has no '=': write --set train.lr=0.001", "value")
     settings = sorted(_list_settings(Recipe))
     free = key.startswith("model.params.")  # checked by the network
     if key not in settings and not free:
-        raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, settings)}")
+        raise RecipeError(f"a recipe has no setting {key!r}: {suggest(key, settings)}", "setting")
     try:
         value = parse_toml(f"value = {text.strip()}", f"--set {key}")["value"]
     except FileFormatError as error:
@@ -120,7 +124,9 @@ def _override(document: dict[str, object], override: str) -> None:
     for table in tables:
         nested = document.setdefault(table, {})
         if not isinstance(nested, dict):
-            raise RecipeError(f"{table!r} of the recipe is {nested!r}, no table with a setting {key!r}")
+            raise RecipeError(
+                f"{table!r} of the recipe is {nested!r}, no table with a setting {key!r}", "value"
+            )
         document = nested
     document[name] = value
 

@@ -142,7 +142,7 @@ def estimate_risk(
         coverages: Fractions of patches to keep, each in (0, 1].
     """
     if not all(0 < share <= 1 for share in coverages):
-        raise MetricError(f"coverages are {tuple(coverages)}: they must be above 0 and at most 1")
+        raise MetricError(f"coverages are {tuple(coverages)}: they must be above 0 and at most 1", "value")
     wrong, confidence = _check(wrong, confidence)
     order = np.argsort(-confidence, kind="stable")
     starts = np.flatnonzero(np.diff(confidence[order], prepend=np.inf))
@@ -200,9 +200,11 @@ def estimate_shares(
 def _check(wrong: ArrayLike, confidence: ArrayLike) -> tuple[Floats, Floats]:
     wrong, confidence = np.asarray(wrong, np.float64), np.asarray(confidence, np.float64)
     if not len(wrong) or wrong.shape != confidence.shape:
-        raise MetricError(f"{len(wrong)} predictions with {len(confidence)} confidences: one each is needed")
+        raise MetricError(
+            f"{len(wrong)} predictions with {len(confidence)} confidences: one each is needed", "shape"
+        )
     if not np.isfinite(confidence).all():
-        raise MetricError(f"{int((~np.isfinite(confidence)).sum())} confidences are not finite")
+        raise MetricError(f"{int((~np.isfinite(confidence)).sum())} confidences are not finite", "missing")
     return wrong, confidence
 
 
@@ -279,7 +281,7 @@ def groups_needed(alpha: float) -> int:
         (9, 19)
     """
     if not 0 < alpha < 1:
-        raise MetricError(f"alpha is {alpha!r}: an error rate must be between 0 and 1, such as 0.1")
+        raise MetricError(f"alpha is {alpha!r}: an error rate must be between 0 and 1, such as 0.1", "value")
     return ceil(1 / alpha - ROUNDING) - 1
 
 
@@ -288,12 +290,13 @@ def score_targets(probs: ArrayLike, target: ArrayLike) -> Floats:
     probs, target = np.asarray(probs, np.float64), np.asarray(target)
     if probs.ndim != 2 or target.shape != probs.shape[:1]:
         raise MetricError(
-            f"probs {probs.shape} and target {target.shape} do not fit: give one row of probs per target"
+            f"probs {probs.shape} and target {target.shape} do not fit: give one row of probs per target",
+            "shape",
         )
     if not ((probs >= 0) & (probs <= 1)).all():
-        raise MetricError("probabilities must be numbers in 0-1")
+        raise MetricError("probabilities must be numbers in 0-1", "prob")
     if not np.isin(target, np.arange(probs.shape[1])).all():
-        raise MetricError(f"targets are not all an index into {probs.shape[1]} classes")
+        raise MetricError(f"targets are not all an index into {probs.shape[1]} classes", "target")
     return 1 - probs[np.arange(len(target)), target.astype(np.intp)]
 
 
@@ -306,7 +309,9 @@ def hierarchical_quantile(scores: ArrayLike, group_ids: ArrayLike, alpha: float)
     """
     scores, groups = np.asarray(scores, np.float64), np.asarray(group_ids)
     if not len(scores) or scores.shape != groups.shape:
-        raise MetricError(f"{len(scores)} scores of {len(groups)} patches: a quantile needs one each")
+        raise MetricError(
+            f"{len(scores)} scores of {len(groups)} patches: a quantile needs one each", "shape"
+        )
     _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
     if len(size) < groups_needed(alpha):
         return float("inf")

@@ -151,11 +151,12 @@ def calibrator_from_dict(record: CalibratorRecord) -> Calibrator:
 def check_method(method: str, n_classes: int = 2) -> Method:
     """Return the name of a method if it exists and supports the number of classes."""
     if method not in METHODS:
-        raise MetricError(f"calibration {method!r} does not exist: {suggest(method, METHODS)}")
+        raise MetricError(f"calibration {method!r} does not exist: {suggest(method, METHODS)}", "name")
     if method == "isotonic" and n_classes != 2:
         raise MetricError(
             f"calibration {method!r} is for two classes, found {n_classes}: "
-            "use 'platt', which is for any number"
+            "use 'platt', which is for any number",
+            "classes",
         )
     return method
 
@@ -230,16 +231,18 @@ def spread_of(scores: Floats) -> float:
 def _check_scores(scores: Floats, target: NDArray[Any]) -> None:
     if scores.ndim != 2 or scores.shape[1] < 2 or target.shape != scores.shape[:1] or not len(target):
         raise MetricError(
-            f"scores have shape {scores.shape} and target {target.shape}: give each patch one score per class"
+            f"scores have shape {scores.shape} and target {target.shape}: give each patch a score per class",
+            "shape",
         )
     wrong = ~np.isfinite(scores).all(axis=1)
     if wrong.any():
         raise MetricError(
             f"{wrong.sum()} patches have scores that are not finite, the first at row {np.argmax(wrong)}: "
-            "check the outputs of the classifier"
+            "check the outputs of the classifier",
+            "missing",
         )
     if not np.isin(target, np.arange(scores.shape[1])).all():
-        raise MetricError(f"targets are not all an index into the {scores.shape[1]} classes")
+        raise MetricError(f"targets are not all an index into the {scores.shape[1]} classes", "target")
 
 
 class _NoFit(Exception):

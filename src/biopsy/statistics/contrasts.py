@@ -78,7 +78,9 @@ def contrast_groups(
     values, chosen = np.asarray(values, float), np.asarray(chosen, bool)
     group_ids = np.asarray(group_ids, dtype=object)
     if not values.shape == chosen.shape == group_ids.shape or not np.isfinite(values).all():
-        raise MetricError(f"values {values.shape}, not all finite, or not one each of {chosen.shape} patches")
+        raise MetricError(
+            f"values {values.shape}, not all finite, or not one each of {chosen.shape} patches", "shape"
+        )
     if not 0 < chosen.sum() < len(chosen):
         return _nothing_to_compare(values, chosen, names)
     scores = sort_scores(chosen.astype(int), rankdata(values) / (len(values) + 1), group_ids=group_ids)

@@ -155,7 +155,7 @@ def net_benefit(target: ArrayLike, prob: ArrayLike, thresholds: ArrayLike) -> Fl
     truth, prob = check_binary(target, prob)
     at = np.asarray(thresholds, np.float64)
     if not ((at > 0) & (at < 1)).all():
-        raise MetricError("threshold probabilities of a decision curve must be above 0 and below 1")
+        raise MetricError("threshold probabilities of a decision curve must be above 0 and below 1", "value")
     tp, fp = (
         len(chosen) - np.searchsorted(chosen, at, side="left")
         for chosen in (np.sort(prob[truth == 1]), np.sort(prob[truth == 0]))
@@ -166,7 +166,9 @@ def net_benefit(target: ArrayLike, prob: ArrayLike, thresholds: ArrayLike) -> Fl
 def check_prevalence(prevalence: float) -> None:
     """Check that a prevalence is between 0 and 1."""
     if not 0 < prevalence < 1:
-        raise MetricError(f"prevalence is {prevalence!r}: it must be above 0 and below 1, such as 0.02")
+        raise MetricError(
+            f"prevalence is {prevalence!r}: it must be above 0 and below 1, such as 0.02", "value"
+        )
 
 
 def _estimate(
@@ -213,18 +215,18 @@ def parse_rule(rule: str) -> tuple[str, float]:
     if name in ("youden", "argmax") and not text and "=" not in rule:
         return name, float("nan")
     if name not in ("sensitivity", "specificity", "cost"):
-        raise MetricError(f"threshold rule {rule!r} does not exist: {suggest(rule, RULES)}")
+        raise MetricError(f"threshold rule {rule!r} does not exist: {suggest(rule, RULES)}", "name")
     try:
         number = float(text)
     except ValueError:
         number = float("nan")
     if name == "cost" and not 0 < number < np.inf:
         raise MetricError(
-            f"threshold rule {rule!r}: cost= takes the cost of a false negative, such as cost=5"
+            f"threshold rule {rule!r}: cost= takes the cost of a false negative, such as cost=5", "value"
         )
     if name != "cost" and not 0 < number <= 1:
         raise MetricError(
-            f"threshold rule {rule!r}: {name}= takes a share above 0 and at most 1, such as 0.95"
+            f"threshold rule {rule!r}: {name}= takes a share above 0 and at most 1, such as 0.95", "value"
         )
     return name, number
 

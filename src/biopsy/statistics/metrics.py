@@ -289,5 +289,5 @@ def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, flo
     names = list(metrics if names is None else names)
     for name in names:
         if name not in metrics:
-            raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}")
+            raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}", "name")
     return {name: metrics[name].compute(counts) for name in names}

@@ -311,13 +311,15 @@ def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]
     """Validate targets and probabilities."""
     n_classes = len(class_names)
     if probs.ndim != 2 or probs.shape[1] != n_classes or n_classes < 2:
-        raise MetricError(f"probs has shape {probs.shape} for {n_classes} classes: one column each")
+        raise MetricError(f"probs has shape {probs.shape} for {n_classes} classes: one column each", "shape")
     if target.shape != probs.shape[:1]:
-        raise MetricError(f"target has shape {target.shape} and probs {probs.shape}: give one row per patch")
+        raise MetricError(
+            f"target has shape {target.shape} and probs {probs.shape}: give one row per patch", "shape"
+        )
     if not len(target):
-        raise MetricError("there are no patches to measure: at least one is needed")
+        raise MetricError("there are no patches to measure: at least one is needed", "empty")
     if not np.isin(target, np.arange(n_classes)).all():
-        raise MetricError(f"targets are not all an index into the {n_classes} class names")
+        raise MetricError(f"targets are not all an index into the {n_classes} class names", "target")
     sums = probs.sum(axis=1)
     for wrong, problem in (
         (~((probs >= 0) & (probs <= 1)).all(axis=1), "probabilities outside 0-1 or missing"),
@@ -326,7 +328,7 @@ def check_class_probs(target: NDArray, probs: Floats, class_names: Sequence[str]
         if wrong.any():
             at = int(np.argmax(wrong))
             raise MetricError(
-                f"{wrong.sum()} rows have {problem}; the first is row {at}: {probs[at].tolist()}"
+                f"{wrong.sum()} rows have {problem}; the first is row {at}: {probs[at].tolist()}", "prob"
             )
 
 

@@ -77,7 +77,8 @@ def subtract(first: Sample, second: Sample) -> dict[str, Difference]:
     if not np.array_equal(first.samples[0].groups, second.samples[0].groups):
         raise MetricError(
             f"the two samples are not of the same {plural(resampler.unit)}: compare predictions of the same "
-            "patches"
+            "patches",
+            "order",
         )
     metrics = registry(type(first.samples[0].count()))
     return {name: _subtract_metric(metrics[name], first, second) for name in first.result.value}

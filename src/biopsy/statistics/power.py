@@ -60,23 +60,26 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
     """
     metrics = registry(type(samples[0].count()))
     if name not in metrics:
-        raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}")
+        raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}", "name")
     metric, n_groups = metrics[name], len(samples[0].groups)
     for sample in samples:
         if np.isnan(metric.compute(sample.count())):
-            raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}")
+            raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}", "undefined")
     informative = fewest_informative([sample.informative_groups(metric.needs) for sample in samples])
     if informative.n < MIN_GROUPS:
         raise MetricError(
             f"only {count(informative.n, unit)} with {informative.description}: a plan needs the variance "
-            f"between at least {MIN_GROUPS}"
+            f"between at least {MIN_GROUPS}",
+            "undefined",
         )
     resampler = Resampler(n_groups, unit=unit, bootstrap_from=None)
     _, without = resampler.replicate(
         lambda weight: float(np.mean([metric.compute(sample.count(weight)) for sample in samples]))
     )
     if np.isnan(without).any():
-        raise MetricError(f"{name} is undefined when {plural(unit)} are left out: no plan can be made")
+        raise MetricError(
+            f"{name} is undefined when {plural(unit)} are left out: no plan can be made", "undefined"
+        )
     return Influences((n_groups - 1) * (without.mean() - without[:, 0]), informative.effective)
 
 
@@ -108,17 +111,22 @@ def plan_patients(
     """
     check_level(level)
     if not (np.isfinite(difference) and difference > 0):
-        raise MetricError(f"difference is {difference!r}: give one above 0, such as 0.03")
+        raise MetricError(f"difference is {difference!r}: give one above 0, such as 0.03", "value")
     if not level > 1 - power > 0:
-        raise MetricError(f"power is {power!r}: it must be between {1 - level:.2g} and 1, such as 0.8")
+        raise MetricError(
+            f"power is {power!r}: it must be between {1 - level:.2g} and 1, such as 0.8", "value"
+        )
     if not sd > 1e-12:
-        raise MetricError("the metric does not vary between patients: its variance allows no plan")
+        raise MetricError(
+            "the metric does not vary between patients: its variance allows no plan", "undefined"
+        )
     effective = n_groups if effective is None else effective
     share, freedom = effective / n_groups, effective - 1
     if not freedom >= 1:
         raise MetricError(
             f"the effective number of informative patients is {effective:.1f} of {n_groups}: a plan needs at "
-            "least 2"
+            "least 2",
+            "undefined",
         )
     spread = [sd * np.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in (0.975, 0.025)]
     n, low, high = (_fewest(difference / sd_bound, power, level, share) for sd_bound in (sd, *spread))
@@ -146,7 +154,8 @@ def _fewest(effect: float, power: float, level: float, share: float) -> int:
     if high >= MAX_PATIENTS:
         raise MetricError(
             f"more than {MAX_PATIENTS:,} patients would be needed: the difference is too small for this "
-            "variance"
+            "variance",
+            "value",
         )
     while high - low > 1:
         middle = (low + high) // 2

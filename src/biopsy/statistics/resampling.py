@@ -280,7 +280,9 @@ def bound_interval(value: float, n_groups: float, level: float) -> Interval:
 def check_level(level: float) -> None:
     """Check that a nominal coverage is between 0 and 1."""
     if not 0 < level < 1:
-        raise MetricError(f"level is {level!r}: the nominal coverage must be between 0 and 1, such as 0.95")
+        raise MetricError(
+            f"level is {level!r}: the nominal coverage must be between 0 and 1, such as 0.95", "value"
+        )
 
 
 def group_codes(group_ids: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.object_]]:
@@ -316,7 +318,8 @@ def clustered_mean(
     values, group_ids = np.asarray(values, float), np.asarray(group_ids, dtype=object)
     if not values.size or values.shape != group_ids.shape or not np.isfinite(values).all():
         raise MetricError(
-            f"values of shape {values.shape} for {len(group_ids)} patches: give one finite value per patch"
+            f"values of shape {values.shape} for {len(group_ids)} patches: give one finite value per patch",
+            "shape",
         )
     return clustered_ratio(values, np.ones(len(values)), group_ids, bounds=bounds, **resampling)
 

@@ -191,18 +191,22 @@ def check_binary(target: ArrayLike, prob: ArrayLike) -> tuple[Floats, Floats]:
     target, prob = np.asarray(target), np.asarray(prob, dtype=np.float64)
     if target.shape != prob.shape or target.ndim != 1:
         raise MetricError(
-            f"target has shape {target.shape} and prob {prob.shape}: give one of each per patch"
+            f"target has shape {target.shape} and prob {prob.shape}: give one of each per patch", "shape"
         )
     if not len(target):
-        raise MetricError("there are no patches to measure: at least one is needed")
+        raise MetricError("there are no patches to measure: at least one is needed", "empty")
     wrong = ~np.isin(target, (0, 1))
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise MetricError(f"{wrong.sum()} targets are not 0 or 1; the first is {target[at]!r} at row {at}")
+        raise MetricError(
+            f"{wrong.sum()} targets are not 0 or 1; the first is {target[at]!r} at row {at}", "target"
+        )
     wrong = ~((prob >= 0) & (prob <= 1))
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise MetricError(f"{wrong.sum()} probabilities are not in 0-1; the first is {prob[at]} at row {at}")
+        raise MetricError(
+            f"{wrong.sum()} probabilities are not in 0-1; the first is {prob[at]} at row {at}", "prob"
+        )
     return target.astype(np.float64), prob
 
 
@@ -246,6 +250,7 @@ def check_groups(group_ids: ArrayLike, n_patches: int) -> tuple[NDArray[np.intp]
     if len(codes) != n_patches or (codes < 0).any():
         raise MetricError(
             f"{np.count_nonzero(codes >= 0)} group ids for {n_patches} patches: "
-            "give the patient of each patch"
+            "give the patient of each patch",
+            "shape",
         )
     return codes, groups

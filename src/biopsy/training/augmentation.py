@@ -48,7 +48,7 @@ def augment(
     warped = bool(settings.rotation_deg or settings.zoom or settings.shift or settings.shear_deg)
     moved = settings.flip_horizontal or settings.flip_vertical or settings.rot90
     if settings.rot90 and batch.shape[2] != batch.shape[3]:
-        raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}")
+        raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}", "data")
     n = len(batch) if n is None else n
     move = (_draw_moves(settings, n, generator) if moved else torch.zeros(n, dtype=torch.long))[part]
     if warped:
@@ -153,11 +153,14 @@ def _is_v2(transform: Transform) -> bool:
 
 def _require_same(changed: object, before: Tensor) -> Tensor:
     if not isinstance(changed, Tensor):
-        raise RecipeError(f"transform must return a tensor; it returned {type(changed).__name__}")
+        raise RecipeError(
+            f"transform must return a tensor; it returned {type(changed).__name__}", "transform"
+        )
     if changed.shape != before.shape or changed.dtype != before.dtype:
         raise RecipeError(
             f"transform must keep shape and type, {tuple(before.shape)} {before.dtype}; it returned "
             f"{tuple(changed.shape)} {changed.dtype}: set the size with preprocessing.input_px, and leave "
-            "normalisation to the recipe"
+            "normalisation to the recipe",
+            "transform",
         )
     return changed

@@ -159,7 +159,9 @@ def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
 def _own_device(device: str, local_rank: int) -> str:
     """Return the device of one of several processes: each has a GPU of its own, or all use the CPU."""
     if device.startswith("cuda:"):
-        raise RecipeError(f"device={device!r} is one GPU for all processes: use cuda, and each takes its own")
+        raise RecipeError(
+            f"device={device!r} is one GPU for all processes: use cuda, and each takes its own", "conflict"
+        )
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"  # of SLURM a task may see one
     return str(torch_device(device))

@@ -52,10 +52,10 @@ def draw_training(
         MetricError: If there is no record, or a quantity is unknown.
     """
     if not records:
-        raise MetricError("no epoch is in the training log: train for one epoch at least")
+        raise MetricError("no epoch is in the training log: train for one epoch at least", "empty")
     unknown = [name for name in quantities if name not in QUANTITIES]
     if unknown:
-        raise MetricError(f"unknown quantity {unknown[0]!r}; known: {', '.join(QUANTITIES)}")
+        raise MetricError(f"unknown quantity {unknown[0]!r}; known: {', '.join(QUANTITIES)}", "name")
     figure = Figure(figsize=(WIDTH_IN * len(quantities), 3.1), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
@@ -156,7 +156,7 @@ def draw_network(rows: Sequence[Row], *, input_shape: tuple[int, ...]) -> Figure
         RecipeError: If there is no layer.
     """
     if not rows:
-        raise RecipeError("the network has no layer to draw")
+        raise RecipeError("the network has no layer to draw", "network")
     blocks = group_layers(rows)
     in_full = len(rows) <= MAX_LINES
     lines = [[_describe(row) for row in block.rows] if in_full else [] for block in blocks]

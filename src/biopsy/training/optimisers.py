@@ -149,18 +149,22 @@ def make_optimiser(
         RecipeError: If the name is unknown, an option is not that optimiser's, or nothing is left to train.
     """
     if name not in OPTIMISERS:
-        raise RecipeError(f"no optimiser is called {name!r}; {suggest(name, OPTIMISERS)}")
+        raise RecipeError(f"no optimiser is called {name!r}; {suggest(name, OPTIMISERS)}", "name")
     if momentum and name not in ("sgd", "muon"):
-        raise RecipeError(f"optimiser {name!r} takes no momentum={momentum!r}; use 'sgd'")
+        raise RecipeError(f"optimiser {name!r} takes no momentum={momentum!r}; use 'sgd'", "conflict")
     if name == "muon" and not momentum:
-        raise RecipeError("optimiser 'muon' needs momentum above 0; set train.momentum, such as 0.95")
+        raise RecipeError(
+            "optimiser 'muon' needs momentum above 0; set train.momentum, such as 0.95", "conflict"
+        )
     if nesterov and not momentum:
-        raise RecipeError("nesterov=True needs momentum above 0; set train.momentum")
+        raise RecipeError("nesterov=True needs momentum above 0; set train.momentum", "conflict")
     if weight_decay and name.startswith("rmsprop"):
-        raise RecipeError(f"optimiser {name!r} takes no weight_decay={weight_decay!r}; use 'adamw'")
+        raise RecipeError(
+            f"optimiser {name!r} takes no weight_decay={weight_decay!r}; use 'adamw'", "conflict"
+        )
     trained = [parameter for parameter in params if parameter.requires_grad]
     if not trained:
-        raise RecipeError("no parameter of the network is to be trained; unfreeze some of it")
+        raise RecipeError("no parameter of the network is to be trained; unfreeze some of it", "network")
     if name == "muon":
         return Muon(trained, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     make = _OPTIMISERS[name]
@@ -207,9 +211,9 @@ def learning_rate(
         0.005
     """
     if schedule not in SCHEDULES:
-        raise RecipeError(f"no schedule is called {schedule!r}; {suggest(schedule, SCHEDULES)}")
+        raise RecipeError(f"no schedule is called {schedule!r}; {suggest(schedule, SCHEDULES)}", "name")
     if schedule in ("cosine", "one-cycle") and total_steps is None:
-        raise RecipeError(f"schedule {schedule!r} needs total_steps")
+        raise RecipeError(f"schedule {schedule!r} needs total_steps", "setting")
     if schedule == "inverse-time":
         lr /= 1 + decay * step
     elif schedule == "cosine":

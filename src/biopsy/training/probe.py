@@ -73,7 +73,9 @@ def check_probe(recipe: Recipe) -> None:
         "train.loss=cross-entropy": recipe.train.loss != "cross-entropy",
     }
     if required := [setting for setting, is_wrong in faults.items() if is_wrong]:
-        raise RecipeError(f"train.optimiser={PROBE} needs {', '.join(required)}: features are computed once")
+        raise RecipeError(
+            f"train.optimiser={PROBE} needs {', '.join(required)}: features are computed once", "conflict"
+        )
 
 
 def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_epoch: OnEpoch) -> Progress:
@@ -88,7 +90,9 @@ def fit_probe(network: torch.nn.Module, task: Task, weights: StartWeights, on_ep
     """
     head = getattr(network, "head", None)
     if not isinstance(head, torch.nn.Linear):
-        raise RecipeError(f"{task.recipe.model.name} has no linear head to fit: use a library's network")
+        raise RecipeError(
+            f"{task.recipe.model.name} has no linear head to fit: use a library's network", "network"
+        )
     started, pack, rows = time.perf_counter(), task.pack, task.train
     network = task.engine.place(network)
     features, cached_file = cached_features(

@@ -315,14 +315,16 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
         if subset not in subsets:
             raise SplitError(
                 f"split {split.name!r} has no {subset} patches: validation is needed to choose the epoch; "
-                "make a split with `biopsy split`"
+                "make a split with `biopsy split`",
+                "too-few",
             )
     require_unseen(recipe, pack, subsets)
     target = pack.target[subsets == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(
             f"all training patches of split {split.name!r} are {pack.class_names[target[0]]!r}: "
-            "training needs two classes"
+            "training needs two classes",
+            "classes",
         )
     for index in np.setdiff1d(pack.target[subsets != ""], target):
         logger.warning(

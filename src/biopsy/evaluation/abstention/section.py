@@ -235,7 +235,7 @@ def draw_coverage(
     """
     series = {f"{unit} as the unit": (ours, MODEL), "patch as the unit (naive)": (plain, BASELINE)}
     if all(values is None or not len(values) for values, _ in series.values()):
-        raise MetricError(f"no {unit} to draw")
+        raise MetricError(f"no {unit} to draw", "empty")
     figure, axes = new_figure(height_in=3.9)
     for name, (values, colour) in series.items():
         if values is not None:

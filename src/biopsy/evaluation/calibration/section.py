@@ -143,7 +143,7 @@ def draw_calibration(bins: Sequence[ReliabilityBin], *, positive: str | None = "
         MetricError: If there is no bin.
     """
     if not bins:
-        raise MetricError("no bins to draw: evaluate at least one patch")
+        raise MetricError("no bins to draw: evaluate at least one patch", "empty")
     figure, axes = new_figure(height_in=4.1)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=DASHED, label="perfect calibration")
     bounded = [row for row in bins if row.observed.low is not None]

@@ -174,7 +174,7 @@ def compare(
     """
     models, test_set = gather_models([runs] if isinstance(runs, Run | Study | Path | str) else list(runs))
     if metric not in test_set.metrics:
-        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, test_set.metrics)}")
+        raise MetricError(f"metric {metric!r} does not exist: {suggest(metric, test_set.metrics)}", "name")
     if plan:
         planned = _plan(models, test_set, metric, difference, power)
         return Comparison(planned, planned)

@@ -418,7 +418,7 @@ def draw_differences(differences: Sequence[ModelDifference]) -> Figure:
         MetricError: If there is nothing to draw.
     """
     if not differences:
-        raise MetricError("no difference to draw: expected at least two classifiers")
+        raise MetricError("no difference to draw: expected at least two classifiers", "empty")
     names = [name for name in SHOWN if any(name in difference.metrics for difference in differences)]
     figure, axes = new_figure(WIDTH_IN, 1.3 + (0.16 + 0.2 * len(differences)) * len(names))
     step = 0.7 / len(differences)

@@ -137,7 +137,9 @@ def explain(
     if random and patch:
         raise RunError("patch and random cannot be combined")
     if faithfulness and len(layers) > 1:
-        raise RecipeError(f"faithfulness is tested on one layer at a time, not {', '.join(layers)}")
+        raise RecipeError(
+            f"faithfulness is tested on one layer at a time, not {', '.join(layers)}", "conflict"
+        )
     if errors < 1:
         raise RunError(f"errors={errors!r}: expected at least 1, or patch ids")
     selection = Selection(patch=patch, errors=errors, random=random, seed=seed)
@@ -357,7 +359,9 @@ def explain_chosen(
     classifier, engine = classifier.single_patch(), Engine(device)
     methods = list(dict.fromkeys(methods)) or _pick_methods(classifier, layers)
     if layers and not any(find_method(name).takes_layer for name in methods):
-        raise RecipeError(f"layer={layers[0]!r} cannot be chosen: {methods[0]} uses the whole network")
+        raise RecipeError(
+            f"layer={layers[0]!r} cannot be chosen: {methods[0]} uses the whole network", "conflict"
+        )
     result = [
         explain_patches(classifier, chosen.pixels, chosen.sizes, name, layer=layer, engine=engine)
         for name in methods

@@ -476,7 +476,9 @@ def explain_all(
     for name in methods or [item.name for item in METHODS.values() if item.per_class]:
         method = find_method(name)
         if not method.per_class:
-            raise RecipeError(f"{name} is not class-specific: faithfulness tests need a map of one class")
+            raise RecipeError(
+                f"{name} is not class-specific: faithfulness tests need a map of one class", "conflict"
+            )
         try:
             chosen = layer if method.takes_layer else None
             result = explain_patches(

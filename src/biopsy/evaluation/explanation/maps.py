@@ -71,9 +71,11 @@ def explain_patches(
     """
     method_info, classifier = find_method(method), classifier.single_patch()
     if channels not in get_args(Channels):
-        raise RecipeError(f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}")
+        raise RecipeError(
+            f"channels={channels!r} is not possible; {suggest(channels, get_args(Channels))}", "value"
+        )
     if layer is not None and not method_info.takes_layer:
-        raise RecipeError(f"layer={layer!r} cannot be chosen: {method} uses the whole network")
+        raise RecipeError(f"layer={layer!r} cannot be chosen: {method} uses the whole network", "conflict")
     requested = _find_classes(classifier, target_class, len(patches))
     engine, stretched = engine or Engine("auto"), classifier.info.preprocessing.resize_mode == "stretch"
     network, preprocessing = engine.place(classifier.base_network), classifier.info.preprocessing
@@ -114,7 +116,9 @@ def _find_classes(classifier: Classifier, target_class: str | np.ndarray | None,
     names, index = classifier.info.class_names, classifier.positive_index
     if target_class is not None:
         if target_class not in names:
-            raise RecipeError(f"the classifier has no class {target_class!r}; {suggest(target_class, names)}")
+            raise RecipeError(
+                f"the classifier has no class {target_class!r}; {suggest(target_class, names)}", "name"
+            )
         index = names.index(target_class)
     return None if index is None else np.full(n, index)
 

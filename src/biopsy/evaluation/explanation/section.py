@@ -217,7 +217,7 @@ def draw_deletion_insertion(
         MetricError: If there is no curve.
     """
     if not curves:
-        raise MetricError("no curve to draw: no method was tested")
+        raise MetricError("no curve to draw: no method was tested", "empty")
     figure = Figure(figsize=(WIDTH_IN, 2.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     grey = [(BASELINE, line, 2.2) for line in _BASELINE_LINES]

@@ -223,10 +223,11 @@ def import_keras(
     if len(names) < 2 or len(set(names)) < len(names) or patch_px is None or patch_px < 1:
         raise RecipeError(
             f"{recipe.name} with class_names={names} and patch_px={patch_px}: pass two or more distinct "
-            "names in the order of the outputs, and the patch size in pixels"
+            "names in the order of the outputs, and the patch size in pixels",
+            "value",
         )
     if positive is not None and (positive not in names or len(names) > 2):
-        raise RecipeError(f"positive={positive!r} is not one of two classes: {', '.join(names)}")
+        raise RecipeError(f"positive={positive!r} is not one of two classes: {', '.join(names)}", "name")
     if Path(out).exists():
         raise RunError(f"{out} exists: choose another folder")
     keras_file = read_keras(file)
@@ -276,5 +277,5 @@ def _find_recipe(model: str | Path) -> Recipe:
     networks = {recipe.model.name: recipe for recipe in reversed(shipped) if not recipe.model.params}
     if str(model) not in networks:
         names = [*recipes, *sorted(networks)]
-        raise RecipeError(f"unknown recipe or network {str(model)!r}: {suggest(str(model), names)}")
+        raise RecipeError(f"unknown recipe or network {str(model)!r}: {suggest(str(model), names)}", "name")
     return networks[str(model)]

@@ -168,7 +168,8 @@ def find_encoder(name: str) -> Encoder:
     names = [alias for encoder in ENCODERS.values() for alias in (encoder.name, encoder.hub)]
     raise RecipeError(
         f"unknown encoder {name!r}: {suggest(plain, names)}; use model.name=timm:NETWORK with "
-        "model.weights=FILE for other weights, or add an encoder by register_encoder"
+        "model.weights=FILE for other weights, or add an encoder by register_encoder",
+        "name",
     )
 
 
@@ -180,7 +181,8 @@ def build_encoder(
     if width != height or width % encoder.token_px:
         raise RecipeError(
             f"{name} needs a square input whose side is a multiple of {encoder.token_px} px, such as "
-            f"{encoder.input_px}; found {width}x{height}"
+            f"{encoder.input_px}; found {width}x{height}",
+            "value",
         )
     body = encoder.build(width, **arguments)
     if body.n_features != encoder.n_features:

@@ -24,7 +24,7 @@ def require_size(network: str, input_px: int | tuple[int, int], least_px: int) -
     """Return ``(width, height)`` of an input that is large enough for the pooling layers."""
     if min(size_of(input_px)) < least_px:
         raise RecipeError(
-            f"{network} downsamples its input: input_px={input_px!r} must be at least {least_px}"
+            f"{network} downsamples its input: input_px={input_px!r} must be at least {least_px}", "value"
         )
     return size_of(input_px)
 

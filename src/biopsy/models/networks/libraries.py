@@ -116,9 +116,10 @@ def build_library_network(
     except RecipeError:
         raise
     except _EXPECTED as error:
-        reason = first_line(error)
         raise RecipeError(
-            f"{name} cannot be built for input_px={input_px!r} with {parameters or 'no parameters'}: {reason}"
+            f"{name} cannot be built for input_px={input_px!r} with {parameters or 'no parameters'}: "
+            f"{first_line(error)}",
+            "value",
         ) from None
     return LibraryNetwork(body, head, size, is_cut=parameters.get("n_fire") is not None).train()
 
@@ -131,7 +132,7 @@ def split_name(name: str) -> tuple[str, str]:
     """
     library, _, model = name.partition(":")
     if library not in PARAMETERS:
-        raise RecipeError(f"unknown library {library!r}; {suggest(library, PARAMETERS)}")
+        raise RecipeError(f"unknown library {library!r}; {suggest(library, PARAMETERS)}", "name")
     if library == "timm":
         import timm
 
@@ -148,7 +149,7 @@ def split_name(name: str) -> tuple[str, str]:
         hint = (
             f"the closest names are {', '.join(nearest)}" if nearest else f"{library} has {len(names)} others"
         )
-        raise RecipeError(f"{library} has no network {model!r}; {hint}")
+        raise RecipeError(f"{library} has no network {model!r}; {hint}", "name")
     return library, model
 
 
@@ -197,7 +198,7 @@ def _build_torchvision(
             return body, nn.Linear(n_features, n_classes)
         return body, nn.Sequential(*network.classifier, nn.Flatten())
     if n_fire is not None:
-        raise RecipeError(f"n_fire counts the fire modules of SqueezeNet; {model} has none")
+        raise RecipeError(f"n_fire counts the fire modules of SqueezeNet; {model} has none", "setting")
     name, head = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)][-1]
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
@@ -208,7 +209,7 @@ def _keep_fire(features: nn.Sequential, n_fire: object) -> nn.Sequential:
     """Return the layers of SqueezeNet up to the n-th fire module."""
     positions = [index for index, layer in enumerate(features) if type(layer).__name__ == "Fire"]
     if not isinstance(n_fire, int) or not 1 <= n_fire <= len(positions):
-        raise RecipeError(f"n_fire must be an integer from 1 to {len(positions)}, not {n_fire!r}")
+        raise RecipeError(f"n_fire must be an integer from 1 to {len(positions)}, not {n_fire!r}", "value")
     return features[: positions[n_fire - 1] + 1]
 
 

@@ -55,11 +55,14 @@ def add_lora(network: nn.Module, rank: int, seed: int) -> None:
     if not layers or not isinstance(network, LibraryNetwork):
         raise RecipeError(
             f"model.lora_rank={rank} needs a vision transformer of timm, found a network without its blocks: "
-            "set model.name=hf-hub:ORG/NAME or timm:vit_..., or model.lora_rank=0"
+            "set model.name=hf-hub:ORG/NAME or timm:vit_..., or model.lora_rank=0",
+            "network",
         )
     width = min(min(layer.in_features, layer.out_features) for _, _, layer in layers)
     if rank >= width:
-        raise RecipeError(f"model.lora_rank must be below the width of the network, {width}, found {rank}")
+        raise RecipeError(
+            f"model.lora_rank must be below the width of the network, {width}, found {rank}", "value"
+        )
     network.freeze_front(0)  # nothing of its outputs can be cached
     network.body.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

@@ -97,7 +97,9 @@ def dabydeen_hedges(
         dropout: Fraction of it that is dropped; not stated in the post.
     """
     if not widths:
-        raise RecipeError("dabydeen_hedges with widths=[] has no stage: give the filters of one or more")
+        raise RecipeError(
+            "dabydeen_hedges with widths=[] has no stage: give the filters of one or more", "value"
+        )
     body = _Body(require_size("dabydeen_hedges", input_px, 2 ** len(widths)))
     for number, out_channels in enumerate(widths, start=1):
         body.add_conv(f"conv{number}", out_channels, relu=f"relu{number}")
@@ -155,7 +157,8 @@ def baruah(
     if n_convolutions < N_POOLED or n_dense < 1:
         raise RecipeError(
             f"baruah with n_convolutions={n_convolutions!r} and n_dense={n_dense!r}: "
-            f"it needs at least {N_POOLED} convolutions and 1 dense layer"
+            f"it needs at least {N_POOLED} convolutions and 1 dense layer",
+            "value",
         )
     body = _Body(require_size("baruah", input_px, 10 + 8 * (n_convolutions - N_POOLED)))
     for number in range(1, n_convolutions + 1):

@@ -83,7 +83,7 @@ def build_network(
     for parameter in parameters:
         if parameter not in defaults:
             raise RecipeError(
-                f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, defaults)}"
+                f"network {name!r} has no parameter {parameter!r}; {suggest(parameter, defaults)}", "setting"
             )
     with torch.random.fork_rng(devices=[]):
         if ":" in name:
@@ -98,7 +98,7 @@ def build_network(
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"]))
             raise RecipeError(
-                f"network {name!r} takes no {where}={str(fault['input'])[:80]!r}: {fault['msg']}"
+                f"network {name!r} takes no {where}={str(fault['input'])[:80]!r}: {fault['msg']}", "value"
             ) from None
     if seed is not None:
         initialise(network, seed)
@@ -107,7 +107,7 @@ def build_network(
 
 def _find(name: str) -> Callable[..., nn.Module]:
     if name not in _BUILDERS:
-        raise RecipeError(f"unknown network {name!r}; {suggest(name, _BUILDERS)}")
+        raise RecipeError(f"unknown network {name!r}; {suggest(name, _BUILDERS)}", "name")
     return _BUILDERS[name]
 
 

@@ -119,7 +119,7 @@ def freeze(network: nn.Module, trainable: str) -> None:
         hint = [f"did you mean {name!r}?" for name in get_close_matches(trainable, ["all", *names], n=1)]
         stages = f"its stages are {', '.join(names)}" if names else "it has no stages, only 'all' is possible"
         raise RecipeError(
-            f"the network has no stage {trainable!r} to train from; {'; '.join([*hint, stages])}"
+            f"the network has no stage {trainable!r} to train from; {'; '.join([*hint, stages])}", "name"
         )
     if isinstance(network, StagedNetwork):
         network.freeze_front(0 if trainable == "all" else indices[0])

@@ -106,7 +106,7 @@ def symmetric_views(patches: Tensor) -> Tensor:
     """Return the eight views of each patch, ``(8 * B, C, H, W)``, grouped by view."""
     if patches.shape[2] != patches.shape[3]:
         raise RecipeError(
-            f"tta='d4' needs square patches, these are {tuple(patches.shape[2:])}: set model.tta=none"
+            f"tta='d4' needs square patches, these are {tuple(patches.shape[2:])}: set model.tta=none", "data"
         )
     mirrored = [patches, patches.flip(3), patches.flip(2), patches.flip(2, 3)]
     return torch.cat([*mirrored, *(view.transpose(2, 3) for view in mirrored)])

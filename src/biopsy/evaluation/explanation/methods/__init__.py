@@ -108,5 +108,5 @@ def find_method(name: str) -> Method:
         RecipeError: If it does not exist, with the nearest name.
     """
     if name not in METHODS:
-        raise RecipeError(f"unknown explanation method {name!r}; {suggest(name, METHODS)}")
+        raise RecipeError(f"unknown explanation method {name!r}; {suggest(name, METHODS)}", "name")
     return METHODS[name]

@@ -35,7 +35,7 @@ def find_layer(network: nn.Module, name: str) -> str:
     names = [module_name for module_name, _ in network.named_modules() if module_name]
     if name not in names:
         near = get_close_matches(name, names, n=5, cutoff=0.4) or names[:8]
-        raise RecipeError(f"the network has no layer {name!r}; nearest: {', '.join(near)}")
+        raise RecipeError(f"the network has no layer {name!r}; nearest: {', '.join(near)}", "name")
     return name
 
 
@@ -48,7 +48,9 @@ def find_first_layer(network: nn.Module, input_px: int) -> str:
     layers = list_layers(network, input_px)
     first = next((index for index, name in enumerate(layers) if "Conv" in _kind(network, name)), None)
     if first is None:
-        raise RecipeError("the network has no convolution: choose one of its layers, such as " + layers[0])
+        raise RecipeError(
+            "the network has no convolution: choose one of its layers, such as " + layers[0], "network"
+        )
     for name in layers[first + 1 :]:
         if isinstance(network.get_submodule(name), _ACTIVATIONS):
             return name
@@ -74,14 +76,15 @@ def find_last_maps(network: nn.Module, input_px: int) -> str:
     ]
     if not convolutions:
         raise RecipeError(
-            f"grad_cam needs feature maps of a convolution, the network has none: {_ALTERNATIVES}"
+            f"grad_cam needs feature maps of a convolution, the network has none: {_ALTERNATIVES}", "network"
         )
     last, tail = passed[convolutions[-1]], passed[convolutions[-1] + 1 :]
     kinds = [type(item.module).__name__ for item in tail]
     if any("Atten" in kind and "Pool" not in kind for kind in kinds) or any(len(e.shape) == 3 for e in tail):
         raise RecipeError(
             f"grad_cam needs feature maps, but after its last convolution {last.name} the network works on "
-            f"tokens: {_ALTERNATIVES}"
+            f"tokens: {_ALTERNATIVES}",
+            "network",
         )
     same_size = [item for item in tail if len(item.shape) == 4 and item.shape[-2:] == last.shape[-2:]]
     ends = [e for e in same_size if isinstance(e.module, _ACTIVATIONS) or any(e.module.children())]
@@ -148,7 +151,8 @@ def check_maps(outputs: list[Tensor], layer: str) -> Tensor:
         shape = tuple(outputs[-1].shape[1:]) if outputs else "nothing"
         raise RecipeError(
             f"layer {layer!r} returns {shape} per patch, not feature maps: choose a convolution or the layer "
-            "after one"
+            "after one",
+            "network",
         )
     return outputs[-1]
 
