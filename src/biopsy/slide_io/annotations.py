@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json, read_bytes
@@ -70,20 +70,19 @@ def _read_geojson(path: Path) -> Annotations:
     n_elsewhere = 0
     for number, feature in enumerate(_walk(_read_features(path), str(path)), start=1):
         where = f"{path}, feature {number}"
-        properties = feature["properties"] or {}
-        polygons = _polygons_of(feature.get("geometry"), where)
-        class_name = _class_of(properties, where)
+        polygons = _polygons_of(feature.geometry, where)
+        class_name = _class_of(feature.properties, where)
         if reason := _reason_to_ignore(feature, polygons, class_name):
             ignored[reason] += 1
             if reason != WITHOUT_CLASS:
                 continue
-        n_elsewhere += _is_on_other_plane(feature["geometry"])
+        n_elsewhere += _is_on_other_plane(feature.geometry)
         rings = [[read_ring(ring, where) for ring in polygon] for polygon in polygons]
         area, fault = outlines.read_area(rings, where)
         if fault:
             repaired[number] = fault
         if class_name is None:
-            unclassified.append(Annotation(_name_of(properties), area, number))
+            unclassified.append(Annotation(_name_of(feature.properties), area, number))
         else:
             items.append(Annotation(class_name, area, number))
     if n_elsewhere:
@@ -93,8 +92,14 @@ def _read_geojson(path: Path) -> Annotations:
     return Annotations(path, items, repaired, dict(ignored), unclassified=unclassified)
 
 
-def _is_on_other_plane(geometry: Mapping[str, object]) -> bool:
-    plane = geometry.get("plane")
+class _Feature(NamedTuple):
+    geometry: object
+    properties: Mapping[str, object]
+    identity: object
+
+
+def _is_on_other_plane(geometry: object) -> bool:
+    plane = geometry.get("plane") if isinstance(geometry, dict) else None
     return isinstance(plane, dict) and any(plane.get(axis) not in (None, 0) for axis in "zt")
 
 
@@ -117,7 +122,7 @@ def _read_features(path: Path) -> list[Any]:
     return features
 
 
-def _walk(features: list[Any], path: str) -> Iterator[dict[str, Any]]:
+def _walk(features: list[Any], path: str) -> Iterator[_Feature]:
     """Yield features with properties in the order of the file, parents before their children."""
     waiting = features[::-1]
     number = 0
@@ -134,7 +139,7 @@ def _walk(features: list[Any], path: str) -> Iterator[dict[str, Any]]:
         properties = feature.get("properties") or {}
         if not isinstance(properties, dict):
             raise DataError(f"{where} has properties that are not an object")
-        yield {**feature, "properties": properties}
+        yield _Feature(feature["geometry"], properties, feature.get("id"))
         for children in (properties.get("childObjects"), feature.get("childObjects")):
             if children is not None and not isinstance(children, list):
                 raise DataError(f"{where} has childObjects that are not a list")
@@ -162,14 +167,9 @@ def _polygons_of(geometry: Any, where: str) -> list[list[Any]]:
     return [polygon for polygon in polygons if polygon]
 
 
-def _reason_to_ignore(feature: Mapping[str, Any], polygons: list[Any], class_name: str | None) -> str | None:
-    properties = feature["properties"]
-    kind = (
-        properties.get("objectType")
-        or properties.get("object_type")
-        or properties.get("type")
-        or feature.get("id")
-    )
+def _reason_to_ignore(feature: _Feature, polygons: list[Any], class_name: str | None) -> str | None:
+    names = (feature.properties.get(key) for key in ("objectType", "object_type", "type"))
+    kind = next(filter(None, names), None) or feature.identity
     if other := _KINDS.get(str(kind).lower()):
         return f"is a {other}"
     if not polygons:

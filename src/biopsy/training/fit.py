@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -181,18 +180,18 @@ def _run_epoch(
     accuracy = {name: float(processes.sum(count)) / n_seen for name, count in correct.items()}
     trained = time.perf_counter()
     with average.applied() if average else contextlib.nullcontext():
-        validation = _validate(network, task, batches)
-    if not math.isfinite(validation["val_loss"]):
-        raise _diverged(
-            validation["val_loss"], f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1
-        )
+        val_loss, val_accuracy, val_auroc = _validate(network, task, batches)
+    if not math.isfinite(val_loss):
+        raise _diverged(val_loss, f"epoch {epoch}, on validation after {len(losses)} steps", epoch - 1)
     progress.epoch, progress.step = epoch, progress.step + len(losses)
     ended = time.perf_counter()
     record = EpochRecord(
         epoch=epoch,
         loss=mean_loss,
         **accuracy,  # type: ignore[typeddict-item]
-        **validation,
+        val_loss=val_loss,
+        **val_accuracy,
+        val_auroc=val_auroc,
         lr=lr,
         step=progress.step,
         images_per_s=n_seen / (trained - started),
@@ -244,8 +243,10 @@ def _next_batches(
             yield batch, target, rows, batches.size(len(order), index)
 
 
-def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[str, Any]:
-    """Return loss (unweighted), accuracy and, for two classes, AUROC on validation."""
+def _validate(
+    network: torch.nn.Module, task: Task, batches: Batches
+) -> tuple[float, dict[str, float], float | None]:
+    """Return loss (unweighted), accuracies by name and, for two classes, AUROC on validation."""
     pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
     own = rows[task.processes.part(len(rows))]
     task.processes.copy_state(network)  # running statistics of batch normalisation are each process's own
@@ -264,11 +265,8 @@ def _validate(network: torch.nn.Module, task: Task, batches: Batches) -> dict[st
         auroc = float(
             roc_auc_score(pack.target[rows] == positive, scores[:, positive] - scores[:, 1 - positive])
         )
-    return {
-        "val_loss": float(make_loss(outputs)(guess, target)),
-        **{f"val_{name}": float(count) / len(rows) for name, count in correct.items()},
-        "val_auroc": auroc,
-    }
+    accuracy = {f"val_{name}": float(count) / len(rows) for name, count in correct.items()}
+    return float(make_loss(outputs)(guess, target)), accuracy, auroc
 
 
 def _note_best(task: Task, progress: Progress, record: EpochRecord) -> None:
