@@ -54,13 +54,16 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Overrides = ()) -> Recip
     for line in lines:
         _override(document, line)
     changed = {line.partition("=")[0].strip() for line in lines}
-    model = document.get("model")
-    if "model.weights" in changed and "model.pretrained" not in changed and isinstance(model, dict):
-        model["pretrained"] = bool(model["weights"]) or model.get("pretrained", False)
+    if "model.weights" in changed and "model.pretrained" not in changed:
+        model = document["model"]
+        assert isinstance(model, dict)
+        if model["weights"]:
+            model["pretrained"] = True
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_describe_error(error, document), "value") from None
+        is_setting = error.errors()[0]["type"] in ("extra_forbidden", "missing")
+        raise RecipeError(_describe_error(error, document), "setting" if is_setting else "value") from None
 
 
 def setting_lines(overrides: Overrides) -> tuple[str, ...]:
