@@ -96,12 +96,12 @@ def test_fingerprint_follows_names_and_contents(tmp_path):
 def test_which_archive_a_folder_is(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
-    refuse(folder, "holds no images, no .h5 files, no slides with .geojson and no zip")
+    refuse(folder, "no images", ".h5", ".geojson")
     write_zip(folder / "one.zip", FILES)
     (folder / "readme.txt").write_text("about")
     assert isinstance(open_archive(folder), ZipArchive)
     write_zip(folder / "two.zip", FILES)
-    refuse(folder, r"holds 2 zips \(one.zip, two.zip\): name one")
+    refuse(folder, "2 zips", "one.zip, two.zip")
     write_folder(folder, FILES)
     archive = open_archive(folder)
     assert isinstance(archive, FolderArchive)
@@ -121,26 +121,26 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_missing_empty_cut_and_other_files_are_refused(tmp_path):
-    refuse(tmp_path / "none.zip", "does not exist")
+    refuse(tmp_path / "none.zip", "exist")
     path = tmp_path / "x.zip"
     path.write_bytes(b"")
-    refuse(path, r"is empty \(0 bytes\)")
+    refuse(path, "0 bytes")
     path.write_bytes(b"Rar!" + bytes(100))
-    refuse(path, "is neither a zip nor a folder")
+    refuse(path, "zip", "folder")
     write_zip(path, FILES)
     whole = path.read_bytes()
     for length in (10, 100, len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:length])
-        refuse(path, "or damaged")
+        refuse(path, "damaged")
     write_zip(path, {".hidden": b""})
-    refuse(path, "is a zip without files")
+    refuse(path, "without files")
 
 
 @pytest.mark.parametrize(
     "name", ["../a.png", "a/../../b.png", "/etc/a.png", "C:/a.png", "..\\a.png", "a/..", "\\\\server\\a.png"]
 )
 def test_names_that_lead_out_are_refused(tmp_path, name):
-    refuse(write_zip(tmp_path / "x.zip", {"a/1.png": b"1", name: b"2"}), "a name that leads out of it")
+    refuse(write_zip(tmp_path / "x.zip", {"a/1.png": b"1", name: b"2"}), repr(name))
 
 
 def patch_directory(path, name, offset, value):
@@ -154,7 +154,7 @@ def patch_directory(path, name, offset, value):
 def test_an_encrypted_zip_is_refused(tmp_path):
     path = write_zip(tmp_path / "x.zip", FILES)
     patch_directory(path, "b/2.png", 8, 1)  # general purpose flags
-    refuse(path, r"is encrypted \(1 of 4 files\): unpack it with its password")
+    refuse(path, "encrypted", "1 of 4 files")
 
 
 def test_a_damaged_entry_is_named_when_it_is_read(tmp_path):
@@ -254,10 +254,10 @@ def test_entries_that_share_their_bytes_are_refused(tmp_path):
     for place in places:
         struct.pack_into("<I", data, place + 42, 0)  # every entry lies where the first does
     path.write_bytes(data)
-    refuse(path, "in the same bytes")
+    refuse(path, "same bytes")
     data[places[1] + 42 : places[1] + 46] = struct.pack("<I", 40)  # inside the first
     path.write_bytes(data)
-    refuse(path, "in the same bytes")
+    refuse(path, "same bytes")
 
 
 @pytest.mark.parametrize("n_bytes", [2**24, 2**24 + 1])

@@ -279,7 +279,7 @@ def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
     ("text", "facts", "reason"),
     [
         ("name\na\n", ["name", "slide"], "columns"),
-        ("slide,mpp\na\0b,1\n", ["NUL"], "syntax"),
+        ("slide,mpp\na\0b,1\n", ["NUL"], "encoding"),
         ("slide,mpp\n,\n", ["no slides"], ""),
         ("slide,mpp\n,0.5\n", ["0.5"], ""),
         ("slide,mpp\na,nan\n", ["mpp 'nan'"], ""),

@@ -131,6 +131,6 @@ def test_a_name_is_taken_once_and_a_module_may_register_again():
     theirs.__module__ = "elsewhere"
     registry.add("one", 1, ours)
     registry.add("one", 2, ours)
-    with refuses(ValueError, "one", "elsewhere"):
+    with refuses(ValueError, "'one'", "biopsy.nothing"):
         registry.add("one", 3, theirs)
     assert dict(registry) == {"one": 2} and "two" not in registry

@@ -107,7 +107,7 @@ def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path)
     for bad in (np.nan, 1.5, -0.1):
         wrong = probs.copy()
         wrong[3, 1] = bad
-        with refuses(DataError, "0-1"):
+        with refuses(DataError, "[0, 1]"):
             make_predictions(pack, index, logits, wrong, subsets="test")
     with refuses(DataError, "12 patches", "2 classes"):
         make_predictions(pack, index, logits, probs[:, :1], subsets="test")

@@ -44,7 +44,7 @@ def test_value_and_where_it_came_from(recorded, stated, expected):
         (Recorded(4.99, 4.99, 20.0), None, ["4.99 um/px", "20x", "0.5"]),
         (Recorded(0.05, 0.05, 20.0), None, ["0.05 um/px", "20x"]),
         (OWN, 0.25, ["0.499 um/px", "0.25"]),
-        (Recorded(0.25, 0.25, 4.0), 0.5, ["0.5 um/px", "4x", "2.50"]),
+        (Recorded(0.25, 0.25, 4.0), 0.5, ["0.5 um/px", "4x", "2.5"]),
         (Recorded(352.8, 352.8, 20.0), 5.0, ["5 um/px", "20x"]),
         (Recorded(None, None, 20.0), 5.0, ["5 um/px", "20x"]),
         (Recorded(), 500.0, ["mpp 500.0", "[0.05, 20]"]),

@@ -37,7 +37,7 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
         Whether the head was loaded too.
 
     Raises:
-        DataError: If the file cannot be read, or is of another network.
+        FileFormatError: If the file cannot be read, or is of another network.
     """
     is_keras = path.suffix.lower() in KERAS_SUFFIXES
     tensors = {} if is_keras else _read_tensors(path)
@@ -65,7 +65,7 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
             network.body.load_state_dict(body | {key: tensors[key] for key in tensors if key in expected})
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split("\n")[:2]).replace("\t", " ")
-        raise DataError(f"{path} does not fit {name}: {reason}") from None
+        raise FileFormatError(path, "architecture", f"does not fit {name}: {reason}") from None
     return False
 
 
