@@ -331,19 +331,23 @@ def split_by_pseudo_slide(request: Request) -> Plan:
     if request.unit != "patch":
         raise SplitError(
             f"{pack.path.name} names {plural(request.unit)}, which pseudo-slides only stand in for; use the "
-            "protocol 'patients' or 'folds'"
+            "protocol 'patients' or 'folds'",
+            "unit",
         )
     if request.val_ids:
         raise SplitError(
             "the protocol pseudo-slides draws the validation subset itself; omit --val-patients, or use the "
-            "protocol 'site'"
+            "protocol 'site'",
+            "patient",
         )
     is_tested, is_left_out = _named_subsets(request)
     subsets = np.select([is_tested, is_left_out], ["test", ""], "train").astype("<U10")
     rows = np.flatnonzero(subsets == "train")
     rows = rows[np.argsort(pack.table["patch_id"].to_numpy(str)[rows])]
     if not len(rows):
-        raise SplitError("all patches are tested and none are left for pseudo-slides; name fewer for test")
+        raise SplitError(
+            "all patches are tested and none are left for pseudo-slides; name fewer for test", "too-few"
+        )
     groups = cluster_appearance(describe_appearance(pack, rows), request.n_groups, seed=request.seed)
     counts = pd.crosstab(groups, pack.target[rows]).to_numpy()
     eligible = have_all_classes(counts)
@@ -354,7 +358,8 @@ def split_by_pseudo_slide(request: Request) -> Plan:
         raise SplitError(
             f"{eligible.sum()} of {request.n_groups} pseudo-slides have {MIN_CLASS_SHARE:.0%} or more of an "
             f"even share of each class, which are too few for {len(names)} subsets: classes differ in colour "
-            "and texture; use another --n-groups"
+            "and texture; use another --n-groups",
+            "too-few",
         )
     may_hold_back = eligible[groups]
     parts = divide_groups(

@@ -56,7 +56,8 @@ def cluster_appearance(features: np.ndarray, n_groups: int, *, seed: int) -> np.
     if not 2 <= n_groups <= n_distinct:
         raise SplitError(
             f"{n_distinct:,} distinct patches cannot form {n_groups} pseudo-slides; use --n-groups from 2 to "
-            f"{n_distinct}"
+            f"{n_distinct}",
+            "too-few",
         )
     spread = features.std(axis=0)
     standardised = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1)

@@ -194,16 +194,19 @@ def _check(recipe: Recipe, epochs: int, neighbours: float, crop: float) -> None:
     if recipe.model.trainable != "all" or recipe.train.optimiser == "logistic-regression":
         raise RecipeError(
             f"recipe {recipe.name!r} trains {recipe.model.trainable!r} of a frozen network, which leaves "
-            "nothing to pre-train: use --set model.trainable=all and an optimiser, or another recipe"
+            "nothing to pre-train: use --set model.trainable=all and an optimiser, or another recipe",
+            "conflict",
         )
     if epochs < 1:
-        raise RecipeError(f"epochs={epochs} is not possible: at least 1")
+        raise RecipeError(f"epochs={epochs} is not possible: at least 1", "value")
     if recipe.train.batch_size < 2:
-        raise RecipeError("train.batch_size=1 has no spread of embeddings: pre-training needs at least 2")
+        raise RecipeError(
+            "train.batch_size=1 has no spread of embeddings: pre-training needs at least 2", "value"
+        )
     if not 0 <= neighbours <= 1:
-        raise RecipeError(f"neighbours={neighbours:g} is not a probability: between 0 and 1")
+        raise RecipeError(f"neighbours={neighbours:g} is not a probability: between 0 and 1", "value")
     if not 0 < crop <= 1:
-        raise RecipeError(f"crop={crop:g} is not a fraction of the area: above 0, at most 1")
+        raise RecipeError(f"crop={crop:g} is not a fraction of the area: above 0, at most 1", "value")
 
 
 def select_patches(pack: Pack, subsets: np.ndarray) -> np.ndarray:
@@ -224,7 +227,8 @@ def select_patches(pack: Pack, subsets: np.ndarray) -> np.ndarray:
     if len(rows) < 2:
         raise SplitError(
             f"{len(rows)} patches are of no test or validation {pack.unit}; pre-training needs at least two: "
-            "make another split with `biopsy split`"
+            "make another split with `biopsy split`",
+            "too-few",
         )
     return rows
 
@@ -337,7 +341,7 @@ def vicreg_loss(embeddings: Tensor, _: Tensor | None = None) -> Tensor:
     return loss
 
 
-def _begin(path: Path, recipe: Recipe, described: Mapping[str, Any], rows: np.ndarray) -> PretrainingInfo:
+def _begin(path: Path, recipe: Recipe, described: Mapping[str, object], rows: np.ndarray) -> PretrainingInfo:
     """Create the folder of a pre-training, or read the document of one with the same settings."""
     settings = [recipe.model_dump(mode="json", include=set(DEFINING_TABLES)), described, rows.tolist()]
     config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

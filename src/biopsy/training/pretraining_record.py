@@ -1,7 +1,7 @@
 """Record of a self-supervised pre-training, and what it says of the patients of a split."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -18,6 +18,23 @@ from biopsy.training.runs import EpochRecord
 FORMAT, DOCUMENT = "biopsy-pretraining/1", "pretraining.json"
 
 
+class PretrainingPack(TypedDict):
+    """The pack of a pre-training."""
+
+    dataset: str
+    content_sha256: str
+    is_synthetic: bool
+
+
+class PretrainingSplit(TypedDict):
+    """The split of a pre-training."""
+
+    name: str
+    protocol: str
+    unit: Unit
+    fold: int | None
+
+
 class PretrainingInfo(TypedDict):
     """Content of ``pretraining.json``."""
 
@@ -27,8 +44,8 @@ class PretrainingInfo(TypedDict):
     recipe: str
     network: str
     start: StartWeights
-    pack: dict[str, Any]
-    split: dict[str, Any]
+    pack: PretrainingPack
+    split: PretrainingSplit
     seed: int
     epochs: PositiveInt
     neighbours: float
@@ -71,5 +88,6 @@ def require_unseen(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> None:
     if len(seen) and info["pack"]["content_sha256"] == pack.info.content_sha256:
         raise SplitError(
             f"the weights {weights} were pre-trained on patches of {pack.unit} {seen[0]}, who is in the "
-            f"validation or test subset ({len(seen)} in all): pre-train on this split and fold"
+            f"validation or test subset ({len(seen)} in all): pre-train on this split and fold",
+            "overlap",
         )

@@ -189,7 +189,8 @@ def build_encoder(
         raise RecipeError(
             f"encoder {encoder.name} is registered with n_features={encoder.n_features}, but "
             f"{encoder.architecture} with its arguments and pooling={encoder.pooling!r} returns "
-            f"{body.n_features} features: correct n_features, arguments or pooling where it is registered"
+            f"{body.n_features} features: correct n_features, arguments or pooling where it is registered",
+            "network",
         )
     head = nn.Linear(encoder.n_features, n_classes)
     return EncoderNetwork(body, head, (width, height)).train()

@@ -167,11 +167,12 @@ def residual_p4m(
     """
     width, height = require_size("residual_p4m", input_px, 16)
     if width != height:
-        raise RecipeError(f"residual_p4m needs a square input: found input_px={width}x{height}")
+        raise RecipeError(f"residual_p4m needs a square input: found input_px={width}x{height}", "value")
     if base_channels < N_SYMMETRIES or base_channels % N_SYMMETRIES:
         raise RecipeError(
             f"residual_p4m has {N_SYMMETRIES} maps per channel: base_channels={base_channels} must be a "
-            f"multiple of {N_SYMMETRIES}"
+            f"multiple of {N_SYMMETRIES}",
+            "value",
         )
     base = base_channels // N_SYMMETRIES
     stem = nn.Sequential(_halve(3, base, width, from_image=True), SymmetricBatchNorm2d(base), nn.ReLU())
