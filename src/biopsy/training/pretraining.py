@@ -64,6 +64,7 @@ COLLAPSED = 0.1  # mean standard deviation of the embeddings; 0.3 with random we
 class Pretraining(Result):
     """A pre-training; ``pretraining["log"]`` has the loss and the spread of the embeddings by epoch."""
 
+    document: PretrainingInfo
     path: Path
 
     @property
@@ -72,17 +73,17 @@ class Pretraining(Result):
         return self.path / WEIGHTS
 
     def blocks(self) -> list[str]:
-        patches = count_patches(self["n_patches"], len(self["patients"] or []), self["unit"])
-        last = self["log"][-1]
+        m, last = self.document, self.document["log"][-1]
+        patches = count_patches(m["n_patches"], len(m["patients"] or []), m["unit"])
         return [
-            f"{self['network']} pre-trained for {self['epochs']} epochs on {patches}: "
+            f"{m['network']} pre-trained for {m['epochs']} epochs on {patches}: "
             f"loss {number(last['loss'])}, spread of the embeddings {number(last['spread'])}",
             f"start a training from it with --set model.weights={self.weights}",
         ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per epoch."""
-        return pd.DataFrame(self["log"])
+        return pd.DataFrame(self.document["log"])
 
     def to_json(self) -> dict[str, object]:
         return {"path": self.path, "weights": self.weights, **self.document}
