@@ -122,7 +122,7 @@ def test_grad_cam_of_any_layer_and_not_without_maps():
     assert named.layer == "body.conv1_1" and named.maps.shape == (2, 1, PX, PX)
     for layer, fact, reason in (
         ("body.dense", "(256,)", "network"),
-        ("body.conv9", "body.conv1", "name"),
+        ("body.conv9", "body.conv3_3", "name"),
     ):
         with refuses(RecipeError, f"'{layer}'", fact, reason=reason):
             explain_patches(classifier, draw_patches(1), method="grad_cam", layer=layer, engine=CPU)
