@@ -32,10 +32,14 @@ def step(network: nn.Module, optimiser: torch.optim.Optimizer, n: int) -> None:
     optimiser.step()
 
 
+def make_any(name, network, lr):
+    return make_optimiser(name, network.parameters(), lr, momentum=0.95 if name == "muon" else 0.0)
+
+
 def save(folder, epoch=1, best_epoch=None, network=None, name="adam"):
     """Save a network after one step, as after an epoch."""
     network = network or make_network()
-    optimiser = make_optimiser(name, network.parameters(), 0.01)
+    optimiser = make_any(name, network, 0.01)
     step(network, optimiser, epoch)
     progress = Progress(
         epoch, epoch * 3, best_epoch, 0.5, [{"epoch": epoch, "val_loss": 0.1, "val_auroc": None}]
@@ -48,7 +52,7 @@ def save(folder, epoch=1, best_epoch=None, network=None, name="adam"):
 def test_training_goes_on_with_the_same_bits(name, tmp_path):
     network, optimiser, progress = save(tmp_path, name=name)
     other = make_network()
-    restored = make_optimiser(name, other.parameters(), 0.5)
+    restored = make_any(name, other, 0.5)
     assert load_checkpoint(tmp_path, other, restored, CPU) == progress
     for n in (2, 3):
         step(network, optimiser, n)
@@ -83,7 +87,7 @@ def test_convolutions_with_channels_last_in_memory_go_on_with_the_same_bits(name
         torch.manual_seed(0)
         network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2))
         network = network.to(memory_format=torch.channels_last)
-        return network, make_optimiser(name, network.parameters(), 0.01)
+        return network, make_any(name, network, 0.01)
 
     def walk(network, optimiser, n):
         images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(n))

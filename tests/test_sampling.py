@@ -14,6 +14,7 @@ from biopsy.training.sampling import (
     take_fraction,
     within_patient_shares,
 )
+from refusals import refuses
 
 METHODS = ("none", "undersample", "oversample")
 targets = st.lists(st.integers(0, 2), min_size=4, max_size=60).map(np.array).filter(lambda t: len(set(t)) > 1)
