@@ -68,6 +68,7 @@ def test_validation_takes_a_quarter_of_the_time_at_most():
     [
         ((), (10, 4)),
         (("train.drop_last=true",), (10, 3)),
+        (("train.sampling=within-patient",), (10, 4)),
         (("train.sampling=undersample",), (10, 2)),
         (("train.sampling=oversample",), (10, 5)),
         (("train.steps_per_epoch=7", "train.epochs=3"), (3, 7)),

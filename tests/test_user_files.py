@@ -30,7 +30,6 @@ from biopsy.core.files import (
 )
 from biopsy.data.datasets.base import RemoteFile, Source
 from biopsy.experiments import demo
-from biopsy.models import weights as collection
 from command_line import call as run_command
 from conftest import abandon
 from keras_files import build, keras_layers, make_config, write_keras
@@ -471,7 +470,7 @@ def place(trained_run, make_slide, make_idc_zip, tmp_path, monkeypatch, request)
     monkeypatch.setattr(demo, "PATCHES_PER_PATIENT", 20)
     monkeypatch.setattr(demo, "SLIDE_PX", (600, 450))
     source = Source("idc", "IDC", "none", "none", files=(RemoteFile((tmp_path / "idc.zip").as_uri()),))
-    monkeypatch.setattr(collection, "find_source", lambda name: source)
+    monkeypatch.setattr("biopsy.models.fetch.find_source", lambda name: source)
     return tmp_path
 
 

@@ -108,7 +108,8 @@ def test_code_runs_only_if_its_hash_is_named(make_model, tmp_path):
         open_classifier(folder)
     with refuses(RunError, digest, "00ff"):
         open_classifier(folder, trust_model="00ff")
-    done = call("predict", str(folder), str(folder), "--trust-model", "00ff")
+    Image.new("RGB", (8, 8)).save(tmp_path / "patch.png")
+    done = call("predict", str(folder), str(tmp_path / "patch.png"), "--trust-model", "00ff")
     assert done.exit_code == 1 and "it was not run" in done.stderr
 
 

@@ -126,6 +126,7 @@ def full_length(recipe: Recipe, target: np.ndarray) -> Length:
     per_class = per_class[per_class > 0]
     n_seen = {
         "none": per_class.sum(),
+        "within-patient": per_class.sum(),
         "undersample": len(per_class) * per_class.min(),
         "oversample": len(per_class) * per_class.max(),
     }[settings.sampling]
