@@ -36,9 +36,15 @@ TOLERANCE_PROB, TOLERANCE_AUROC, TOLERANCE_DISTANCE = 0.01, 0.01, 0.05
 
 @dataclass(frozen=True)
 class Shipped:
-    """How a classifier is trained, and the data it stands on."""
+    """How a classifier is trained, and the data it stands on.
+
+    Classes (the positive one last) and um/px are stated here: the pack of a run may number its classes and
+    know no um/px.
+    """
 
     recipe: str
+    class_names: list[str]
+    mpp: float
     data: str
     citation: str
     licence: str
@@ -48,6 +54,8 @@ class Shipped:
 SHIPPED = {
     "idc": Shipped(
         recipe="idc-small",
+        class_names=["non_idc", "idc"],
+        mpp=4.0,
         data="the Kaggle release of IDC (breast, scans reduced to 4 um/px)",
         citation="Data: Cruz-Roa et al. 2014 (SPIE 9041, 904103); Janowczyk and Madabhushi 2016 (J Pathol "
         "Inform 7:29); Kaggle release by P. Mooney.",
@@ -55,6 +63,8 @@ SHIPPED = {
     ),
     "pcam": Shipped(
         recipe="pcam-small",
+        class_names=["normal", "tumour"],
+        mpp=0.972,
         data="PCam (lymph nodes of breast-cancer patients, 0.972 um/px)",
         citation="Data: Veeling et al. 2018 (MICCAI), from Camelyon16 (Ehteshami Bejnordi et al. 2017, "
         "JAMA). First weights: SqueezeNet 1.1 (Iandola et al. 2016) from ImageNet, file of J. Wohlert (MIT).",
@@ -67,8 +77,13 @@ SHIPPED = {
 def build(name: str, run: biopsy.Run, out: Path) -> Classifier:
     """Write the files of one classifier from a finished run, and check them."""
     known, original = SHIPPED[name], run.classifier
+    if original.positive_index != 1 or original.info.mpp not in (None, known.mpp):
+        raise SystemExit(f"{run.path} is of {original.info.class_names} at {original.info.mpp} um/px")
     original.info = original.info.model_copy(
         update={
+            "class_names": known.class_names,
+            "positive_class": known.class_names[-1],
+            "mpp": known.mpp,
             "description": describe(known.data, run),
             "citation": known.citation,
             "licence": known.licence,

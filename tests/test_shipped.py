@@ -26,6 +26,7 @@ from tiny_runs import train_tiny
 
 MEGABYTE = 1_000_000
 PX = {"idc": 50, "pcam": 96}
+CLASSES = {"idc": ["non_idc", "idc"], "pcam": ["normal", "tumour"]}
 
 
 def write_png(path, image):
@@ -47,6 +48,7 @@ def test_each_is_small_and_complete(name):
     classifier = Classifier.load(FOLDER / name)
     info = classifier.info
     assert info.patch_px == PX[name]
+    assert (info.class_names, info.positive_class) == (CLASSES[name], CLASSES[name][1])
     assert info.mpp is not None and info.out_of_distribution is not None and info.thresholds
     assert info.calibrator["method"] != "none"
     assert info.calibrator["fitted_on"] == "validation"
