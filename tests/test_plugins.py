@@ -37,7 +37,8 @@ import numpy as np
 import biopsy
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.exporting.formats import FORMATS
-from biopsy.models.networks import list_networks
+from biopsy.models.networks import build_network, list_networks
+from biopsy.models.networks.encoders import find_encoder
 from biopsy.reporting.registry import list_sections
 from biopsy.slides.outputs import list_files
 place = Path(sys.argv[1])
@@ -47,6 +48,8 @@ evaluation = json.loads((place / "run" / "evaluation" / "metrics.json").read_tex
 pack = biopsy.prepare(place / "patches", place / "dashed.pack")
 maps = explain_patches(run.classifier, run.open_pack().patches[:2], method="example_gradient_times_input")
 bundle = biopsy.export(run, place / "bundle")
+encoder = find_encoder("example-vit")
+encoder_network = build_network(encoder.tag, n_classes=2, input_px=32)
 print(json.dumps({
     "network": run.classifier.info.network,
     "youden": evaluation["patch"]["example_youden"]["value"],
@@ -56,6 +59,7 @@ print(json.dumps({
     "sections": [compose.__module__ for compose in list_sections()],
     "outputs": list_files(),
     "parity": list(bundle.parity["largest_difference"]),
+    "encoder": [encoder.hub, encoder_network.head.in_features],
 }))
 """
 
@@ -104,6 +108,7 @@ def test_what_a_package_adds_is_used_in_every_process(site, tmp_path):
     assert "biopsy_example.report_section" in found["sections"]
     assert "example-largest.csv" in found["outputs"]
     assert "PyTorch and exported program" in found["parity"]
+    assert found["encoder"] == ["example/vit", 24]
     assert "broken (biopsy_example.broken, biopsy.metrics)" in trained.stderr + used.stderr
 
 

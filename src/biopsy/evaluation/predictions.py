@@ -93,7 +93,7 @@ def evaluate_predictions(
         seed: Seed of the bootstrap (used from 100 groups on) and of the simulated calibration floor.
 
     Returns:
-        The evaluation: `to_frame` for a table, `to_dict` for JSON, `biopsy.report` for a page.
+        The evaluation: `to_frame` for a table, `to_json` for JSON, `biopsy.report` for a page.
 
     Raises:
         MetricError: If lengths or the orders of indices differ, values are missing, probabilities are outside

@@ -448,6 +448,8 @@ function showSheet(on) {
 const openSheet = guarded(async (key) => {
   sheet = { key, patches: [], labels: null };
   $("patches").replaceChildren();
+  $("sort-column").value = $("filter-value").value = "";  // the sheet before may have had other columns
+  $("sort-descending").checked = false;
   showSheet(true);
   chosen = null;
   showPatch();
@@ -463,7 +465,7 @@ async function loadPatches() {
   if (!sheet.labels) {
     sheet.labels = page.labels;
     sheet.values = page.values;
-    fill($("sort-column"), [...(page.columns.includes("error") ? [["", "evaluated patches first"], ["row", "as in the pack"]] : [["", "as in the pack"]]), ...page.columns.map((name) => [name, name])]);
+    fill($("sort-column"), [...(page.columns.includes("error") ? [["", "evaluated patches first"]] : []), ["row", "as in the pack"], ...page.columns.map((name) => [name, name])]);
     fill($("filter-column"), page.columns.map((name) => [name, name]), "label");
     offerValues();
   }
