@@ -29,6 +29,7 @@ from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
+from biopsy.slides.sources import list_sources
 from command_line import call
 from conftest import abandon
 from refusals import refuses
@@ -174,6 +175,18 @@ def test_a_slide_that_changes_while_it_is_mapped_fails_and_the_rest_is_done(
     assert [Path(row["source"]).name for row in cohort.failed] == ["a.tiff"] and len(cohort) == 2
     assert not (tmp_path / "out" / "a").exists()
     assert not slide(model, slides, out=tmp_path / "out").failed
+
+
+def test_a_slide_whose_inode_changes_is_the_same_version(tmp_path):
+    path, copy = tmp_path / "a.tiff", tmp_path / "copy"
+    path.write_bytes(b"II*\0")
+    [source] = list_sources([path], None)
+    before = source.version()
+    shutil.copy2(path, copy)
+    copy.replace(path)
+    assert source.version() == before
+    path.write_bytes(b"II*\0 more")
+    assert source.version() not in (before, None)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ class Mapper:
         self._model = self.classifier.source or model
         self._mpp, self._on_progress = mpp, on_progress
         self._requests: dict[str, dict[str, object]] = {}
-        self._versions: dict[str, tuple[int, int, int] | None] = {}
+        self._versions: dict[str, tuple[int, int] | None] = {}
         self._kind = self.device.partition(":")[0]
         self._metadata = _describe_model(self.classifier, self.precision, self._kind)
 

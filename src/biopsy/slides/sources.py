@@ -77,9 +77,13 @@ class Source:
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
-    def version(self) -> tuple[int, int, int] | None:
-        """Return the state of a slide file (see `file_state`); None of a missing one, a pack or a URL."""
-        return file_state(self.path) if self.pack is None and self.url is None else None
+    def version(self) -> tuple[int, int] | None:
+        """Return size and modification time of a slide file; None of a missing one, a pack or a URL.
+
+        Without its inode: network file systems may number a file anew while it is mapped.
+        """
+        state = file_state(self.path) if self.pack is None and self.url is None else None
+        return None if state is None else state[1:]
 
 
 def list_sources(paths: Sequence[Path], mpp: float | None) -> list[Source]:
