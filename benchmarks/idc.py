@@ -32,9 +32,10 @@ from biopsy.data.splits import Split, find_split
 from biopsy.models.classifier import average_neighbours
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
-from biopsy.recipes import Recipe, load_recipe
+from biopsy.recipes import load_recipe
 from biopsy.training.checkpoints import LAST, _read, _tensors_of
 from biopsy.training.runs import Run
+from training_runs import train_once
 
 RESULTS = Path(__file__).parent / "results" / "idc-loso.csv"
 SLIDES = ("8863", "8865", "8867")
@@ -51,15 +52,6 @@ def find_or_make_split(pack: Pack, slide: str) -> Split:
         return biopsy.split(
             pack, protocol="patients", test_patients=[slide], val_patients=list(FRAGMENTS), name=name, seed=0
         )
-
-
-def train_one(recipe: Recipe, name: str, pack: Pack, slide: str, seed: int, out: Path) -> Run:
-    """Return the finished run of one slide and seed."""
-    path = out / f"{name.replace(' ', '-')}-lo-{slide}-s{seed}"
-    if (path / "run.json").exists():
-        run = Run.open(path)
-        return run if run.info["status"] == "finished" else biopsy.train(resume=path)
-    return biopsy.train(recipe, pack, split=find_or_make_split(pack, slide), seed=seed, out=path)
 
 
 def measure(run: Run, name: str) -> dict[str, object]:
@@ -123,7 +115,9 @@ def main() -> None:
     name = arguments.name or recipe.name
     for seed in map(int, arguments.seeds.split(",")):
         for slide in arguments.slides.split(","):
-            row = measure(train_one(recipe, name, pack, slide, seed, arguments.out), name)
+            path = arguments.out / f"{name.replace(' ', '-')}-lo-{slide}-s{seed}"
+            run = train_once(recipe, pack, find_or_make_split(pack, slide), seed, path)
+            row = measure(run, name)
             known = pd.read_csv(RESULTS, dtype={"slide": str}) if RESULTS.exists() else pd.DataFrame()
             if len(known):
                 same = (

@@ -28,8 +28,9 @@ import pandas as pd
 import biopsy
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, save_split, with_subsets
-from biopsy.recipes import Recipe, load_recipe
+from biopsy.recipes import load_recipe
 from biopsy.training.runs import Run
+from training_runs import train_once
 
 RESULTS = Path(__file__).parent / "results" / "pcam-runs.csv"
 TESTED = "validation"  # PCam's own subset
@@ -58,16 +59,6 @@ def find_or_make_split(pack: Pack, validation: str, seed: int, n_groups: int) ->
     split = with_subsets(official, pack, subsets, name=name, note=note)
     save_split(pack, split)
     return split
-
-
-def train_one(recipe: Recipe, pack: Pack, split: Split, seed: int, path: Path) -> Run:
-    """Return the finished run of one seed."""
-    if not (path / "run.json").exists():
-        return biopsy.train(recipe, pack, split=split, seed=seed, out=path)
-    run = Run.open(path)
-    if run.recipe != recipe:
-        raise SystemExit(f"{path} holds a run of other settings: use another --name or --out")
-    return run if run.info["status"] == "finished" else biopsy.train(resume=path)
 
 
 def measure(run: Run, *, test: bool) -> dict[str, object]:
@@ -129,7 +120,7 @@ def main() -> None:
     for seed in map(int, arguments.seeds.split(",")):
         size_name = f"-f{recipe.train.fraction:.4f}" if recipe.train.fraction < 1 else ""
         folder = f"{name.replace(' ', '-')}{size_name}-{split.name}-s{seed}"
-        run = train_one(recipe, pack, split, seed, arguments.out / folder)
+        run = train_once(recipe, pack, split, seed, arguments.out / folder)
         counts = run.info["split"]
         row = {
             "recipe": name,

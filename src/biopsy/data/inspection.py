@@ -195,7 +195,7 @@ def _draw_groups(pack: Pack, folder: Path) -> list[Path]:
     counts = np.zeros((len(names), len(pack.class_names)), dtype=int)
     np.add.at(counts, (codes, pack.target[has_group]), 1)
     path = folder / f"{plural(pack.unit)}.svg"
-    write_atomic(path, svg(draw_balance(names.tolist(), counts, _titles(pack)), f"{plural(pack.unit)}"))
+    write_atomic(path, svg(draw_balance(names.tolist(), counts, _titles(pack)), plural(pack.unit)))
     return [path]
 
 
