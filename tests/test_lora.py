@@ -31,9 +31,12 @@ def tiny(own_registrations, tmp_path):
     return (f"model.name={encoder.tag}", f"model.weights={path}", "preprocessing.input_px=32", *SETTINGS)
 
 
-def make_adapted(rank=4, *, up=0.0):
+def make_adapted(rank=4, *, up=0.0, name="vit_tiny_patch16_224"):
     """Return a network and a copy with adapters, whose second factor is random of a given size."""
-    network = build_network("timm:vit_tiny_patch16_224", n_classes=3, input_px=32, seed=0).eval()
+    network = build_network(f"timm:{name}", n_classes=3, input_px=32, seed=0).eval()
+    for parameter, weight in network.named_parameters():
+        if "gamma" in parameter:  # DINOv3's layer scales, of 1e-5 at first
+            nn.init.ones_(weight)
     adapted = copy.deepcopy(network)
     freeze(adapted, "head")
     add_lora(adapted, rank, seed=0)
@@ -66,8 +69,9 @@ def test_only_adapters_and_head_are_trained():
     assert split_frozen(adapted) is None  # its outputs change: nothing can be cached
 
 
-def test_merged_layers_give_the_same_outputs_and_the_same_names():
-    network, adapted = make_adapted(up=0.05)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_merged_layers_give_the_same_outputs_and_the_same_names(name):
+    network, adapted = make_adapted(up=0.05, name=name)
     patches = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         before, frozen = adapted(patches), network(patches)

@@ -43,12 +43,10 @@ def add_lora(network: nn.Module, rank: int, seed: int) -> None:
     Raises:
         RecipeError: If the network is no vision transformer of timm, or the rank is not below its width.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
     layers = [
         (vit, name, layer)
         for vit in network.modules()
-        if isinstance(vit, VisionTransformer)
+        if _is_transformer(vit)
         for name, layer in vit.named_modules()
         if isinstance(layer, nn.Linear) and _ADAPTED.fullmatch(name)
     ]
@@ -69,6 +67,19 @@ def add_lora(network: nn.Module, rank: int, seed: int) -> None:
         torch.manual_seed(derive(seed, "adapters"))
         for vit, name, layer in layers:
             vit.set_submodule(name, LoraLinear(layer, rank))
+
+
+def _is_transformer(module: nn.Module) -> bool:
+    """Return whether a module is a vision transformer whose attention calls its linear layers.
+
+    DINOv3's class, Eva, reads their weights instead where queries have a bias, which DINOv3 has not.
+    """
+    from timm.models.eva import Eva, EvaAttention
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(module, Eva):
+        return isinstance(module, VisionTransformer)
+    return all(part.q_bias is None for part in module.modules() if isinstance(part, EvaAttention))
 
 
 def merge_lora(network: nn.Module) -> None:
