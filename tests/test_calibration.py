@@ -138,6 +138,8 @@ def test_the_prevalence_that_training_saw_follows_from_weights_and_sampling():
         (("train.class_weights=balanced",), [0.5, 0.5]),
         (("train.class_weights=none", "train.sampling=undersample"), [0.5, 0.5]),
         (("train.class_weights=largest", "train.sampling=oversample"), [0.25, 0.75]),
+        (("train.class_weights=none", "train.sampling=within-patient"), None),  # where it changes no share
+        (("train.class_weights=largest", "train.sampling=within-patient"), [0.5, 0.5]),
     ):
         found = find_trained_prior(load_recipe("cancernet-2020", changes), counts)
         assert found is None if wanted is None else found.tolist() == pytest.approx(wanted)

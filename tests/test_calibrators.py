@@ -231,6 +231,15 @@ def test_a_class_that_validation_lacks_moves_nothing():
     assert fitted.method == "temperature" and fitted.prior == PRIOR_OF_TRAINING
 
 
+def test_a_class_that_training_lacked_moves_nothing():
+    rng = np.random.default_rng(0)
+    scores, target = rng.normal(0, 2, (200, 3)), rng.integers(0, 3, 200)
+    fitted = fit_calibrator(
+        scores + 2 * np.eye(3)[target], target, "temperature", trained_prior=[0.4, 0.6, 0]
+    )
+    assert fitted.method == "temperature" and fitted.prior == PRIOR_OF_TRAINING
+
+
 def test_platt_intercept_and_isotonic_move_the_prior_themselves():
     scores, target, truth, seen = favoured(weight=9)
     for method in ("platt", "intercept", "isotonic"):

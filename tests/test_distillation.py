@@ -9,14 +9,15 @@ import torch
 from torch.nn import functional
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.data.packs import Pack
 from biopsy.data.splits import split
 from biopsy.models.engine import Engine, make_loss
 from biopsy.recipes import load_recipe
-from biopsy.training.distillation import identify_teachers, predict_teachers
+from biopsy.training.distillation import check_teachers, identify_teachers, predict_teachers
 from biopsy.training.distributed import ALONE
 from biopsy.training.probe import check_probe
 from biopsy.training.train import train
-from conftest import write_pack
+from conftest import draw_patches, write_pack
 from refusals import refuses
 from tiny_runs import LIVELY, assert_same_run, interrupt_at, train_tiny
 
@@ -117,6 +118,30 @@ def test_teachers_of_tested_patients_are_refused(pack, teacher, tmp_path, caplog
     trained = pack.group_ids[teacher.subsets(pack) == "train"]
     validated = pack.group_ids[learn_swapped.subsets(pack) == "validation"]
     assert bool(warned) == bool(np.isin(validated, trained).any())
+
+
+def test_a_patient_who_trains_and_tests_is_known_by_patch(pack, teacher):
+    subsets = teacher.subsets(pack)
+    divided = subsets.copy()
+    divided[np.flatnonzero(subsets == "train")[0]] = "test"  # as published splits by patch have it
+    with refuses(RunError, teacher.path, "tested"):
+        check_teachers(str(teacher.path), pack, divided)
+    divided = subsets.copy()
+    divided[np.flatnonzero(subsets == "test")[0]] = "train"
+    assert check_teachers(str(teacher.path), pack, divided) is None
+
+
+def test_equal_pixels_of_two_patients_are_no_reason_to_refuse(tmp_path):
+    images, table = draw_patches(8, 8)
+    patients = sorted(set(table["patient_id"]))
+    blank = table["patient_id"].map(patients.index).to_numpy() * 8 == np.arange(64)  # one of each patient
+    images[blank] = 255
+    names = {"class_names": ["non_idc", "idc"], "columns": {"patch_id": table["patch_id"]}}
+    pack = Pack.from_arrays(images, table["target"], table["patient_id"], out=tmp_path / "p", **names)
+    assert pack.table["sha256"].duplicated().sum() == 7
+    split(pack, protocol="folds", folds=4, name="folds")
+    run = learn(pack, tmp_path / "run", "train.epochs=1")
+    assert check_teachers(str(run.path), pack, run.subsets(pack)) is None
 
 
 def list_tested(pack, run):

@@ -323,6 +323,27 @@ def test_weights_that_have_seen_a_test_patient_are_refused(pack, whole, tmp_path
     train("idc-small", other, split="other", out=tmp_path / "run", **options)
 
 
+def test_pre_training_does_not_start_from_weights_that_have_seen_a_test_patient(pack, whole, tmp_path):
+    split(pack, protocol="patients", test_patients=["8871"], val_patients=VALIDATION, name="third")
+    with refuses(SplitError, whole.weights, "8871"):
+        run(pack, tmp_path / "out", f"model.weights={whole.weights}", split="third")
+    run(pack, tmp_path / "same", f"model.weights={whole.weights}", epochs=1)
+
+
+def test_without_ids_weights_are_of_one_split_and_fold(tmp_path):
+    images, table = draw_patches(8, 9)
+    names = {"class_names": ["non_idc", "idc"], "out": tmp_path / "p"}
+    pack = Pack.from_arrays(images, table["target"], **names)
+    assert pack.unit == "patch"
+    split(pack, protocol="folds", folds=4, name="folds")
+    weights = run(pack, tmp_path / "out", split="folds", fold=1, epochs=1).weights
+    settings = (*TINY, f"model.weights={weights}", "train.epochs=1")
+    options = {"split": "folds", "overrides": settings, "device": "cpu"}
+    with refuses(SplitError, weights, "'folds'", "fold 1"):
+        train("idc-small", pack, fold=2, out=tmp_path / "two", **options)
+    train("idc-small", pack, fold=1, out=tmp_path / "one", **options)
+
+
 def test_a_network_of_a_library_is_pre_trained_too(pack, tmp_path):
     settings = ("model.name=timm:resnet10t", "model.params={}", "train.batch_size=16")
     out = run(pack, tmp_path / "out", *settings, "preprocessing.input_px=32", epochs=1)

@@ -92,10 +92,7 @@ def test_patches_are_sampled_within_patients(make_pack, tmp_path):
     assert run.log()[-1]["step"] == 2 * -(-run.info["split"]["used"]["patches"] // 8)
     without = make_pack(name="without.pack", columns={"patient_id": None, "slide_id": None})
     split = train_tiny(without, tmp_path / "without", setting).info["split"]
-    counts = split["used"]["per_class"]
-    assert split["class_shares"] == pytest.approx(
-        {name: n / sum(counts.values()) for name, n in counts.items()}
-    )
+    assert "class_shares" not in split  # every patch is drawn once
 
 
 def write_weights(pack, path, weights, rows=None):

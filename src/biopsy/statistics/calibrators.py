@@ -277,8 +277,9 @@ def _fit_temperature(
     scores: Floats, target: NDArray[Any], share: Floats, trained_prior: ArrayLike | None
 ) -> Scaling:
     shifts = {PRIOR_OF_TRAINING: np.zeros(len(share))}
-    if trained_prior is not None and share.all():
-        shift = np.log(share) - np.log(np.asarray(trained_prior, np.float64))
+    prior_seen = None if trained_prior is None else np.asarray(trained_prior, np.float64)
+    if prior_seen is not None and share.all() and prior_seen.all():
+        shift = np.log(share) - np.log(prior_seen)
         shifts = {PRIOR_CORRECTED: shift - shift[0], PRIOR_UNCHANGED: np.zeros(len(share))}
     fits = []
     for prior, shift in shifts.items():

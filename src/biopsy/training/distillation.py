@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
@@ -63,7 +64,7 @@ def check_teachers(teachers: str, pack: Pack, subsets: np.ndarray) -> str | None
         classifier.check_pack(pack)
         if (run := _run_of(name)) is not None:
             try:
-                seen, trained = _find_seen(run, pack)
+                seen, trained = _find_seen(run, pack, subsets)
             except RunError:
                 run = None
             else:
@@ -88,35 +89,44 @@ def _run_of(name: str) -> Run | None:
     return Run.open(folders[0]) if folders and not is_shipped(name) else None
 
 
-def _find_seen(run: Run, pack: Pack) -> tuple[np.ndarray, np.ndarray]:
-    """Return which patches of a pack are of patients on whom a run was trained or validated, and trained."""
-    theirs = run.open_pack(verify=False)
-    subsets = run.subsets(theirs)
+def _find_seen(run: Run, pack: Pack, subsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which patches of a pack a run knows from training or validation, and which from training.
+
+    It knows a patch that is among its own, and those of its patients. Of patients whom ``subsets`` both train
+    and hold out, as published splits do, it knows only its own patches.
+    """
+    is_same = run.info["pack"]["content_sha256"] == pack.info.content_sha256
+    theirs = pack if is_same else run.open_pack(verify=False)
+    their_subsets = run.subsets(theirs)
+    is_divided = np.isin(pack.group_ids, pack.group_ids[subsets == "train"])
     masks = []
-    for used in (np.isin(subsets, ("train", "validation")), subsets == "train"):
-        same = np.isin(pack.table["sha256"].to_numpy(str), theirs.table["sha256"].to_numpy(str)[used])
+    for used in (np.isin(their_subsets, ("train", "validation")), their_subsets == "train"):
+        if is_same:  # patches with equal pixels are different patches
+            known = used
+        else:
+            known = np.isin(pack.table["sha256"].to_numpy(str), theirs.table["sha256"].to_numpy(str)[used])
         if (theirs.info.dataset, theirs.unit) == (pack.info.dataset, pack.unit):
-            same |= np.isin(pack.group_ids, theirs.group_ids[used])
-        masks.append(same)
+            known = known | (np.isin(pack.group_ids, theirs.group_ids[used]) & ~is_divided)
+        masks.append(known)
     return masks[0], masks[1]
 
 
 def _refuse_overlap(
     name: str, pack: Pack, subsets: np.ndarray, seen: np.ndarray, trained: np.ndarray
 ) -> None:
-    # where a published split tests patients that it trains on, only patches count
-    own = np.isin(pack.group_ids, pack.group_ids[subsets == "train"]) & (subsets != "train")
-    tested = seen & (subsets == "test") & ~own
+    tested = seen & (subsets == "test")
     if tested.any():
+        groups = np.unique(pack.group_ids[tested])
         raise RunError(
-            f"teacher {name} was trained or validated on {len(np.unique(pack.group_ids[tested]))} tested "
-            f"{pack.unit}s, first {pack.group_ids[tested][0]}: train it with the split of this run"
+            f"teacher {name} was trained or validated on {count(len(groups), f'tested {pack.unit}')}, first "
+            f"{groups[0]}: train it with the split of this run"
         )
-    validated = trained & (subsets == "validation") & ~own
+    validated = trained & (subsets == "validation")
     if validated.any():
+        n_groups = len(np.unique(pack.group_ids[validated]))
         logger.warning(
-            "teacher %s was trained on %d validation %ss: what is chosen on them is optimistic",
-            *(name, len(np.unique(pack.group_ids[validated])), pack.unit),
+            "teacher %s was trained on %s: what is chosen on them is optimistic",
+            *(name, count(n_groups, f"validation {pack.unit}")),
         )
 
 

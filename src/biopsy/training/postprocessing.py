@@ -164,10 +164,11 @@ def find_trained_prior(
             the patches nor equal.
     """
     train = recipe.train
-    if sampled is None and train.class_weights == train.sampling == "none":
+    is_as_counted = train.sampling in ("none", "within-patient")  # the latter where it changes no share
+    if sampled is None and train.class_weights == "none" and is_as_counted:
         return None
     if sampled is None:
-        sampled = list(counts) if train.sampling == "none" else [1.0] * len(counts)
+        sampled = list(counts) if is_as_counted else [1.0] * len(counts)
     seen = np.asarray(sampled, np.float64) / (1 if train.class_weights == "none" else np.asarray(counts))
     return seen / seen.sum()
 

@@ -46,7 +46,13 @@ from biopsy.training.finalize import fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, optimiser_of
 from biopsy.training.optimisers import learning_rate, set_learning_rate
 from biopsy.training.patch_operations import affine_matrix, send, warp
-from biopsy.training.pretraining_record import DOCUMENT, FORMAT, PretrainingInfo, read_pretraining
+from biopsy.training.pretraining_record import (
+    DOCUMENT,
+    FORMAT,
+    PretrainingInfo,
+    read_pretraining,
+    require_unseen,
+)
 from biopsy.training.runs import EpochRecord, describe_environment
 from biopsy.training.train import choose_split, open_data
 
@@ -129,7 +135,8 @@ def pretrain(
 
     Raises:
         RecipeError: If the recipe freezes a part of the network, or an option is out of range.
-        SplitError: If the split does not exist, or fewer than two patches can be used.
+        SplitError: If the split does not exist, fewer than two patches can be used, or the recipe's weights
+            were pre-trained on patches of test or validation patients.
         RunError: If the output folder is of another pre-training.
         TrainingDiverged: If the loss is not finite.
     """
@@ -141,6 +148,7 @@ def pretrain(
     _check(requested, epochs, neighbours, crop)
     pack.verify()
     chosen = choose_split(pack, split, requested)
+    require_unseen(requested, pack, chosen, fold)
     rows = select_patches(pack, chosen.subsets(pack, fold))
     network, start = make_network(requested, len(pack.class_names), seed)
     positives = Positives.find(pack.table.iloc[rows], neighbours)

@@ -10,7 +10,9 @@ from typing_extensions import TypedDict
 from biopsy.core.errors import SplitError
 from biopsy.core.files import read_json
 from biopsy.core.loaders import validate
+from biopsy.core.text import count
 from biopsy.data.packs import Pack, Unit
+from biopsy.data.splits import Split
 from biopsy.models.classifier import StartWeights
 from biopsy.recipes import Recipe
 from biopsy.training.runs import EpochRecord
@@ -71,23 +73,36 @@ def read_pretraining(path: Path) -> PretrainingInfo:
     return validate(path, PretrainingInfo, read_json(path, format=FORMAT, remedy="remove the folder"))
 
 
-def require_unseen(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> None:
+def require_unseen(recipe: Recipe, pack: Pack, split: Split, fold: int | None) -> None:
     """Refuse initial weights that were pre-trained on patches of test or validation patients.
 
-    Recognised by the record beside the weights, if it is of the same pack.
+    Recognised by the record beside the weights, if it is of the same pack. Without patients and slides it has
+    no ids, and split and fold must be the same.
 
     Raises:
-        SplitError: With the first such patient.
+        SplitError: With the first such patient, or the other split.
     """
     weights = Path(recipe.model.weights).expanduser()
     if not (recipe.model.pretrained and weights.is_file() and weights.with_name(DOCUMENT).is_file()):
         return
     info = read_pretraining(weights.with_name(DOCUMENT))
-    held_out = pack.group_ids[np.isin(subsets, ("validation", "test"))]
-    seen = np.intersect1d(held_out, info["patients"] or [])
-    if len(seen) and info["pack"]["content_sha256"] == pack.info.content_sha256:
+    if info["pack"]["content_sha256"] != pack.info.content_sha256:
+        return
+    if info["patients"] is None:
+        theirs = info["split"]
+        if (theirs["name"], theirs["fold"]) != (split.name, fold):
+            which = "" if theirs["fold"] is None else f", fold {theirs['fold']}"
+            raise SplitError(
+                f"the weights {weights} were pre-trained on split {theirs['name']!r}{which}, whose training "
+                "patches may be in the validation or test subset: pre-train on this split and fold",
+                "overlap",
+            )
+        return
+    held_out = pack.group_ids[np.isin(split.subsets(pack, fold), ("validation", "test"))]
+    seen = np.intersect1d(held_out, info["patients"])
+    if len(seen):
         raise SplitError(
-            f"the weights {weights} were pre-trained on patches of {pack.unit} {seen[0]}, who is in the "
-            f"validation or test subset ({len(seen)} in all): pre-train on this split and fold",
+            f"the weights {weights} were pre-trained on {count(len(seen), pack.unit)} of the validation or "
+            f"test subset, first {seen[0]}: pre-train on this split and fold",
             "overlap",
         )

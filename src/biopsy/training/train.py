@@ -222,6 +222,7 @@ def _begin(
     subsets = split.subsets(pack, fold)
     network, weights = make_network(recipe, len(pack.class_names), seed)
     _check(recipe, pack, split, subsets, network)
+    require_unseen(recipe, pack, split, fold)
     used = take_fraction(np.flatnonzero(subsets == "train"), pack.target, recipe.train.fraction, seed)
     inputs = _find_inputs(recipe, pack, subsets)
     shares = _share_classes(recipe, pack, used, _read_weights(inputs, pack, used))
@@ -318,7 +319,6 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
                 "make a split with `biopsy split`",
                 "too-few",
             )
-    require_unseen(recipe, pack, subsets)
     target = pack.target[subsets == "train"]
     if len(np.unique(target)) < 2:
         raise SplitError(
@@ -391,15 +391,17 @@ def _predict_teachers(
 def _share_classes(
     recipe: Recipe, pack: Pack, train: np.ndarray, patch_weights: np.ndarray | None
 ) -> dict[str, float] | None:
-    """Return the share of each class in training; None without sampling by patient or patch weights."""
+    """Return the share of each class in training, where sampling by patient or patch weights change it."""
     sampling, target = recipe.train.sampling, pack.target[train]
     if sampling != "within-patient" and patch_weights is None:
         return None
     if sampling == "within-patient":
         factor = recipe.train.single_class_weight
         weight = within_patient_shares(train, pack.target, pack.group_ids, factor)
-        if np.allclose(weight, weight[0]):
+        if np.allclose(weight, weight[0], atol=0):
             logger.info("sampling within patients draws all patches equally often")
+            if patch_weights is None:
+                return None
     else:
         weight = np.ones(len(train)) if sampling == "none" else 1 / np.bincount(target)[target]
     if patch_weights is not None:
