@@ -337,7 +337,7 @@ def test_without_ids_weights_are_of_one_split_and_fold(tmp_path):
     assert pack.unit == "patch"
     split(pack, protocol="folds", folds=4, name="folds")
     weights = run(pack, tmp_path / "out", split="folds", fold=1, epochs=1).weights
-    settings = (*TINY, f"model.weights={weights}", "train.epochs=1")
+    settings = (*TINY, f"model.weights={weights}", "model.context=0", "train.epochs=1")
     options = {"split": "folds", "overrides": settings, "device": "cpu"}
     with refuses(SplitError, weights, "'folds'", "fold 1"):
         train("idc-small", pack, fold=2, out=tmp_path / "two", **options)

@@ -84,13 +84,15 @@ SIGMOID = ("train.loss=binary-cross-entropy", "train.monitor=val_loss", "decisio
 
 
 def test_patches_are_sampled_within_patients(make_pack, tmp_path):
-    pack = make_pack(n_patients=8, patches_per_patient=8)
+    columns = {"target": np.arange(64) % 8 // 6}  # a quarter of each patient's
+    pack = make_pack(n_patients=8, patches_per_patient=8, columns=columns)
     setting = "train.sampling=within-patient"
     run = train_tiny(pack, tmp_path / "run", setting)
     assert run.info["split"]["class_shares"] == pytest.approx({"non_idc": 0.5, "idc": 0.5})
     assert run.info["split"]["used"] == run.info["split"]["subsets"]["train"]
     assert run.log()[-1]["step"] == 2 * -(-run.info["split"]["used"]["patches"] // 8)
-    without = make_pack(name="without.pack", columns={"patient_id": None, "slide_id": None})
+    columns |= {"patient_id": None, "slide_id": None}
+    without = make_pack(name="without.pack", n_patients=8, patches_per_patient=8, columns=columns)
     split = train_tiny(without, tmp_path / "without", setting).info["split"]
     assert "class_shares" not in split  # every patch is drawn once
 
