@@ -380,7 +380,7 @@ def test_features_are_computed_once_and_again_when_changed(tiny, make_pack, tmp_
 
 @pytest.mark.slow
 def test_a_table_of_encoders(tiny, make_pack, tmp_path):
-    pack = make_pack(n_patients=36, patches_per_patient=6, noise=60)
+    pack = make_pack(n_patients=36, patches_per_patient=6, noise=100)
     other = register_tiny("second", pooling="cls+mean", n_features=48)
     path = save_weights(other, tmp_path / "second.safetensors", seed=7)
     names = ["tiny", f"second={path}"]
