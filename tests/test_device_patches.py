@@ -16,6 +16,7 @@ from biopsy.training.batches import Batches, DevicePatches
 from biopsy.training.device_patches import SHARE, place_patches
 from biopsy.training.distributed import Processes
 from biopsy.training.optimisers import make_optimiser
+from biopsy.training.stain_augmentation import RandStainNA
 from biopsy.training.train import train
 from conftest import write_pack
 from tiny_runs import assert_same_run, interrupt_at, train_tiny
@@ -112,10 +113,15 @@ class Sent(TorchDispatchMode):
 @pytest.mark.parametrize("outputs", ["softmax", "sigmoid"])
 def test_a_step_reads_no_value_from_the_device_and_sends_it_no_pixels(outputs):
     """A tensor of the meta device has no values: whatever needs one raises an error."""
-    augmentation = Augmentation(rotation_deg=20, flip_vertical=True, hed_jitter=0.1, blur_px=1, cutout=0.2)
+    augmentation = Augmentation(
+        rotation_deg=20, flip_vertical=True, hed_jitter=0.1, rand_augment_n=9, blur_px=1, cutout=0.2
+    )
     turns = Augmentation(rot90=True, flip_horizontal=True)
     values = torch.empty((20, 48, 48, 3), dtype=torch.uint8, device="meta")
-    batches = make_batches(device="meta", placed=DevicePatches(values, np.arange(20)), batch_size=16)
+    batches = replace(
+        make_batches(device="meta", placed=DevicePatches(values, np.arange(20)), batch_size=16),
+        rand_stain_na=RandStainNA(torch.ones(2, 3), torch.ones(2, 3), probability=0.9),
+    )
     network = build_network("cancernet", n_classes=2, input_px=48, seed=0).to("meta").train()
     optimiser = make_optimiser("rmsprop", network.parameters(), 1e-2)
     engine, loss_fn = Engine("cpu"), make_loss(outputs, [1.0, 2.0], device="meta")

@@ -9,6 +9,8 @@ from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.batches import Batches
 from biopsy.training.colour_spaces import lab_to_rgb, rgb_to_lab
 from biopsy.training.stain_augmentation import fit_rand_stain_na
+from biopsy.training.train import train
+from tiny_runs import assert_same_run, interrupt_at, train_tiny
 
 MEAN = np.array([[60, 10, -10], [70, 20, -5], [65, 15, 0]])  # L*, a* and b* of each patient
 N_PATCHES = 12
@@ -112,3 +114,13 @@ def test_a_recipe_switches_it_on_and_the_seed_and_epoch_decide_it(pack):
 
     assert torch.equal(load(1), load(1))
     assert not torch.equal(load(1), load(2)) and not torch.equal(load(1), load(1, seed=1))
+
+
+def test_a_run_with_random_colours_and_squares_resumes(make_pack, tmp_path):
+    pack = make_pack(n_patients=6, patches_per_patient=8)
+    options = ("rand_stain_na=0.5", "rand_augment_n=2", "blur_px=1", "cutout=0.3")
+    settings = tuple(f"augmentation.{option}" for option in options)
+    whole = train_tiny(pack, tmp_path / "whole", *settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(pack, tmp_path / "cut", *settings, on_epoch=interrupt_at(1))
+    assert_same_run(whole, train(resume=tmp_path / "cut", device="cpu"))
