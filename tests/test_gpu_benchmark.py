@@ -2,9 +2,12 @@
 
 import csv
 
+import pytest
+
 import gpu
 
 
+@pytest.mark.slow
 def test_every_task_has_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.csv")
     gpu.main(["--device", "cpu", "--small"])
