@@ -606,7 +606,7 @@ def work(
 
 def fuzz(name: str, numbers: Sequence[int], seed: int, until: float | None) -> Iterator[tuple[int, str, str]]:
     """Yield number, outcome and text of each mutation; a process that hangs or dies is replaced."""
-    parser, left = PARSERS[name], list(numbers)
+    parser, left = PARSERS[name], numbers
     with tempfile.TemporaryDirectory() as work_folder:
         folder = Path(work_folder).resolve() / "files"
         folder.mkdir()
