@@ -28,7 +28,7 @@ from biopsy.training.cached_features import cache_backbone_features, predict_res
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.device_patches import place_patches
 from biopsy.training.distributed import ALONE, Processes
-from biopsy.training.optimisers import learning_rate, make_optimiser, set_learning_rate
+from biopsy.training.optimisers import make_optimiser, rate_of, set_learning_rate
 from biopsy.training.runs import EpochRecord
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
 from biopsy.training.weight_averaging import WeightAverage
@@ -153,13 +153,11 @@ def _run_epoch(
     learner.train()
     for batch, target, rows, n in _next_batches(task, batches, progress.step, steps):
         task.pack.require_unchanged()
-        lr = learning_rate(
+        lr = rate_of(
+            settings,
             progress.step + len(losses),
-            lr=settings.lr,
-            schedule=settings.schedule,
-            decay=settings.decay,
-            warmup_steps=settings.warmup_epochs * steps,
-            total_steps=settings.epochs * steps,
+            steps=steps,
+            n_epochs=settings.epochs,
             history=[past["val_loss"] for past in progress.history],
         )
         set_learning_rate(optimiser, lr)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from biopsy.core.errors import RecipeError, suggest
+from biopsy.recipes.schema import Train
 
 KERAS_EPSILON = 1e-7
 SCHEDULES = ("constant", "inverse-time", "cosine", "one-cycle", "plateau")
@@ -177,6 +178,22 @@ def make_optimiser(
             {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
         ]
     return make(groups, lr=lr)
+
+
+def rate_of(settings: Train, step: int, *, steps: int, n_epochs: int, history: Sequence[float]) -> float:
+    """Return the learning rate of an update of a recipe; ``steps`` are the updates of an epoch.
+
+    The other arguments are those of `learning_rate`.
+    """
+    return learning_rate(
+        step,
+        lr=settings.lr,
+        schedule=settings.schedule,
+        decay=settings.decay,
+        warmup_steps=settings.warmup_epochs * steps,
+        total_steps=n_epochs * steps,
+        history=history,
+    )
 
 
 def learning_rate(

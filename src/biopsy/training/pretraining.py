@@ -44,7 +44,7 @@ from biopsy.training.batches import Batches
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.finalize import fit_preprocessing
 from biopsy.training.fit import OnEpoch, Task, optimiser_of
-from biopsy.training.optimisers import learning_rate, set_learning_rate
+from biopsy.training.optimisers import rate_of, set_learning_rate
 from biopsy.training.patch_operations import affine_matrix, send, warp
 from biopsy.training.pretraining_record import (
     DOCUMENT,
@@ -444,13 +444,11 @@ def _run_epoch(
     model.train()
     pairs = (view.iterate(rows[part], epoch=epoch) for view, part in zip(views, (order, second), strict=True))
     for (one, target), (other, _) in zip(*pairs, strict=True):
-        lr = learning_rate(
+        lr = rate_of(
+            settings,
             progress.step + len(losses),
-            lr=settings.lr,
-            schedule=settings.schedule,
-            decay=settings.decay,
-            warmup_steps=settings.warmup_epochs * steps,
-            total_steps=n_epochs * steps,
+            steps=steps,
+            n_epochs=n_epochs,
             history=[past["loss"] for past in progress.history],
         )
         set_learning_rate(optimiser, lr)
