@@ -84,7 +84,7 @@ export class DeepZoom {
     this.canvas.width = Math.round(this.width * ratio);
     this.canvas.height = Math.round(this.height * ratio);
     if (this.isHome && this.width) this.home();
-    else this.changed();
+    this.draw();  // now: a canvas whose size was set is blank
   }
 
   // --- pointers
