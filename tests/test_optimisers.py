@@ -60,6 +60,15 @@ def test_adam_of_keras_by_hand():
     assert np.allclose(run("adam"), weight, rtol=1e-9, atol=0)
 
 
+def test_adamw_without_weight_decay_by_hand():
+    weight, m, v = START.copy(), np.zeros(4), np.zeros(4)
+    for step, gradient in enumerate(GRADIENTS, start=1):
+        m += (gradient - m) * 0.1
+        v += (gradient**2 - v) * 0.001
+        weight -= LR * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    assert np.allclose(run("adamw"), weight, rtol=1e-9, atol=0)
+
+
 def test_rmsprop_of_keras_by_hand():
     weight, v = START.copy(), np.zeros(4)
     for gradient in GRADIENTS:

@@ -116,7 +116,7 @@ _OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
     "adagrad": partial(Adagrad, initial_accumulator_value=0.1 + KERAS_EPSILON, eps=0, fused=True),
     "adagrad-keras2": partial(Adagrad, eps=KERAS_EPSILON, fused=True),
     "adam": partial(KerasAdam, eps=KERAS_EPSILON, fused=True),
-    "adamw": partial(AdamW, fused=True),
+    "adamw": partial(AdamW, weight_decay=0.0, fused=True),  # torch's default is .01
     "sgd": partial(SGD, fused=True),
     "rmsprop": KerasRMSprop,
     "rmsprop-keras2": partial(RMSprop, alpha=0.9, eps=KERAS_EPSILON),  # torch's own: sqrt(v) + e
