@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -80,6 +81,7 @@ def train_fastai(tree: Path, pack: Path) -> Pass:
 
     from biopsy.models.networks import build_network
 
+    multiprocessing.set_start_method("fork", force=True)  # its DataLoader cannot be pickled
     change = fastai.aug_transforms(
         flip_vert=True, max_rotate=20, min_zoom=0.95, max_zoom=1.05, max_warp=0, max_lighting=0
     )
@@ -361,15 +363,18 @@ def take_turns(task: str, tree: Path, pack: Path, turns: int) -> dict[str, list[
         context.Process(target=work, args=(theirs, start, tree, pack)).start()
         theirs.close()  # so that a stack that fails ends the run
     rates: dict[str, list[float]] = {name: [] for name in pipes}
-    for turn in range(turns + 1):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            rate = pipe.recv()
-            if turn:
-                rates[name].append(rate)
-                print(f"{task} {turn}/{turns} {name:>12} {rate:10.0f} per s", flush=True)
-    for pipe in pipes.values():
-        pipe.send(False)
+    try:
+        for turn in range(turns + 1):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                rate = pipe.recv()
+                if turn:
+                    rates[name].append(rate)
+                    print(f"{task} {turn}/{turns} {name:>12} {rate:10.0f} per s", flush=True)
+    finally:  # or the others would wait for their turn for ever
+        for pipe in pipes.values():
+            with suppress(BrokenPipeError):
+                pipe.send(False)
     return rates
 
 
