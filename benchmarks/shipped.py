@@ -158,7 +158,7 @@ def summarise_left_out(known: Shipped) -> str:
     single, context = (of_slide[name].mean() for name in ("auroc_symmetries", "auroc_context"))
     seeds = count(int(of_slide["seed"].nunique().min()), "seed")
     return (
-        f"Trained without one of {len(single)} slides each, its recipe has an AUROC on it of "
+        f"With each of {len(single)} slides left out of training, its recipe has an AUROC on that slide of "
         f"{list_values(single)}, with neighbouring patches {list_values(context)} (mean of {seeds})."
     )
 
