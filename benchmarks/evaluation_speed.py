@@ -44,7 +44,8 @@ SETTINGS = (
 
 def make_run(folder: Path, n_patches: int, n_patients: int) -> None:
     """Write a pack with a test subset of the asked size, and a run on it."""
-    from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+    from biopsy.data.pack_files import PIXELS, finish_pack, patch_sha256
+    from biopsy.data.packs import Pack
     from biopsy.training.train import train
 
     rng = np.random.default_rng(0)

@@ -21,7 +21,8 @@ import pytest
 
 from biopsy.core import files
 from biopsy.core.plugins import Registry
-from biopsy.data.packs import PIXELS, Pack, finish_pack, patch_sha256
+from biopsy.data.pack_files import PIXELS, finish_pack, patch_sha256
+from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
 
 if TYPE_CHECKING:

@@ -140,7 +140,7 @@ def make_facts(patient_ids=("10286", "11053", "12810", "13016", "14038", "15478"
         get_patch=lambda patch_id: np.full((50, 50, 3), len(patch_id), np.uint8),
         patch_px=50,
         mpp=4.0,
-        audit={"format": "biopsy-audit/1", "odd_sizes": {"count": 8, "items": [f"{fifth}_x1_y1"]}},
+        audit={"format": "biopsy-audit/1", "padded": {"count": 8, "items": [f"{fifth}_x1_y1"]}},
     )
     return replace(facts, **changes)
 

@@ -20,7 +20,8 @@ from biopsy.data.audit import (
     find_near_duplicates,
     hash_patches,
 )
-from biopsy.data.packs import PIXELS, TABLE, Pack, content_sha256, patch_sha256
+from biopsy.data.pack_files import PIXELS, TABLE, content_sha256, patch_sha256
+from biopsy.data.packs import Pack
 from biopsy.data.splits import split as make_split
 
 MakePack = Callable[..., Pack]
@@ -47,7 +48,7 @@ def test_a_clean_pack_has_nothing_to_say(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=5)
     audit = audit_pack(pack, make_split(pack, protocol="patients", save=False))
     assert find_blocking_issues(audit) == []
-    for kind in ("unreadable", "odd_sizes", "blank", "exact_duplicates", "near_duplicates"):
+    for kind in ("unreadable", "padded", "blank", "exact_duplicates", "near_duplicates"):
         assert audit[kind]["count"] == 0, kind
     assert audit["coordinates"]["known"] == 60
     assert audit["groups"]["count"] == 5
@@ -172,14 +173,14 @@ def test_patches_that_name_nobody(make_pack: MakePack) -> None:
     assert audit["coordinates"]["known"] == 0
 
 
-def test_one_class_patients_odd_sizes_and_long_lists(make_pack: MakePack) -> None:
+def test_one_class_patients_padded_patches_and_long_lists(make_pack: MakePack) -> None:
     target = np.zeros(240, int)
     target[5] = 1
     pack = make_pack(n_patients=20, columns={"target": target, "width": 9})
     audit = audit_pack(pack)
-    assert audit["odd_sizes"]["count"] == 240
-    assert audit["odd_sizes"]["by_size"] == [{"width": 9, "height": 16, "count": 240}]
-    assert len(audit["odd_sizes"]["items"]) == LIST_LIMIT
+    assert audit["padded"]["count"] == 240
+    assert audit["padded"]["by_size"] == [{"width": 9, "height": 16, "count": 240}]
+    assert len(audit["padded"]["items"]) == LIST_LIMIT
     assert audit["groups"]["one_class"]["count"] == 19
 
 

@@ -104,7 +104,7 @@ def test_idc_says_who_where_and_what(tmp_path):
     assert (pack.class_names, pack.info.positive_class, pack.info.mpp) == (["non_idc", "idc"], "idc", 4.0)
     odd = pack.table.query("width != 16")
     assert odd["patch_id"].tolist() == ["8863_idx5_x51_y51_class1"]
-    assert pack.info.counts["odd_sizes"] == 1
+    assert pack.info.counts["padded"] == 1
     patch = pack.patches[odd.index[0]]
     assert (patch[:, 10:] == patch[:, 9:10]).all()
 
@@ -498,7 +498,7 @@ def test_real_idc_subset(data_dir, tmp_path):
         "duplicates": 0,
         "other_files": 0,
         "skipped": 0,
-        "odd_sizes": 8,
+        "padded": 8,
     }
     sizes = sorted({f"{row.width}x{row.height}" for row in pack.table.itertuples()} - {"50x50"})
     assert sizes == ["12x50", "31x50", "32x50", "41x50", "50x35", "50x49"]

@@ -167,7 +167,7 @@ def test_a_pass_left_early_leaves_no_thread_waiting():
     iterator.close()
 
 
-def test_odd_sizes_are_stretched_from_their_true_size():
+def test_padded_patches_are_stretched_from_their_true_size():
     widths = np.full(20, 50)
     widths[7] = 12
     batches = make_batches(widths=widths, heights=np.full(20, 50))

@@ -95,7 +95,7 @@ def names_in(tree: Path, folder: str) -> list[str]:
     return [path.name for path in (tree / folder).rglob("*.png")]
 
 
-def test_odd_sizes_and_left_out_patches(tmp_path, tree, caplog):
+def test_padded_and_left_out_patches(tmp_path, tree, caplog):
     images, table = draw_patches(n_patients=4)
     with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
         for image, row in zip(images, table.itertuples(), strict=True):
@@ -239,4 +239,4 @@ def test_the_real_subset(data_dir, tree, tmp_path):
         assert all(files[Path(name).name].read_bytes() == archive.read(name) for name in archive.namelist())
     again = biopsy.prepare(tree, tmp_path / "again.pack")
     assert again.info.content_sha256 == pack.info.content_sha256
-    assert again.info.counts["odd_sizes"] == 8
+    assert again.info.counts["padded"] == 8

@@ -87,7 +87,7 @@ def test_a_memory_map_is_as_an_array(network, patches, tmp_path):
     np.testing.assert_array_equal(ask(network, mapped), ask(network, patches))
 
 
-def test_odd_sizes_are_stretched_from_their_true_size(network, patches):
+def test_padded_patches_are_stretched_from_their_true_size(network, patches):
     sizes = np.full((18, 2), 16)
     sizes[4], sizes[11] = (9, 16), (16, 5)
     padded = patches.copy()

@@ -12,7 +12,8 @@ from biopsy.data import inspection
 from biopsy.data.audit import audit_pack
 from biopsy.data.figures import draw_subsets
 from biopsy.data.inspection import inspect
-from biopsy.data.packs import PIXELS, Pack
+from biopsy.data.pack_files import PIXELS
+from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, save_split
 from biopsy.data.splits import split as make_split
 from biopsy.experiments.reports import find_audit

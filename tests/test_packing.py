@@ -16,7 +16,8 @@ from PIL import Image
 
 from biopsy.core.errors import ArchiveError, DataError, PackError
 from biopsy.data import packing
-from biopsy.data.packs import Pack, pad
+from biopsy.data.pack_files import pad
+from biopsy.data.packs import Pack
 from biopsy.data.prepare import prepare
 from refusals import refuses
 

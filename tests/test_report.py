@@ -106,7 +106,7 @@ def test_tables_hold_what_was_measured(report):
     assert "scanner A & B 9 2 0.777" in page
     assert "accuracy 0.837 - " + f"{facts.metrics.patch['accuracy'].value:.3f}" in page
     assert "15478 64 0 - - " in page, "a patient with one class has no AUROC"
-    assert "odd sizes 8" in page and "patches divided" in page and "1,235,133" in page
+    assert "padded 8" in page and "patches divided" in page and "1,235,133" in page
     for heading in (
         "Predictions on the slides",
         "Training and architecture",

@@ -9,7 +9,7 @@ import numpy as np
 
 from biopsy.app.pictures import encode_jpeg
 from biopsy.app.scenes import Sheet
-from biopsy.data.packs import pad
+from biopsy.data.pack_files import pad
 from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine

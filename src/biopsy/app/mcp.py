@@ -14,6 +14,7 @@ from biopsy.app.jobs import Jobs, JobStatus
 from biopsy.app.service import ModelDescription, describe_models, pick_model
 from biopsy.core.errors import BiopsyError, DataError
 from biopsy.core.loaders import load_json
+from biopsy.core.version import __version__
 from biopsy.evaluation.predict import predict
 from biopsy.models.classifier import Classifier
 from biopsy.slides.outputs import SUMMARY
@@ -51,8 +52,6 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
         jobs: Queue of the slides; patches and slides are read below its root only.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
-    from biopsy import __version__
-
     server = MCPServer("biopsy", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
 
     @server.tool()

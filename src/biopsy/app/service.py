@@ -30,6 +30,7 @@ from biopsy.app.web import Guard, answer, name_errors
 from biopsy.core.errors import DataError
 from biopsy.core.loaders import parse_json
 from biopsy.core.text import class_title, printable
+from biopsy.core.version import __version__
 from biopsy.evaluation.predict import decode_patch
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.engine import Engine
@@ -170,8 +171,6 @@ def make_service(
         service.start()
         yield
         service.close()
-
-    from biopsy import __version__
 
     app = FastAPI(
         title="biopsy",
@@ -386,8 +385,6 @@ class _Service:
     # --- what there is
     async def health(self) -> Health:
         """Say that the server answers."""
-        from biopsy import __version__
-
         return {"status": "ok", "version": __version__, "jobs": self.jobs.count()}
 
     def give_metrics(self) -> Response:
@@ -453,8 +450,6 @@ class _Service:
     def _compose(
         self, name: str, classifier: Classifier, frame: pd.DataFrame, skipped: list[dict[str, str]]
     ) -> Predictions:
-        from biopsy import __version__
-
         single = classifier.single_patch()
         info = single.info
         probs = frame[[f"prob_{label}" for label in info.class_names]].to_numpy(float)

@@ -14,7 +14,7 @@ from biopsy.core.errors import BiopsyError, DataError, RunError
 from biopsy.core.files import find_changed, plain, read_json, sha256_file
 from biopsy.core.loaders import load_json, validate
 from biopsy.core.seeds import make_rng
-from biopsy.data.packs import DOCUMENT as PACK
+from biopsy.data.pack_files import DOCUMENT as PACK
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import decide, read_predictions
 from biopsy.data.splits import list_splits, load_split

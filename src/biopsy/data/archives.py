@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
 from biopsy.core.text import normalize_path
-from biopsy.data.packs import DOCUMENT
+from biopsy.data.pack_files import DOCUMENT
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 MAX_ENTRY_BYTES = 2**29

@@ -17,7 +17,8 @@ import pandas as pd
 from typing_extensions import TypedDict
 
 from biopsy.core.text import plural
-from biopsy.data.packs import Pack, PackCounts
+from biopsy.data.pack_files import PackCounts
+from biopsy.data.packs import Pack
 from biopsy.data.protocols import SUBSETS
 from biopsy.data.splits import Split, find_overlap
 
@@ -165,7 +166,7 @@ class Size(TypedDict):
     count: int
 
 
-class OddSizes(Findings):
+class PaddedPatches(Findings):
     """Patches padded to a square, and their numbers by size."""
 
     by_size: list[Size]
@@ -219,7 +220,7 @@ class Audit(TypedDict):
     unit: str
     counts: PackCounts
     unreadable: Findings
-    odd_sizes: OddSizes
+    padded: PaddedPatches
     blank: Findings
     exact_duplicates: ExactDuplicates
     near_duplicates: NearDuplicates
@@ -249,7 +250,7 @@ def audit_pack(pack: Pack, split: Split | None = None) -> Audit:
         "unit": pack.unit,
         "counts": pack.info.counts,
         "unreadable": _listed(pack.info.skipped),
-        "odd_sizes": _audit_sizes(pack),
+        "padded": _audit_sizes(pack),
         "blank": _listed_ids(pack, blank),
         "exact_duplicates": _audit_exact(pack, pictures, blank),
         "near_duplicates": _audit_near(pack, near, correlations),
@@ -294,7 +295,7 @@ def find_blocking_issues(audit: Audit) -> list[str]:
     return reasons
 
 
-def _audit_sizes(pack: Pack) -> OddSizes:
+def _audit_sizes(pack: Pack) -> PaddedPatches:
     padded = (pack.sizes != pack.info.patch_px).any(axis=1)
     sizes, counts = np.unique(pack.sizes[padded], axis=0, return_counts=True)
     by_size: list[Size] = [

@@ -1,9 +1,5 @@
-"""Packs made of arrays, a table of image files, or a torch or Hugging Face data set."""
+"""Listings of arrays, of a table of image files, or of a torch or Hugging Face data set."""
 
-import hashlib
-import json
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +10,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from biopsy.core.errors import DataError, PackError, suggest
-from biopsy.core.files import create_directory
+from biopsy.core.errors import DataError, suggest
 from biopsy.core.loaders import read_bytes
 from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
 from biopsy.data.datasets.base import Listing, RowPixels, find_positive
-from biopsy.data.packing import write_listing
-from biopsy.data.packs import Pack, describe_origin, is_pack
+from biopsy.data.pack_files import describe_origin
 from biopsy.data.tables import RESERVED
 from biopsy.slide_io.images import decode
 
-PACKS = Path("packs")
-"""Default folder of packs."""
 PATH_COLUMNS = ("path", "image_path", "image", "file", "filename", "file_name")
 LABEL_COLUMNS = ("label", "target", "class", "class_name", "y_true", "diagnosis")
 ID_COLUMNS = {
@@ -53,7 +45,7 @@ def _one_at_a_time(get: Callable[[int], np.ndarray]) -> RowPixels:
 
 @dataclass
 class ImageSource:
-    """Images with their metadata and labels, input of `build_pack`.
+    """Images with their metadata and labels, input of `list_source`.
 
     Attributes:
         name: ``arrays``, ``table`` or ``dataset``.
@@ -237,14 +229,10 @@ def _make_table(n: int, patients: ArrayLike | None, columns: Columns | None) -> 
     return table.assign(source=table["patch_id"])
 
 
-def build_pack(
-    source: ImageSource,
-    class_names: Sequence[str] | None,
-    positive_class: str | None,
-    mpp: float | None,
-    out: Path | str | None,
-) -> Pack:
-    """Write a pack and open it; an existing pack of the same content is opened instead."""
+def list_source(
+    source: ImageSource, class_names: Sequence[str] | None, positive_class: str | None, mpp: float | None
+) -> Listing:
+    """Return the listing of images, with the names of their classes checked."""
     table, labels = source.table, source.labels
     if np.shape(labels) != (len(table),):
         raise DataError(f"labels have shape {np.shape(labels)} for {len(table):,} images: pass one per image")
@@ -252,7 +240,7 @@ def build_pack(
         raise DataError(f"mpp is {mpp}: micrometres per pixel lie between 0 and 1000")
     names, positive = _name_classes(labels, class_names or source.class_names, positive_class)
     target = index_labels(labels, names)
-    listing = Listing(
+    return Listing(
         table=table.assign(class_name=np.array(names, dtype=object)[target]),
         pixels=source.pixels,
         class_names=names,
@@ -260,29 +248,6 @@ def build_pack(
         mpp=mpp,
         origin=describe_origin(source.name),
     )
-    parent = PACKS if out is None else Path(out).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".biopsy-") as temporary:
-        new = Path(temporary) / "new.pack"
-        with create_directory(new) as folder:
-            write_listing(folder, source.name, listing)
-        identity = _identify(Pack.open(new))
-        final = PACKS / f"{source.name}-{identity[:12]}.pack" if out is None else Path(out)
-        if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-            os.replace(new, final)
-        elif not is_pack(final):
-            raise DataError(f"{final} exists and is not a pack: pass another out=")
-        elif _identify(Pack.open(final)) != identity:
-            raise PackError(f"{final} is a pack of other patches: pass another out=, or remove it", "exists")
-    return Pack.open(final)
-
-
-def _identify(pack: Pack) -> str:
-    """Return a hash of the pixels, labels and metadata of a pack."""
-    info = pack.info
-    description = [info.content_sha256, info.class_names, info.positive_class, info.mpp]
-    table = pack.table.astype("string").to_csv(index=False)
-    return hashlib.sha256(f"{json.dumps(description)}\n{table}".encode()).hexdigest()
 
 
 def _name_classes(

@@ -16,7 +16,7 @@ from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
 from biopsy.core.text import class_title, plural
-from biopsy.data.audit import Audit, OddSizes, SplitAudit, audit_pack, find_blocking_issues
+from biopsy.data.audit import Audit, PaddedPatches, SplitAudit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import SUBSETS
@@ -99,7 +99,7 @@ def _describe_split(split: SplitAudit, unit: str) -> list[str]:
     return lines
 
 
-def _list_sizes(padded: OddSizes) -> str:
+def _list_sizes(padded: PaddedPatches) -> str:
     sizes = ", ".join(
         f"{size['width']} x {size['height']} px: {size['count']:,}" for size in padded["by_size"]
     )

@@ -13,7 +13,7 @@ import pandas as pd
 
 from biopsy.core.errors import DataError
 from biopsy.data.datasets.base import Listing, Skipped, refuse_empty
-from biopsy.data.packs import COLUMNS, PIXELS, finish_pack, pad, patch_sha256
+from biopsy.data.pack_files import COLUMNS, PIXELS, finish_pack, pad, patch_sha256
 
 MAX_RATIO = 4
 """Largest side of a patch relative to the median; all are padded to the largest."""
@@ -55,7 +55,7 @@ def write_listing(folder: Path, dataset: str, listing: Listing, on_progress: Pro
         positive_class=listing.positive_class,
         mpp=listing.mpp,
         patch_px=patch_px,
-        counts=listing.counts | {"skipped": len(skipped), "odd_sizes": n_padded},
+        counts=listing.counts | {"skipped": len(skipped), "padded": n_padded},
         origin=listing.origin,
         skipped=skipped,
     )

@@ -6,111 +6,46 @@ A pack is a folder of ``pack.json`` (metadata), ``patches.npy`` (pixels, memory-
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from functools import cache, cached_property
-from importlib.metadata import version
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, Required
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, FileFormatError, PackError
-from biopsy.core.files import file_state, read_json, sha256_file, write_json
+from biopsy.core.files import create_directory, file_state, read_json, sha256_file
 from biopsy.core.loaders import map_array, validate
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
 from biopsy.core.tables import Kind, read_parquet_table
 from biopsy.core.text import class_title
+from biopsy.data.building import ImageSource, list_source, read_arrays, read_dataset, read_image_table
+from biopsy.data.pack_files import (
+    COLUMNS,
+    DOCUMENT,
+    FORMAT,
+    PIXELS,
+    TABLE,
+    PackInfo,
+    content_sha256,
+)
+from biopsy.data.packing import write_listing
 
-FORMAT: Final = "biopsy-pack/1"
-PIXELS, TABLE, DOCUMENT = "patches.npy", "patches.parquet", "pack.json"
+PACKS = Path("packs")
+"""Default folder of packs."""
 
-# Columns covered by the content hash, with the pixels; splits, audit, ledger and joined columns may change.
-IDENTITY_COLUMNS = ("patch_id", "patient_id", "slide_id", "site_id", "x", "y", "target", "width", "height")
-COLUMNS = (*IDENTITY_COLUMNS, "sha256", "source")
-MAX_PATCH_PX = 4096  # larger images are cut into patches
 _INTEGER = ("x", "y", "target", "width", "height")
 _KINDS: dict[str, Kind] = {name: "integer" if name in _INTEGER else "text" for name in COLUMNS}
 _REMEDY = "restore the file, or make the pack again with `biopsy prepare`"
 
 Unit = Literal["patient", "slide", "patch"]
 
-
-class PackCounts(TypedDict, total=False):
-    """Counts of a pack; preparation adds numbers of excluded files, by reason."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    patches: Required[int]
-    patients: Required[int]
-    slides: Required[int]
-    per_class: Required[dict[str, int]]
-    skipped: int
-    odd_sizes: int
-
-
-class Origin(TypedDict, total=False):
-    """Provenance of a pack: source, date, version and user files."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    source: str
-    made: str
-    version: str
-    request: dict[str, object]
-    """Source and options; the same request opens the pack again."""
-    synthetic: bool
-    annotations: dict[str, object]
-    patients: dict[str, object]
-    patients_missing: dict[str, int]
-    labels: dict[str, object]
-    join: dict[str, object]
-
-
-def describe_origin(source: str) -> Origin:
-    """Return the provenance of a pack made now."""
-    return Origin(
-        source=source, made=datetime.now(UTC).isoformat(timespec="seconds"), version=version("biopsy")
-    )
-
-
-class PackInfo(BaseModel):
-    """Content of ``pack.json``."""
-
-    model_config = ConfigDict(extra="allow")
-
-    format: Literal["biopsy-pack/1"] = FORMAT
-    dataset: str
-    """Name of the layout it was read from, such as ``"idc"``."""
-    class_names: list[str] = Field(min_length=1)
-    positive_class: str | None
-    """The positive class; None for more than two classes."""
-    mpp: float | None = Field(gt=0, allow_inf_nan=False)
-    """Pixel size in µm; None if unknown."""
-    patch_px: PositiveInt = Field(le=MAX_PATCH_PX)
-    counts: PackCounts
-    origin: Origin
-    skipped: list[dict[str, str]] = []
-    """Unreadable input: ``source`` and ``reason``."""
-    files: dict[str, int]
-    """Size in bytes of the pixel and table files, verified when the pack is opened."""
-    content_sha256: str
-    table_sha256: str = ""
-    """Hash of the table's file; empty in packs of the first versions."""
-
-    @property
-    def is_synthetic(self) -> bool:
-        """Whether the patches are synthetic."""
-        return bool(self.origin.get("synthetic"))
-
-
-_COUNTS = {"odd_sizes": "padded to a square", "duplicates": "identical copies left out"}
+_COUNTS = {"padded": "padded to a square", "duplicates": "identical copies left out"}
 
 
 class Pack(Output):
@@ -197,10 +132,8 @@ class Pack(Output):
         Raises:
             DataError: If lengths do not match, or images are not uint8 RGB.
         """
-        from biopsy.data.building import build_pack, read_arrays
-
         source = read_arrays(images, labels, patients, columns)
-        return build_pack(source, class_names, positive_class, mpp, out)
+        return _write_source(source, class_names, positive_class, mpp, out)
 
     @classmethod
     def from_table(
@@ -229,9 +162,7 @@ class Pack(Output):
             DataError: If columns are not recognised, labels are unknown, or no file can be read. Unreadable
                 files are in ``info.skipped``.
         """
-        from biopsy.data.building import build_pack, read_image_table
-
-        return build_pack(read_image_table(path, root), class_names, positive_class, mpp, out)
+        return _write_source(read_image_table(path, root), class_names, positive_class, mpp, out)
 
     @classmethod
     def from_dataset(
@@ -263,10 +194,8 @@ class Pack(Output):
         Raises:
             DataError: If it is a stream or a dictionary of splits, or its items have another form.
         """
-        from biopsy.data.building import build_pack, read_dataset
-
         source = read_dataset(dataset, patients, labels, columns)
-        return build_pack(source, class_names, positive_class, mpp, out)
+        return _write_source(source, class_names, positive_class, mpp, out)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -413,105 +342,38 @@ def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
     return ids.where(~missing, own_group).to_numpy(str)
 
 
-def content_sha256(patches: np.ndarray, table: pd.DataFrame) -> str:
-    """Hash pixels, target and ids of every patch; padding is included if it does not repeat the edge."""
-    hashes = []
-    for padded, width, height in zip(patches, table["width"], table["height"], strict=True):
-        patch = padded[:height, :width]
-        hashes.append(patch_sha256(patch if np.array_equal(pad(patch, len(padded)), padded) else padded))
-    return table_sha256(table.assign(sha256=hashes))
-
-
-def table_sha256(table: pd.DataFrame) -> str:
-    """Return the `content_sha256` of a table with the hashes of its patches in ``sha256``."""
-    return hash_columns(table, (*IDENTITY_COLUMNS, "sha256"))
-
-
-def hash_columns(table: pd.DataFrame, names: Iterable[str]) -> str:
-    """Hash the values of columns as text; nulls as empty strings."""
-    digest = hashlib.sha256()
-    for name in names:
-        texts = pa.array(table[name], from_pandas=True).cast(pa.string()).fill_null("")
-        lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype("<i4")
-        for part in (name.encode(), lengths.tobytes(), "".join(texts.to_pylist()).encode()):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def patch_sha256(patch: np.ndarray) -> str:
-    """Hash width, height and pixels of a patch without padding."""
-    height, width = patch.shape[:2]
-    digest = _start_hash(width, height).copy()
-    digest.update(np.ascontiguousarray(patch).data)
-    return digest.hexdigest()
-
-
-@cache
-def _start_hash(width: int, height: int) -> "hashlib._Hash":
-    """Return a cached hash object per size: creating one takes a lock in OpenSSL, copying does not."""
-    return hashlib.sha256(f"{width}x{height}:".encode())
-
-
-def pad(patch: np.ndarray, patch_px: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Pad a patch to ``patch_px`` by repeating its right and bottom edge.
-
-    Args:
-        out: Output array, uint8 ``(patch_px, patch_px, 3)`` (default: a new array).
-    """
-    height, width = patch.shape[:2]
-    if out is None:
-        if height == width == patch_px:
-            return patch
-        out = np.empty((patch_px, patch_px, 3), np.uint8)
-    out[:height, :width] = patch
-    if width < patch_px:
-        out[:height, width:] = patch[:, -1:]
-    if height < patch_px:
-        out[height:] = out[height - 1]
-    return out
-
-
-def finish_pack(
-    folder: Path,
-    table: pd.DataFrame,
-    *,
-    dataset: str,
-    class_names: list[str],
+def _write_source(
+    source: ImageSource,
+    class_names: Sequence[str] | None,
     positive_class: str | None,
     mpp: float | None,
-    patch_px: int,
-    counts: Mapping[str, int] | None = None,
-    origin: Origin | None = None,
-    skipped: Sequence[dict[str, str]] = (),
-) -> None:
-    """Write the table and ``pack.json`` of a pack whose pixels are in ``folder``.
+    out: Path | str | None,
+) -> Pack:
+    """Write a pack and open it; an existing pack of the same content is opened instead."""
+    listing = list_source(source, class_names, positive_class, mpp)
+    parent = PACKS if out is None else Path(out).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".biopsy-") as temporary:
+        new = Path(temporary) / "new.pack"
+        with create_directory(new) as folder:
+            write_listing(folder, source.name, listing)
+        identity = _identify(Pack.open(new))
+        final = PACKS / f"{source.name}-{identity[:12]}.pack" if out is None else Path(out)
+        if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+            os.replace(new, final)
+        elif not is_pack(final):
+            raise DataError(f"{final} exists and is not a pack: pass another out=")
+        elif _identify(Pack.open(final)) != identity:
+            raise PackError(f"{final} is a pack of other patches: pass another out=, or remove it", "exists")
+    return Pack.open(final)
 
-    Args:
-        table: One row per patch with the columns `COLUMNS`, in the order of the pixels.
-        counts: Further counts, besides patches, patients, slides and classes.
-    """
-    table.to_parquet(folder / TABLE, index=False)
-    per_class = np.bincount(table["target"].to_numpy(np.int64), minlength=len(class_names))
-    info = PackInfo(
-        dataset=dataset,
-        class_names=class_names,
-        positive_class=positive_class,
-        mpp=mpp,
-        patch_px=patch_px,
-        counts=PackCounts(
-            patches=len(table),
-            patients=int(table["patient_id"].nunique()),
-            slides=int(table["slide_id"].nunique()),
-            per_class=dict(zip(class_names, per_class.tolist(), strict=True)),
-            **(counts or {}),  # type: ignore[typeddict-item]
-        ),
-        origin=origin or {},
-        skipped=list(skipped),
-        files={name: (folder / name).stat().st_size for name in (PIXELS, TABLE)},
-        content_sha256=table_sha256(table),
-        table_sha256=sha256_file(folder / TABLE),
-    )
-    write_json(folder / DOCUMENT, info.model_dump(mode="json"))
+
+def _identify(pack: Pack) -> str:
+    """Return a hash of the pixels, labels and metadata of a pack."""
+    info = pack.info
+    description = [info.content_sha256, info.class_names, info.positive_class, info.mpp]
+    table = pack.table.astype("string").to_csv(index=False)
+    return hashlib.sha256(f"{json.dumps(description)}\n{table}".encode()).hexdigest()
 
 
 def is_pack(path: Path | str) -> bool:

@@ -18,7 +18,8 @@ from biopsy.core.errors import DataError, FileFormatError, UserFileError
 from biopsy.core.files import plain, read_json, replace_atomic, sha256_file, warn_unsealed, write_json
 from biopsy.core.loaders import parse_json, refusing
 from biopsy.core.tables import read_csv_table, read_parquet_metadata, read_parquet_table, write_csv
-from biopsy.data.packs import Pack, hash_columns
+from biopsy.data.pack_files import hash_columns
+from biopsy.data.packs import Pack
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 FORMAT = "biopsy-predictions/1"

@@ -15,8 +15,9 @@ from biopsy.data.archives import SYNTHETIC, Archive, open_archive
 from biopsy.data.datasets import annotated_slides, find_dataset
 from biopsy.data.datasets.annotated_slides import REGION, Cutting
 from biopsy.data.datasets.base import Dataset, Listing, find_positive, refuse_empty
+from biopsy.data.pack_files import describe_origin
 from biopsy.data.packing import Progress, write_listing
-from biopsy.data.packs import Pack, describe_origin, is_pack
+from biopsy.data.packs import Pack, is_pack
 from biopsy.data.tables import add_people, check_ids, fold_classes, join_columns, relabel
 
 if TYPE_CHECKING:  # slow import, needed for trees only

@@ -12,7 +12,7 @@ from biopsy.core.errors import DataError, FileFormatError, UserFileError, sugges
 from biopsy.core.files import sha256_file
 from biopsy.core.tables import infer_numbers, read_csv_table
 from biopsy.core.text import find_lookalikes, list_unmatched, normalize_id, normalize_name, normalize_path
-from biopsy.data.packs import COLUMNS
+from biopsy.data.pack_files import COLUMNS
 from biopsy.slide_io.images import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)

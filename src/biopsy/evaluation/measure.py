@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from biopsy.data.packs import COLUMNS
+from biopsy.data.pack_files import COLUMNS
 from biopsy.evaluation.scored import ScoredPatches, confusion_matrix
 from biopsy.models.classifier import Threshold
 from biopsy.statistics.calibration import ece_floor

@@ -19,7 +19,8 @@ from biopsy.core.results import SKIPPED, Output, Table, name_skipped
 from biopsy.core.storage import parse_url, stage
 from biopsy.core.text import class_title, count, normalize_name, printable
 from biopsy.data.archives import MAX_ENTRY_BYTES, open_archive
-from biopsy.data.packs import TABLE, Pack, is_pack, pad, patch_sha256
+from biopsy.data.pack_files import TABLE, pad, patch_sha256
+from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import (
     IDENTITY,
     FrozenThreshold,

@@ -12,6 +12,7 @@ from biopsy.core.files import read_json, sha256_file
 from biopsy.core.loaders import validate
 from biopsy.core.results import Output
 from biopsy.core.text import count
+from biopsy.core.version import __version__
 from biopsy.models.hub import PREFIX, hub_errors, require_repository
 
 FORMAT: Final = "biopsy-bundle/1"
@@ -67,8 +68,6 @@ def publish(bundle: Path | str, repository: str, *, private: bool = False) -> Pu
         HubError: If the name is invalid, or the hub refuses the upload.
     """
     from huggingface_hub import HfApi
-
-    from biopsy import __version__
 
     folder = Path(bundle)
     files = _list_bundle(folder)

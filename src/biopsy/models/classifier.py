@@ -26,8 +26,10 @@ from biopsy.core.files import (
 )
 from biopsy.core.loaders import read_tensors, refusing, validate
 from biopsy.core.results import Output
+from biopsy.core.version import __version__
 from biopsy.data.coordinates import find_slides, has_coordinates
-from biopsy.data.packs import MAX_PATCH_PX, Pack
+from biopsy.data.pack_files import MAX_PATCH_PX
+from biopsy.data.packs import Pack
 from biopsy.data.predictions import FrozenThreshold, decide
 from biopsy.recipes.preprocessing import Preprocessing, Resize
 from biopsy.statistics.abstention import ConformalRecord, abstain, predict_sets
@@ -343,8 +345,6 @@ class Classifier(Output):
         """
         import torch
         from safetensors.torch import save
-
-        from biopsy import __version__
 
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()

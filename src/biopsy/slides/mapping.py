@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.text import printable
+from biopsy.core.version import __version__
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.hub import is_on_hub
@@ -63,8 +64,6 @@ class _MapMetadata(TypedDict):
 
 def _describe_model(classifier: Classifier, precision: str, device: str) -> _MapMetadata:
     """Return classifier, device, precision and versions of a map."""
-    from biopsy import __version__
-
     info = classifier.info
     return {
         "classifier": {

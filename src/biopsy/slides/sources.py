@@ -18,7 +18,7 @@ from biopsy.core.loaders import open_regular
 from biopsy.core.storage import identify, list_files, parse_url, show_url, stage
 from biopsy.core.tables import read_csv_table
 from biopsy.core.text import normalize_name
-from biopsy.data.packs import DOCUMENT as PACK_DOCUMENT
+from biopsy.data.pack_files import DOCUMENT as PACK_DOCUMENT
 from biopsy.data.packs import Pack, is_pack
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
 from biopsy.slide_io.mosaic import check_extent, stitch

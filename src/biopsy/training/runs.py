@@ -20,6 +20,7 @@ from biopsy.core.files import create_directory, read_json, sha256_file, write_at
 from biopsy.core.loaders import parse_json, read_text, validate
 from biopsy.core.results import Written
 from biopsy.core.tables import read_csv_table, write_csv
+from biopsy.core.version import __version__
 from biopsy.data.packs import Pack, Unit, is_pack
 from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
 from biopsy.models.classifier import Classifier, StartWeights
@@ -496,8 +497,6 @@ def describe_environment() -> dict[str, str | int | None]:
 
     import sklearn
     import torch
-
-    from biopsy import __version__
 
     return {
         "biopsy": __version__,

@@ -12,7 +12,7 @@ import pandas as pd
 from biopsy.core.errors import DataError
 from biopsy.core.plugins import Registry
 from biopsy.data.archives import Archive, Entry
-from biopsy.data.packs import Origin
+from biopsy.data.pack_files import Origin
 from biopsy.slide_io.images import decode
 
 SUBSET_BY_FOLDER = {

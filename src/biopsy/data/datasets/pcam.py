@@ -28,7 +28,7 @@ from biopsy.data.datasets.base import (
     make_table,
     register_dataset,
 )
-from biopsy.data.packs import MAX_PATCH_PX
+from biopsy.data.pack_files import MAX_PATCH_PX
 from biopsy.data.tables import normalize_cells
 
 CLASS_NAMES = ["normal", "tumour"]
