@@ -16,6 +16,7 @@ from biopsy.recipes import load_recipe
 from biopsy.training.distillation import check_teachers, identify_teachers, predict_teachers
 from biopsy.training.distributed import ALONE
 from biopsy.training.probe import check_probe
+from biopsy.training.seen_patients import check_start
 from biopsy.training.train import train
 from conftest import draw_patches, write_pack
 from refusals import refuses
@@ -159,6 +160,29 @@ def test_teachers_without_a_record_of_their_patients(pack, teacher, tmp_path):
     # the classifier in the folder of its run is that of the run
     with refuses(RunError, "tested"):
         learn(pack, tmp_path / "inside", f"train.teacher={teacher.path / 'classifier'}", fold=2)
+
+
+def test_initial_weights_of_tested_patients_are_refused_as_teachers_are(pack, teacher, tmp_path):
+    setting = f"model.weights={teacher.path / 'classifier' / 'weights.safetensors'}"
+    for fold in (2, 1):  # on which it was trained, and validated
+        with refuses(RunError, teacher.path, "tested", "split"):
+            learn(pack, tmp_path / "run", setting, fold=fold)
+    assert not (tmp_path / "run").exists()
+    assert "warning" not in learn(pack, tmp_path / "run", setting, "train.epochs=1").info["weights"]
+
+
+def test_initial_weights_without_a_record_of_their_patients(pack, teacher, tmp_path):
+    folder = shutil.copytree(teacher.path / "classifier", tmp_path / "classifier")
+    setting = f"model.weights={folder / 'weights.safetensors'}"
+    with refuses(RunError, folder, pack.path.name):
+        learn(pack, tmp_path / "same", setting)
+    other = write_pack(tmp_path, "other.pack", n_patients=8, patches_per_patient=8, seed=1)
+    recipe = load_recipe("idc-small", (*LIVELY, setting))
+    subsets = np.repeat(["train", "validation", "test", "train"], len(other) // 4)
+    assert str(folder) in check_start(recipe, other, subsets)
+    assert "idc" in check_start(load_recipe("idc-small", ["model.weights=idc"]), other, subsets)
+    loose = shutil.copy(folder / "weights.safetensors", tmp_path)
+    assert check_start(load_recipe(recipe, [f"model.weights={loose}"]), other, subsets) is None
 
 
 def test_teachers_that_cannot_teach_are_refused(pack, teacher, tmp_path):

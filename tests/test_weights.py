@@ -263,6 +263,11 @@ def test_a_run_starts_from_weights_and_goes_on_without_the_file(make_pack, tmp_p
     assert classifier.info.licence.endswith("the weights it began with: not stated")
 
 
+def test_the_folder_of_a_run_is_no_file_and_its_file_is_named(trained_run):
+    with refuses(RecipeError, trained_run.path / "classifier" / "weights.safetensors", reason="weights"):
+        make_network(recipe_with(f"model.weights={trained_run.path}"), 2, seed=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "facts"),
     [

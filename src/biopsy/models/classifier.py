@@ -88,6 +88,8 @@ class StartWeights(TypedDict, total=False):
     page: str | None
     trainable: str
     note: str | None
+    warning: str
+    """Where the weights are of a classifier whose training patients are not recorded."""
 
 
 Tta = Literal["none", "d4"]

@@ -402,9 +402,9 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
             weights = find_weights(model.name)
             require_licence(weights)
         if not path.is_file():
-            raise RecipeError(
-                f"model.weights: no file {model.weights!r}; {_random_weights_hint()}", "weights"
-            )
+            files = [file for file in (path / WEIGHTS, path / "classifier" / WEIGHTS) if file.is_file()]
+            remedy = f"use --set model.weights={files[0]}" if files else _random_weights_hint()
+            raise RecipeError(f"model.weights: no file {model.weights!r}; {remedy}", "weights")
     else:
         weights = _find_default(recipe) if not model.weights else find_weights(model.weights)
         if not {model.name, model.name.partition(".")[0]} & {*weights.networks}:

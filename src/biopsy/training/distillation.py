@@ -1,13 +1,11 @@
 """Distillation (Hinton et al. 2015): ``train.teacher``, whose probabilities are learned beside the labels."""
 
 import hashlib
-import logging
 from pathlib import Path
 
 import numpy as np
 
 from biopsy.core.errors import DataError, RunError
-from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
@@ -16,9 +14,8 @@ from biopsy.models.inference import predict_logits
 from biopsy.models.shipped import is_shipped
 from biopsy.training.distributed import Processes
 from biopsy.training.open_model import open_classifier
-from biopsy.training.runs import DOCUMENT, Run, RunInput
-
-logger = logging.getLogger(__name__)
+from biopsy.training.runs import RunInput
+from biopsy.training.seen_patients import find_run, refuse_seen
 
 
 def list_teachers(teachers: str) -> list[str]:
@@ -49,8 +46,7 @@ def check_teachers(teachers: str, pack: Pack, subsets: np.ndarray) -> str | None
         A warning if the training patients of a teacher are unknown, else None.
 
     Raises:
-        RunError: If a teacher has other classes, was trained or validated on test patients, or was trained on
-            this pack and does not record on which patients.
+        RunError: If a teacher has other classes, or as `refuse_seen`.
         DataError: If it needs patches of another size or resolution.
     """
     unknown = []
@@ -62,19 +58,7 @@ def check_teachers(teachers: str, pack: Pack, subsets: np.ndarray) -> str | None
                 f"{pack.class_names}"
             )
         classifier.check_pack(pack)
-        if (run := _run_of(name)) is not None:
-            try:
-                seen, trained = _find_seen(run, pack, subsets)
-            except RunError:
-                run = None
-            else:
-                _refuse_overlap(name, pack, subsets, seen, trained)
-        if run is None:
-            if classifier.info.pack.get("content_sha256") == pack.info.content_sha256:
-                raise RunError(
-                    f"teacher {name} was trained on {pack.path.name} and does not record on which patients: "
-                    "name its run"
-                )
+        if not refuse_seen(f"teacher {name}", find_run(name), classifier, pack, subsets):
             unknown.append(name)
     if not unknown:
         return None
@@ -82,52 +66,6 @@ def check_teachers(teachers: str, pack: Pack, subsets: np.ndarray) -> str | None
         f"the training patients of teacher {', '.join(unknown)} are not recorded: if they are among those "
         "tested, the results are optimistic"
     )
-
-
-def _run_of(name: str) -> Run | None:
-    folders = [path for path in (Path(name), Path(name).parent) if (path / DOCUMENT).is_file()]
-    return Run.open(folders[0]) if folders and not is_shipped(name) else None
-
-
-def _find_seen(run: Run, pack: Pack, subsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which patches of a pack a run knows from training or validation, and which from training.
-
-    It knows a patch that is among its own, and those of its patients. Of patients whom ``subsets`` both train
-    and hold out, as published splits do, it knows only its own patches.
-    """
-    is_same = run.info["pack"]["content_sha256"] == pack.info.content_sha256
-    theirs = pack if is_same else run.open_pack(verify=False)
-    their_subsets = run.subsets(theirs)
-    is_divided = np.isin(pack.group_ids, pack.group_ids[subsets == "train"])
-    masks = []
-    for used in (np.isin(their_subsets, ("train", "validation")), their_subsets == "train"):
-        if is_same:  # patches with equal pixels are different patches
-            known = used
-        else:
-            known = np.isin(pack.table["sha256"].to_numpy(str), theirs.table["sha256"].to_numpy(str)[used])
-        if (theirs.info.dataset, theirs.unit) == (pack.info.dataset, pack.unit):
-            known = known | (np.isin(pack.group_ids, theirs.group_ids[used]) & ~is_divided)
-        masks.append(known)
-    return masks[0], masks[1]
-
-
-def _refuse_overlap(
-    name: str, pack: Pack, subsets: np.ndarray, seen: np.ndarray, trained: np.ndarray
-) -> None:
-    tested = seen & (subsets == "test")
-    if tested.any():
-        groups = np.unique(pack.group_ids[tested])
-        raise RunError(
-            f"teacher {name} was trained or validated on {count(len(groups), f'tested {pack.unit}')}, first "
-            f"{groups[0]}: train it with the split of this run"
-        )
-    validated = trained & (subsets == "validation")
-    if validated.any():
-        n_groups = len(np.unique(pack.group_ids[validated]))
-        logger.warning(
-            "teacher %s was trained on %s: what is chosen on them is optimistic",
-            *(name, count(n_groups, f"validation {pack.unit}")),
-        )
 
 
 def predict_teachers(

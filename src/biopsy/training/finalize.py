@@ -82,6 +82,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     warnings = [
         _warn_unsettled(normalisation, progress.step),
         warn_of_spread(classifier, logits, run.validation_subset),
+        run.info["weights"].get("warning"),
         *(file.get("warning") for file in run.info.get("inputs", {}).values()),
     ]
     for message in filter(None, [*warn_of_calibration(classifier), *warnings]):

@@ -54,6 +54,7 @@ from biopsy.training.pretraining_record import (
     require_unseen,
 )
 from biopsy.training.runs import EpochRecord, describe_environment
+from biopsy.training.seen_patients import check_start
 from biopsy.training.train import choose_split, open_data
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def pretrain(
         RecipeError: If the recipe freezes a part of the network, or an option is out of range.
         SplitError: If the split does not exist, fewer than two patches can be used, or the recipe's weights
             were pre-trained on patches of test or validation patients.
-        RunError: If the output folder is of another pre-training.
+        RunError: If the output folder is of another pre-training, or the recipe's weights are of a run that
+            has seen test patients.
         TrainingDiverged: If the loss is not finite.
     """
     requested, pack = load_recipe(recipe, overrides), open_data(data)
@@ -149,8 +151,12 @@ def pretrain(
     pack.verify()
     chosen = choose_split(pack, split, requested)
     require_unseen(requested, pack, chosen, fold)
-    rows = select_patches(pack, chosen.subsets(pack, fold))
+    subsets = chosen.subsets(pack, fold)
+    rows = select_patches(pack, subsets)
     network, start = make_network(requested, len(pack.class_names), seed)
+    if (warning := check_start(requested, pack, subsets)) is not None:
+        start["warning"] = warning
+        logger.warning("%s", warning)
     positives = Positives.find(pack.table.iloc[rows], neighbours)
     parts = [requested.name, chosen.name, *([] if fold is None else [f"fold{fold}"]), f"s{seed}"]
     path = FOLDER / "-".join(parts) if out is None else Path(out)

@@ -59,6 +59,7 @@ from biopsy.training.runs import (
     require_empty,
 )
 from biopsy.training.sampling import class_weights, sample_epoch, take_fraction, within_patient_shares
+from biopsy.training.seen_patients import check_start
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def train(
         on_epoch: Called with each epoch's record.
 
     Raises:
-        RunError: If the run cannot be resumed, or the output folder is not empty.
+        RunError: If the run cannot be resumed, the output folder is not empty, or initial weights or a
+            teacher have seen test patients.
         RecipeError: If the transform changes the shape or type of a batch.
         TrainingDiverged: If the loss is not finite.
     """
@@ -223,6 +225,8 @@ def _begin(
     network, weights = make_network(recipe, len(pack.class_names), seed)
     _check(recipe, pack, split, subsets, network)
     require_unseen(recipe, pack, split, fold)
+    if (warning := check_start(recipe, pack, subsets)) is not None:
+        weights["warning"] = warning
     used = take_fraction(np.flatnonzero(subsets == "train"), pack.target, recipe.train.fraction, seed)
     inputs = _find_inputs(recipe, pack, subsets)
     shares = _share_classes(recipe, pack, used, _read_weights(inputs, pack, used))
