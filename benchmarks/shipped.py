@@ -1,10 +1,10 @@
 """Build a classifier that ships with the package: weights in half precision, classifier.json, model card.
 
     python benchmarks/shipped.py idc --run RUN                       from a finished run
-    python benchmarks/shipped.py idc --data idc.pack --split lo-8865   trains the recipe first
+    python benchmarks/shipped.py idc --data idc.pack --split all     trains the recipe first
 
-`idc` trains on the tested patients of the split as well: what its recipe reaches on slides that were not seen
-is known from runs that left out a slide each (`Shipped.left_out`).
+`idc` tests no patient (``biopsy split --protocol no-test``), so every whole slide trains: what its recipe
+reaches on slides that were not seen is known from runs that left out a slide each (`Shipped.left_out`).
 
 From one run the files are the same bit for bit. A training is the same bit for bit on one machine and
 version; elsewhere its AUROC on validation patches may differ by TOLERANCE_AUROC. Rounding may move a
@@ -25,8 +25,6 @@ from sklearn.metrics import roc_auc_score
 
 import biopsy
 from biopsy.core.text import count, plural
-from biopsy.data.packs import Pack
-from biopsy.data.splits import find_split, save_split, with_subsets
 from biopsy.exporting.model_card import card_of_run, gather_card, metadata_of_run
 from biopsy.models.classifier import WEIGHTS, Classifier
 from biopsy.models.engine import Engine
@@ -55,7 +53,7 @@ class Shipped:
     citation: str
     licence: str
     left_out: str = ""
-    """Table in ``results/`` of runs that left out a slide each; without one, the test subset is tested."""
+    """Table in ``results/`` of runs of the recipe that left out a slide each."""
     overrides: dict[str, object] = field(default_factory=dict)
 
 
@@ -145,7 +143,7 @@ def describe(known: Shipped, run: biopsy.Run) -> str:
         return f"{count(subsets[subset]['patches'], 'patch')}{of}"
 
     text = f"Trained on {count_of('train')} of {known.data}, calibrated on {count_of('validation')}"
-    text += f", tested on {count_of('test')}" if subsets.get("test", {}).get("patches") else ", not tested"
+    text += f", tested on {count_of('test')}" if is_tested(run) else ", not tested"
     few = "slides and patients are not named, so their number is unknown"
     text += f"; {few if unit == 'patch' else f'too few {plural(unit)} to say how it does on the next one'}."
     return text + (f" {summarise_left_out(known)}" if known.left_out else "")
@@ -168,23 +166,9 @@ def list_values(of_slide: pd.Series) -> str:
     return ", ".join(f"{value:.3f} ({slide})".lstrip("0") for slide, value in of_slide.items())
 
 
-def train(known: Shipped, data: Path, split_name: str | None) -> biopsy.Run:
-    """Train the recipe; the tested patients train too if what the recipe reaches on them is known."""
-    pack = Pack.open(data)
-    split = split_name
-    if known.left_out:
-        tested = find_split(pack, split_name)
-        subsets = tested.subsets(pack)
-        name = f"{tested.name}-trained"
-        changed = with_subsets(
-            tested, pack, np.where(subsets == "test", "train", subsets), name=name, note={}
-        )
-        save_split(pack, changed)
-        split = changed.name
-    run = biopsy.train(known.recipe, pack, split=split, seed=0, overrides=known.overrides)
-    if not known.left_out:
-        biopsy.evaluate(run)
-    return run
+def is_tested(run: biopsy.Run) -> bool:
+    """Return whether the run's split has test patches."""
+    return bool(run.info["split"]["subsets"].get("test", {}).get("patches"))
 
 
 def compare(original: Classifier, rounded: Classifier, run: biopsy.Run) -> None:
@@ -226,7 +210,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder (default: the package's own)")
     given = parser.parse_args()
     if given.run is None:
-        run = train(SHIPPED[given.name], given.data, given.split)
+        known = SHIPPED[given.name]
+        run = biopsy.train(known.recipe, given.data, split=given.split, seed=0, overrides=known.overrides)
+        if is_tested(run):
+            biopsy.evaluate(run)
     else:
         run = biopsy.Run.open(given.run)
     build(given.name, run, given.out or FOLDER / given.name)

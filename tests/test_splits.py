@@ -197,6 +197,9 @@ def test_named_patients_stay_where_they_are_put(make_pack: MakePack) -> None:
             ["'shuffled-paths'", "'seed'"],
         ),
         ({"protocol": "patients", "unit": "slide"}, ["patient", "slide"]),
+        ({"protocol": "no-test", "test_patients": ("8863",)}, ["8863"]),
+        ({"protocol": "no-test", "val_patients": ("nobody",)}, ["nobody"]),
+        ({"protocol": "no-test", "val_patients": ("8863", "8865", "8867", "8869")}, ["train"]),
         ({"protocol": "patients", "name": "../x"}, ["'../x'"]),
     ],
 )
@@ -208,6 +211,20 @@ def test_refusals(make_pack: MakePack, options: dict[str, object], facts: list[s
 def test_fewer_patients_than_subsets(make_pack: MakePack) -> None:
     with refuses(SplitError, "2 patients", "3 subsets"):
         make_split(make_pack(n_patients=2), protocol="patients", save=False)
+
+
+def test_without_a_test_subset_everyone_else_trains(make_pack: MakePack) -> None:
+    pack = make_pack(n_patients=11)
+    drawn = make_split(pack, protocol="no-test", save=False)
+    subsets = drawn.subsets(pack)
+    assert len(patients_of(pack, subsets, "validation")) == 2 and drawn.overlap is False
+    named = make_split(pack, protocol="no-test", val_patients=("8863", "8865"), save=False)
+    subsets = named.subsets(pack)
+    assert patients_of(pack, subsets, "validation") == {"8863", "8865"}
+    assert len(patients_of(pack, subsets, "train")) == 9
+    for split in (drawn, named):
+        assert set(split.subsets(pack)) == {"train", "validation"}
+        assert split.parameters["limits"] == [] and split.parameters["counts"]["test"]["patches"] == 0
 
 
 def test_folds_test_every_patient_once(make_pack: MakePack) -> None:

@@ -127,6 +127,9 @@ PUBLISHED_METHODS: dict[str, Callable[["Request"], "Plan"]] = {
 
 logger = logging.getLogger(__name__)
 
+NO_TEST = "no-test"
+"""Protocol whose test subset is empty."""
+
 PSEUDO_SLIDE = "pseudo_slide"
 """Further column of a split: the pseudo-slide of each patch."""
 
@@ -249,6 +252,27 @@ def split_by_patient(request: Request) -> Plan:
     )
     subsets[unassigned] = np.array(list(shares))[parts]
     return subsets, {"fractions": list(FRACTIONS), **_balance_note(request)} | _named_note(request)
+
+
+def split_without_test(request: Request) -> Plan:
+    """Let every group train but those that validate: named ones, or 15/85 of all by `divide_groups`."""
+    if request.test_ids:
+        raise SplitError(
+            f"protocol no-test tests nothing, but {request.unit} {request.test_ids[0]} is named for it; "
+            "use the protocol 'patients'",
+            "value",
+        )
+    check_known(request.val_ids, request.group_ids, request.unit)
+    subsets = np.full(len(request.group_ids), "train", dtype="<U10")
+    if request.val_ids:
+        subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
+        return subsets, _named_note(request)
+    shares = FRACTIONS[:2]
+    parts = divide_groups(
+        request.group_ids, request.pack.target, shares, seed=request.seed, unit=request.unit
+    )
+    subsets[parts == 1] = "validation"
+    return subsets, _balance_note(request)
 
 
 def split_into_folds(request: Request) -> Plan:
@@ -734,6 +758,7 @@ def _read_case_list(paths: list[Path], subset: str) -> list[tuple[str, str]]:
 PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
     "official": take_official_subsets,
     "patients": split_by_patient,
+    NO_TEST: split_without_test,
     "folds": split_into_folds,
     "leave-one-out": leave_one_out,
     "site": leave_one_site_out,

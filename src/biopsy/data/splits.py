@@ -28,6 +28,7 @@ from biopsy.data.protocols import (
     ALWAYS_TRAIN,
     LEAK_PROTOCOLS,
     MAY_OVERLAP,
+    NO_TEST,
     PROTOCOLS,
     PSEUDO_SLIDE,
     PUBLISHED,
@@ -243,9 +244,9 @@ def split(
 
     Args:
         pack: Pack to split.
-        protocol: "official", "patients", "folds", "leave-one-out", "site", "pseudo-slides", "kaggle-rows",
-            "as-published", or one of a leakage experiment: "leak-apart", "leak-with", "leak-placebo",
-            "leak-blocked-with" or "leak-blocked-placebo".
+        protocol: "official", "patients", "no-test", "folds", "leave-one-out", "site", "pseudo-slides",
+            "kaggle-rows", "as-published", or one of a leakage experiment: "leak-apart", "leak-with",
+            "leak-placebo", "leak-blocked-with" or "leak-blocked-placebo".
         name: Name of the split in the pack (default: the protocol).
         seed: Random seed; the order of patches has no influence.
         recipe: For ``as-published``: the recipe with the published split, or its ``[as_published.split]``
@@ -479,6 +480,7 @@ def _check_name(name: str) -> str:
 def _check_split(split: Split, pack: Pack) -> Split:
     """Refuse empty subsets and patient overlap; return the split with counts, warnings and limits."""
     folds: list[int | None] = list(range(split.n_folds)) if split.n_folds else [None]
+    unused = "validation" if split.test_is_validation else "test" if split.protocol == NO_TEST else None
     counts: list[dict[str, SubsetCounts]] = []
     warnings: list[str] = []
     overlap = False
@@ -486,7 +488,9 @@ def _check_split(split: Split, pack: Pack) -> Split:
         subsets = split.assign(pack, fold)
         fold_text = "" if fold is None else f" of fold {fold}"
         counts.append({subset or "left_out": _count(pack, subsets == subset) for subset in (*SUBSETS, "")})
-        for subset in ("train", "test") if split.test_is_validation else SUBSETS:
+        for subset in SUBSETS:
+            if subset == unused:
+                continue
             n_classes = sum(n_patches > 0 for n_patches in counts[-1][subset]["per_class"].values())
             if n_classes == 0 and not (split.protocol == "official" and (subsets != "").any()):
                 raise SplitError(
@@ -534,7 +538,7 @@ def _count_groups_per_class(pack: Pack, chosen: np.ndarray) -> dict[str, int]:
 
 def _state_limits(pack: Pack, protocol: str, counts: Sequence[Mapping[str, SubsetCounts]]) -> list[str]:
     """Return one sentence per class whose test patients are too few for a confidence interval."""
-    if pack.unit == "patch" or protocol in LEAK_PROTOCOLS:  # test one patient by design
+    if pack.unit == "patch" or protocol in (NO_TEST, *LEAK_PROTOCOLS):  # test none or one by design
         return []
     tested = {
         name: sum(fold["test"]["groups_per_class"][name] for fold in counts) for name in pack.class_names

@@ -224,8 +224,8 @@ def predict_subset(
     rows = np.flatnonzero(subsets == subset)
     if not len(rows):
         raise RunError(
-            f"split {split.name!r} has no {subset} patches in {pack.path.name}: make another "
-            "with `biopsy split`"
+            f"split {split.name!r} has no {subset} patches in {pack.path.name}: evaluate another subset or "
+            "pack, or make another split with `biopsy split`"
         )
     with open_predictor(classifier, engine, len(rows)) as predictor:
         logits = predictor.logits(pack.patches, pack.sizes, rows)
