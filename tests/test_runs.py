@@ -13,7 +13,7 @@ from biopsy.core.errors import DataError, RunError
 from biopsy.core.files import LOCK, write_json
 from biopsy.models.classifier import Classifier
 from biopsy.recipes import load_recipe
-from biopsy.training.runs import Run, describe_environment, name_run
+from biopsy.training.runs import Run, describe_environment, name_run, require_empty
 from biopsy.training.train import train
 from refusals import refuses
 from tiny_runs import LIVELY, TINY
@@ -208,8 +208,12 @@ def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("precious")
     for path in (copied.path, tmp_path / "thesis"):
-        with refuses(RunError, path, "empty"):
+        with refuses(RunError, path, "another folder") as error:
             Run.create(path, {"status": "running"}, copied.recipe, table)
+        assert "--resume" not in str(error.value)  # which a finished run refuses
+    change(copied, status="interrupted")
+    with refuses(RunError, copied.path, f"biopsy train --resume {copied.path}"):
+        require_empty(copied.path)
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     assert Run.create(tmp_path / "empty", {"status": "running"}, copied.recipe, table).log() == []

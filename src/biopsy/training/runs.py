@@ -467,10 +467,17 @@ def require_empty(path: Path) -> None:
     Raises:
         RunError: If the folder is not empty.
     """
-    if path.exists() and any(path.iterdir()):
-        is_run = (path / DOCUMENT).is_file()
-        resume = f", or resume with `biopsy train --resume {path}`" if is_run else ""
-        raise RunError(f"{path} is not empty: choose another folder{resume}")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    try:
+        is_finished = Run.open(path).info["status"] == "finished"
+    except RunError:
+        raise RunError(f"{path} is not empty: choose another folder") from None
+    if is_finished:
+        raise RunError(f"{path} holds a finished run with other settings or data: choose another folder")
+    raise RunError(
+        f"{path} is not empty: choose another folder, or resume with `biopsy train --resume {path}`"
+    )
 
 
 def find_cached_run(config_sha256: str, folders: Iterable[Path]) -> Run | None:
