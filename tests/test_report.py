@@ -14,6 +14,7 @@ import pytest
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
+from biopsy.models.shipped import describe_shipped
 from biopsy.recipes.schema import Origin
 from biopsy.reporting.compose import report_of_run, state_verdict
 from biopsy.reporting.document import (
@@ -169,7 +170,11 @@ SHIPPED = {"pretrained": True, "weights": "idc", "file": "weights.safetensors", 
     ("trainable", "weights", "words"),
     [
         ("all", {}, ["all layers", "random weights"]),
-        ("head", SHIPPED, ["only the last layer", "classifier idc", "ships with biopsy", "7,126 patches"]),
+        (
+            "head",
+            SHIPPED,
+            ["only the last layer", "classifier idc", "ships with biopsy", describe_shipped("idc")],
+        ),
         ("all", {**SHIPPED, "file": "idc"}, ["all layers", "Training began with weights idc."]),
         ("block5", {**SHIPPED, "weights": "keras-vgg16", "file": "v.h5"}, ["from block5 on", "keras-vgg16"]),
     ],
