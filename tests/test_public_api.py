@@ -127,9 +127,17 @@ def test_importing_the_package_and_any_help_load_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["fetch", "publish", "view", "serve", "inspect", "split", "slide", "list"])
-def test_commands_that_run_no_network_load_without_torch(name):
-    code = f"import sys, biopsy; biopsy.{name}; assert 'torch' not in sys.modules"
+def test_what_runs_no_network_does_without_torch(make_pack):
+    names = "fetch publish view serve inspect split slide list evaluate compare calibrate label_issues next"
+    code = (
+        "import sys, biopsy\n"
+        f"for name in {names.split()}:\n"
+        "    getattr(biopsy, name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+        "biopsy.evaluate_predictions([0, 1, 1, 0] * 9, [0.2, 0.7, 0.4, 0.3] * 9, groups=[*range(36)])\n"
+        f"report = biopsy.verify({str(make_pack().path)!r})\n"
+        "assert not report.exit_code and 'torch' not in sys.modules\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -21,7 +21,7 @@ from biopsy.data.splits import list_splits, load_split
 from biopsy.evaluation.evaluate import FORMAT as METRICS_FORMAT
 from biopsy.evaluation.measure import measure_performance
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.exporting import bundles, hub
+from biopsy.exporting import hub
 from biopsy.exporting.formats import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
 from biopsy.models.classifier import Classifier, score_classes
@@ -29,11 +29,9 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier, predict_logits
 from biopsy.slides import outputs
 from biopsy.slides.maps import SlideMap, collect_regions, find_regions, write_geojson
-from biopsy.training.fit import OnEpoch
 from biopsy.training.metrics import Metrics
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import Run, RunInfo
-from biopsy.training.train import train
+from biopsy.training.runs import OnEpoch, Run, RunInfo
 
 SAMPLE = 256
 """Number of recomputed predictions, and of patches on which the networks of a bundle are compared."""
@@ -252,6 +250,8 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
         remedy = "train it again in Python with the same transform"
         checks.add("training again", "WARN", "not done: the run used a transform of its user's", remedy)
         return
+    from biopsy.training.train import train  # imports PyTorch
+
     classifier = run.classifier
     with TemporaryDirectory() as folder:
         kept = {key: value for key, value in run.info.items() if key not in _RESULTS}
@@ -336,6 +336,8 @@ def _has_hash(path: Path, sha256: str) -> bool:
 def _compare(
     form: Any, classifier: Classifier, folder: Path, patches: np.ndarray, logits: np.ndarray
 ) -> tuple[str, None]:
+    from biopsy.exporting.bundles import TOLERANCE as TOLERANCE_OF_FORMATS  # imports PyTorch
+
     try:
         probs = form.predict(classifier, folder, patches)
     except BiopsyError:
@@ -345,14 +347,14 @@ def _compare(
     if probs is None:
         return "not in this bundle", None
     difference = np.abs(probs - classifier.probs(logits)).max()
-    if not difference <= bundles.TOLERANCE:
+    if not difference <= TOLERANCE_OF_FORMATS:
         raise RunError(
             f"{form.name} differs by {difference:.2g} in a probability from the weights, where at most "
-            f"{bundles.TOLERANCE:g} is allowed"
+            f"{TOLERANCE_OF_FORMATS:g} is allowed"
         )
     return (
         f"probabilities of {len(patches)} synthetic patches differ by at most {difference:.1g} from those of "
-        f"the weights (allowed: {bundles.TOLERANCE:g})",
+        f"the weights (allowed: {TOLERANCE_OF_FORMATS:g})",
         None,
     )
 

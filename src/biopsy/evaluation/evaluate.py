@@ -31,7 +31,6 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.models.classifier import Classifier, Threshold, freeze
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
-from biopsy.models.weights import title_recipe
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.statistics.intervals import describe_method, estimate_metrics
 from biopsy.statistics.paired import estimate_differences
@@ -131,6 +130,8 @@ def evaluate(
         classifier, pack, subsets, subset, split_use, engine=engine, seed=run.info["seed"]
     )
     classifier_sha256 = classifier.sha256
+    from biopsy.models.weights import title_recipe  # imports PyTorch
+
     folder = run.path if _is_own(run, pack) else run.path / "external" / pack.path.stem
     openings = _open_ledger(run, pack, split_use, subset) if subset == "test" else None
     write_predictions(

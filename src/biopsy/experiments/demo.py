@@ -14,8 +14,7 @@ from biopsy.phantom.cohort import FIRST_PATIENT, write_archive
 from biopsy.phantom.slides import make_phantom_slide
 from biopsy.slides.cohorts import slide
 from biopsy.slides.section import MAPS
-from biopsy.training.fit import OnEpoch
-from biopsy.training.runs import DOCUMENT, Run
+from biopsy.training.runs import DOCUMENT, OnEpoch, Run
 from biopsy.training.train import train
 
 logger = logging.getLogger(__name__)

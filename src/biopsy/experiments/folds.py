@@ -12,7 +12,7 @@ from biopsy.data.splits import split as make_split
 from biopsy.evaluation.study_tables import write_tables
 from biopsy.experiments.run_specs import RunSpec, hash_split, open_study, run_all, study_folder
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
-from biopsy.training.fit import OnEpoch
+from biopsy.training.runs import OnEpoch
 from biopsy.training.study import Study
 from biopsy.training.train import choose_split, open_data
 

@@ -23,10 +23,9 @@ from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.weights import choose_weights, feed_as_encoder
 from biopsy.recipes import Overrides, load_recipe, setting_lines
 from biopsy.statistics.resampling import Interval
-from biopsy.training.fit import OnEpoch
 from biopsy.training.probe import FOLDER, neighbour_votes
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import EpochRecord, Run
+from biopsy.training.runs import EpochRecord, OnEpoch, Run
 from biopsy.training.train import open_data, train
 
 RECIPE, FORMAT = "probe", "biopsy-probe/1"

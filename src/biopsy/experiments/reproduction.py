@@ -32,7 +32,8 @@ from biopsy.experiments.reproduction_summary import ReproductionSummary, write_t
 from biopsy.experiments.run_specs import RunSpec, check_networks, open_study, run_all, study_folder
 from biopsy.models.weights import make_network
 from biopsy.recipes import Overrides, Recipe, list_recipes, load_recipe, setting_lines
-from biopsy.training.fit import OnEpoch, optimiser_of
+from biopsy.training.fit import optimiser_of
+from biopsy.training.runs import OnEpoch
 from biopsy.training.study import Paper, Plan, Study
 from biopsy.training.train import open_data, train
 

@@ -22,9 +22,8 @@ from biopsy.models.hardware import pick_device
 from biopsy.models.weights import make_network
 from biopsy.plotting.style import png
 from biopsy.recipes import Recipe, recipe_toml
-from biopsy.training.fit import OnEpoch
 from biopsy.training.runs import DOCUMENT as RUN
-from biopsy.training.runs import EpochRecord, Run
+from biopsy.training.runs import EpochRecord, OnEpoch, Run
 from biopsy.training.study import DOCUMENT, FORMAT, Study, StudyInfo, StudySplit
 from biopsy.training.train import train
 

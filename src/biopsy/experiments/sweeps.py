@@ -35,9 +35,8 @@ from biopsy.experiments.sweep_page import (
     format_value,
 )
 from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
-from biopsy.training.fit import OnEpoch
 from biopsy.training.metrics import Metrics, Spread
-from biopsy.training.runs import EpochRecord, Run
+from biopsy.training.runs import EpochRecord, OnEpoch, Run
 from biopsy.training.study import Study, StudyInfo
 from biopsy.training.train import choose_split, open_data
 

@@ -1,18 +1,21 @@
-"""Device, precision and memory layout; training step and losses."""
+"""Device, precision and memory layout; training step and losses.
+
+PyTorch is imported where it is used: commands that may need no network import this module.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Literal, get_args
 
 from biopsy.core.errors import RecipeError, suggest
 from biopsy.models.hardware import Precision, keep_freed_memory, pick_precision, torch_device
 
-LossFunction = Callable[..., Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+LossFunction = Callable[..., "Tensor"]
 
 
 class Engine:
@@ -42,20 +45,22 @@ class Engine:
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def place(self, network: nn.Module) -> nn.Module:
+    def place(self, network: "nn.Module") -> "nn.Module":
         """Move a network to the device, in channels-last memory format."""
+        import torch
+
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def train_step(
         self,
-        network: nn.Module,
-        optimiser: Optimizer,
-        batch: Tensor,
-        target: Tensor,
+        network: "nn.Module",
+        optimiser: "Optimizer",
+        batch: "Tensor",
+        target: "Tensor",
         loss_fn: LossFunction,
         *,
         weight: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> "tuple[Tensor, Tensor]":
         """Do one optimiser step, without synchronising with the device.
 
         Args:
@@ -64,6 +69,8 @@ class Engine:
         Returns:
             The loss before the update, a scalar, and the logits ``(B, n_classes)``, on the device.
         """
+        import torch
+
         optimiser.zero_grad(set_to_none=True)
         with self.autocast():
             logits = network(batch)
@@ -75,13 +82,17 @@ class Engine:
         optimiser.step()
         return loss.detach(), logits.detach()
 
-    def predict(self, network: nn.Module, batch: Tensor) -> Tensor:
+    def predict(self, network: "nn.Module", batch: "Tensor") -> "Tensor":
         """Return float32 logits ``(B, n_classes)`` of a network in evaluation mode, without gradients."""
+        import torch
+
         with torch.inference_mode(), self.autocast():
             return network(batch).float()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the autocast context of the precision."""
+        import torch
+
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
@@ -95,7 +106,7 @@ def make_loss(
     class_weights: Sequence[float] | None = None,
     *,
     label_smoothing: float = 0.0,
-    device: torch.device | str = "cpu",
+    device: "torch.device | str" = "cpu",
     teacher_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> LossFunction:
@@ -116,17 +127,20 @@ def make_loss(
         temperature: Divides the logits in the teacher's loss, which is multiplied by its square, so that
             gradients keep their size (Hinton et al. 2015).
     """
+    import torch
+    from torch.nn import functional
+
     if outputs not in ("softmax", "sigmoid"):
         raise RecipeError(
             f"outputs={outputs!r} is not possible; {suggest(outputs, ('softmax', 'sigmoid'))}", "value"
         )
 
     def loss_fn(
-        logits: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None = None,
-        teacher: Tensor | None = None,
-    ) -> Tensor:
+        logits: "Tensor",
+        target: "Tensor",
+        sample_weight: "Tensor | None" = None,
+        teacher: "Tensor | None" = None,
+    ) -> "Tensor":
         if outputs == "softmax":
             losses = functional.cross_entropy(
                 logits, target, reduction="none", label_smoothing=label_smoothing
@@ -146,7 +160,7 @@ def make_loss(
             losses = losses * sample_weight
         return losses.mean()
 
-    def soft_losses(logits: Tensor, probs: Tensor) -> Tensor:
+    def soft_losses(logits: "Tensor", probs: "Tensor") -> "Tensor":
         if outputs == "softmax":
             return functional.cross_entropy(logits, probs, reduction="none")
         return functional.binary_cross_entropy_with_logits(logits, probs, reduction="none").mean(dim=1)
@@ -157,13 +171,15 @@ def make_loss(
     return loss_fn
 
 
-def count_correct(logits: Tensor, target: Tensor, outputs: str) -> dict[str, Tensor]:
+def count_correct(logits: "Tensor", target: "Tensor", outputs: str) -> "dict[str, Tensor]":
     """Count correct predictions in a batch, on its device.
 
     Returns:
         ``accuracy``: number of patches correct by argmax. For sigmoid also ``binary_accuracy``, as in
         Keras until 2020: sum over patches of the fraction of outputs correct at .5.
     """
+    from torch.nn import functional
+
     correct = {"accuracy": (logits.argmax(dim=1) == target).sum()}
     if outputs == "sigmoid":
         one_hot = functional.one_hot(target, logits.shape[1]).bool()

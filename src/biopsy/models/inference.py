@@ -5,16 +5,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.hardware import count_cores
 from biopsy.models.runtimes import Runtime, TorchRuntime, open_runtime
 from biopsy.recipes.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BATCH_SIZE = 256
 _THREAD_CHUNK = 64  # patches per task of a thread
@@ -138,7 +140,7 @@ def predict_with_features(
 
 
 def predict_logits(
-    network: torch.nn.Module,
+    network: "nn.Module",
     preprocessing: Preprocessing,
     patches: np.ndarray,
     sizes: np.ndarray | None = None,

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,12 @@ from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoi
 from biopsy.training.device_patches import place_patches
 from biopsy.training.distributed import ALONE, Processes
 from biopsy.training.optimisers import make_optimiser, rate_of, set_learning_rate
-from biopsy.training.runs import EpochRecord
+from biopsy.training.runs import EpochRecord, OnEpoch
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
 from biopsy.training.weight_averaging import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-OnEpoch = Callable[[EpochRecord], None]
 CHECK_EVERY = 50  # updates between checks of the loss, which synchronise with the GPU
 
 

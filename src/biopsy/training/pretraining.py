@@ -43,7 +43,7 @@ from biopsy.recipes import DEFINING_TABLES, Overrides, Recipe, load_recipe, reci
 from biopsy.training.batches import Batches
 from biopsy.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from biopsy.training.finalize import fit_preprocessing
-from biopsy.training.fit import OnEpoch, Task, optimiser_of
+from biopsy.training.fit import Task, optimiser_of
 from biopsy.training.optimisers import rate_of, set_learning_rate
 from biopsy.training.patch_operations import affine_matrix, send, warp
 from biopsy.training.pretraining_record import (
@@ -53,7 +53,7 @@ from biopsy.training.pretraining_record import (
     read_pretraining,
     require_unseen,
 )
-from biopsy.training.runs import EpochRecord, describe_environment
+from biopsy.training.runs import EpochRecord, OnEpoch, describe_environment
 from biopsy.training.seen_patients import check_start
 from biopsy.training.train import choose_split, open_data
 

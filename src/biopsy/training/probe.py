@@ -25,8 +25,8 @@ from biopsy.recipes import Recipe
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.checkpoints import Progress
-from biopsy.training.fit import OnEpoch, Task
-from biopsy.training.runs import EpochRecord
+from biopsy.training.fit import Task
+from biopsy.training.runs import EpochRecord, OnEpoch
 from biopsy.training.sampling import class_weights
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Required, cast
@@ -90,6 +90,9 @@ class EpochRecord(TypedDict, total=False):
     recipe: str
     fold: int | None
     seed: int
+
+
+OnEpoch = Callable[[EpochRecord], None]
 
 
 class PatchCounts(TypedDict):

@@ -41,13 +41,14 @@ from biopsy.training.distillation import check_teachers, identify_teachers, pred
 from biopsy.training.distributed import Processes, join_processes
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
-from biopsy.training.fit import OnEpoch, Task, fit, optimiser_of
+from biopsy.training.fit import Task, fit, optimiser_of
 from biopsy.training.loggers import open_loggers
 from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.pretraining_record import require_unseen
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
     EpochRecord,
+    OnEpoch,
     PatchCounts,
     Run,
     RunInfo,
