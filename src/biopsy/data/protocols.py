@@ -484,66 +484,21 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     }
 
 
-@dataclass(frozen=True)
-class Leak:
-    """Masks of patches ``(n_patches,)`` from which the arms of a leakage experiment are made.
-
-    Attributes:
-        test: The tested half of the test patient.
-        val: All patches of the validation patient.
-        leaked: Patches of the other half of the test patient, training patches of the arm with the leak.
-        placebo: As many patches per class of another patient with both classes, training patches of the
-            placebo arm only; empty if there is no such patient.
-        base: Patches of all other patients, the training patches of the arm without leak and placebo.
-        replaced: As many patches per class of ``base``, replaced by ``leaked`` or ``placebo``.
-        placebo_id: The patient of ``placebo``, "" if there is none.
-        touching: Fraction of ``leaked`` that is adjacent to a test patch; None without coordinates.
-    """
-
-    test: np.ndarray
-    val: np.ndarray
-    leaked: np.ndarray
-    placebo: np.ndarray
-    base: np.ndarray
-    replaced: np.ndarray
-    placebo_id: str
-    touching: float | None
-
-
 def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"], blocked: bool) -> Plan:
-    """Make one arm of a leakage experiment; all arms share test and validation patches (see `draw_leak`).
+    """Make one arm of a leakage experiment; all arms share test and validation patches.
+
+    The tested half of the test patient is drawn per class, rounded up. With ``blocked``, it is one side of a
+    random line through the slide that halves the patches of the rarer class, and patches adjacent to a test
+    patch are not leaked. The order of patches has no influence.
 
     ``apart`` is trained without the test patient and the placebo patient. In ``with``, patches of the other
     half of the test patient, in ``placebo`` patches of the placebo patient replace training patches of the
     other patients, so that all arms have the same number of training patches per class.
-    """
-    leak = draw_leak(request, blocked=blocked)
-    if arm == "placebo" and not leak.placebo_id:
-        raise SplitError(
-            f"no {request.unit} but the tested and the validating one has patches of both classes: there is "
-            "no placebo, compare with leak-apart",
-            "classes",
-        )
-    train = leak.base.copy()
-    if arm != "apart":
-        train &= ~leak.replaced
-        train |= leak.leaked if arm == "with" else leak.placebo
-    subsets = np.select([leak.test, leak.val, train], ["test", "validation", "train"], "").astype("<U10")
-    note = {"placebo": leak.placebo_id, "touching": leak.touching, "half": "blocked" if blocked else "random"}
-    leaked = {"leaked": int(leak.leaked.sum())} if arm == "with" else {}
-    return subsets, _named_note(request) | note | leaked
-
-
-def draw_leak(request: Request, *, blocked: bool) -> Leak:
-    """Draw the test, leaked and replaced patches of a leakage experiment.
-
-    The tested half is drawn per class, rounded up. With ``blocked``, it is one side of a random line through
-    the slide that halves the patches of the rarer class, and patches adjacent to a test patch are not leaked.
-    The order of patches has no influence.
 
     Raises:
         SplitError: If not exactly one known test and one known validation patient are named, the tested half
-            has one class only, coordinates are missing, or too few patches can be replaced.
+            has one class only, coordinates are missing, too few patches can be replaced, or there is no
+            patient for the placebo.
     """
     is_tested, is_validation, placebo_id = _resolve_leak_patients(request)
     rng = make_rng(request.seed, "leak", request.test_ids[0], "blocked" if blocked else "random")
@@ -581,9 +536,23 @@ def draw_leak(request: Request, *, blocked: bool) -> Leak:
         replaced[rng.choice(in_base, n_leaked, replace=False)] = True
         if placebo_id:
             placebo[rng.choice(in_placebo, n_leaked, replace=False)] = True
+    if arm == "placebo" and not placebo_id:
+        raise SplitError(
+            f"no {request.unit} but the tested and the validating one has patches of both classes: there is "
+            "no placebo, compare with leak-apart",
+            "classes",
+        )
+    train = base if arm == "apart" else (base & ~replaced) | (leaked if arm == "with" else placebo)
+    subsets = np.select([test, is_validation, train], ["test", "validation", "train"], "").astype("<U10")
     has_coordinates = leaked.any() and np.isfinite(coordinates[is_tested]).all()
-    touching = float(adjacent[leaked].mean()) if has_coordinates else None
-    return Leak(test, is_validation, leaked, placebo, base, replaced, placebo_id, touching)
+    note: dict[str, object] = {
+        "placebo": placebo_id,
+        "touching": float(adjacent[leaked].mean()) if has_coordinates else None,  # of the leaked patches
+        "half": "blocked" if blocked else "random",
+    }
+    if arm == "with":
+        note["leaked"] = int(leaked.sum())
+    return subsets, _named_note(request) | note
 
 
 def _resolve_leak_patients(request: Request) -> tuple[np.ndarray, np.ndarray, str]:

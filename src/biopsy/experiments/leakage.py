@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -24,7 +24,7 @@ def make_leak_splits(
 
     Within a design (a random half of ``test_id`` is tested, or a spatially blocked one), all splits test the
     same patches, validate on all patches of ``val_id`` and train on equally many patches of each class; see
-    `biopsy.data.protocols.draw_leak`. All random draws follow ``seed``.
+    `biopsy.data.protocols.make_leak_arm`. All random draws follow ``seed``.
 
     * ``leak-apart`` trains on all other patients except that of the placebo.
     * ``leak-with`` trains on the other half of ``test_id``, in place of as many patches of the others.
@@ -146,7 +146,7 @@ class Comparison:
     """
 
     arms: tuple[Arm, ...]
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str]
 
 
 def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Comparison:
@@ -174,9 +174,9 @@ def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Compariso
     if not arms:
         raise RunError(f"{recipe.name} cannot be reproduced on {pack.path.name}: {missing[PUBLISHED]}")
     if recipe.train.sampling == "undersample":
-        arms = [_replace(arm, _undersample(pack, arm.split)) for arm in arms]
+        arms = [replace(arm, split=_undersample(pack, arm.split)) for arm in arms]
     smallest = min((arm.split for arm in arms), key=lambda split: count_subset(pack, split, "train"))
-    arms = [_replace(arm, matched(arm.split, smallest, pack)[0]) for arm in arms]
+    arms = [replace(arm, split=matched(arm.split, smallest, pack)[0]) for arm in arms]
     return Comparison(tuple(arms), missing)
 
 
@@ -302,7 +302,3 @@ def _undersample(pack: Pack, split: Split) -> Split:
     return with_subsets(
         split, pack, subsets, name=f"{split.name}-undersampled", note={"undersampled": ["train"]}
     )
-
-
-def _replace(arm: Arm, split: Split) -> Arm:
-    return Arm(arm.kind, split, arm.tested, arm.place)
