@@ -188,7 +188,7 @@ def divide(
     pred, rows = (new[:, 1] >= threshold).astype(int), []
     for unit in (patients[calibrates], np.arange(len(known))):
         fitted = fit_conformal(known, target[calibrates], unit, alpha, guarantee=guarantee)
-        sets = predict_sets(new, 1.0 if fitted.quantiles is None else fitted.quantiles)
+        sets = predict_sets(new, 1.0 if fitted["quantiles"] is None else fitted["quantiles"])
         covered, kept = sets[np.arange(len(truth)), truth], ~abstain(sets, pred)
         wrong = kept & (pred != truth)
 

@@ -64,22 +64,22 @@ def test_too_few_patients_are_refused_in_words():
     prob, target = np.random.default_rng(0).random(400), np.tile([0, 1], 200)
     for guarantee in ("class-conditional", "marginal"):
         fit = fit_conformal(both(prob), target, np.repeat(np.arange(8), 50), 0.1, guarantee=guarantee)
-        assert fit.quantiles is None and fit.n_patients == 8 and fit.n_patches == 400
-        assert fit.reason == ("an error rate of 0.1 needs at least 9 calibration patients; there are 8")
+        assert fit["quantiles"] is None and fit["n_patients"] == 8 and fit["n_patches"] == 400
+        assert fit["reason"] == ("an error rate of 0.1 needs at least 9 calibration patients; there are 8")
     fit = fit_conformal(both(prob), target, np.zeros(400), 0.05, unit="slide")
-    assert fit.reason.endswith("at least 19 calibration slides; there is 1")
-    assert split_conformal(both(prob), target, 0.1).quantiles is not None
+    assert fit["reason"].endswith("at least 19 calibration slides; there is 1")
+    assert split_conformal(both(prob), target, 0.1)["quantiles"] is not None
 
 
 def test_each_class_needs_patients_who_have_it():
     prob, patients = np.random.default_rng(0).random(400), np.repeat(np.arange(20), 20)
     target = (patients < 5).astype(int)
     fit = fit_conformal(both(prob), target, patients, 0.1, class_names=["not IDC", "IDC"])
-    assert fit.quantiles is None and fit.n_patients == 20
-    assert fit.reason.endswith("at least 9 calibration patients with patches of IDC; there are 5")
-    assert fit_conformal(both(prob), target, patients, 0.1, guarantee="marginal").quantiles is not None
-    one_class = fit_conformal(both(prob), np.zeros(400, int), patients, 0.1)
-    assert one_class.reason.endswith("at least 9 calibration patients with patches of class 1; there are 0")
+    assert fit["quantiles"] is None and fit["n_patients"] == 20
+    assert fit["reason"].endswith("at least 9 calibration patients with patches of IDC; there are 5")
+    assert fit_conformal(both(prob), target, patients, 0.1, guarantee="marginal")["quantiles"] is not None
+    reason = fit_conformal(both(prob), np.zeros(400, int), patients, 0.1)["reason"]
+    assert reason.endswith("at least 9 calibration patients with patches of class 1; there are 0")
 
 
 def draw_scores(seed, n_patients=12):
@@ -116,8 +116,8 @@ def test_with_a_patch_a_patient_it_is_plain_split_conformal(seed, alpha):
     assert hierarchical_quantile(scores, np.arange(len(scores)), alpha) == expected
     prob = 1 - scores
     plain = split_conformal(both(prob), np.ones(len(scores), int), alpha, guarantee="marginal")
-    assert plain.unit == "patch" and plain.n_patients == len(scores)
-    assert plain.quantiles == (pytest.approx(expected),) * 2 if plain.quantiles else rank > len(scores)
+    assert plain["unit"] == "patch" and plain["n_patients"] == len(scores)
+    assert plain["quantiles"] == [pytest.approx(expected)] * 2 if plain["quantiles"] else rank > len(scores)
 
 
 def test_the_calibration_patients_themselves_are_covered():
@@ -145,11 +145,11 @@ def test_a_quantile_for_each_class_is_that_of_its_patches():
         fit_conformal(probs[target == k], target[target == k], groups[target == k], 0.2, guarantee="marginal")
         for k in range(3)
     ]
-    assert fit.quantiles == tuple(one.quantiles[k] for k, one in enumerate(alone))
-    assert len(set(fit.quantiles)) == 3
-    assert (predict_sets(probs, fit.quantiles)[:, 1] == (1 - probs[:, 1] <= fit.quantiles[1])).all()
+    assert fit["quantiles"] == [one["quantiles"][k] for k, one in enumerate(alone)]
+    assert len(set(fit["quantiles"])) == 3
+    assert (predict_sets(probs, fit["quantiles"])[:, 1] == (1 - probs[:, 1] <= fit["quantiles"][1])).all()
     together = fit_conformal(probs, target, groups, 0.2, guarantee="marginal")
-    assert set(together.quantiles) == {hierarchical_quantile(score_targets(probs, target), groups, 0.2)}
+    assert set(together["quantiles"]) == {hierarchical_quantile(score_targets(probs, target), groups, 0.2)}
 
 
 def test_kept_and_wrong_never_outnumber_the_uncovered():
@@ -167,7 +167,7 @@ def test_the_class_that_is_positive_does_not_matter():
     prob, target, groups = rng.random(300), rng.integers(0, 2, 300), np.repeat(np.arange(20), 15)
     one = fit_conformal(both(prob), target, groups, 0.1)
     other = fit_conformal(both(prob)[:, ::-1], 1 - target, groups, 0.1)
-    assert one.quantiles == other.quantiles[::-1]
+    assert one["quantiles"] == other["quantiles"][::-1]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_calibrator_changes_no_set_of_two_classes(guarantee, shift):
     for temperature in (0.5, 1.0, 3.0):
         known = cooled(cohort.prob, temperature)
         fit = fit_conformal(known, cohort.target, cohort.patient_ids, 0.1, guarantee=guarantee)
-        sets.append(predict_sets(cooled(new.prob, temperature), fit.quantiles))
+        sets.append(predict_sets(cooled(new.prob, temperature), fit["quantiles"]))
     assert (sets[0] == sets[1]).all() and (sets[1] == sets[2]).all()
 
 
@@ -213,13 +213,13 @@ def test_a_quantile_needs_patches():
 def test_probabilities_of_zero_and_one_and_constant_ones():
     target = np.tile([0, 1], 20)
     sure = fit_conformal(both(target.astype(float)), target, np.repeat(np.arange(10), 4), 0.1)
-    assert sure.quantiles == (0, 0) and predict_sets(both([0.0, 0.4, 1.0]), 0.0).sum(axis=1).tolist() == [
+    assert sure["quantiles"] == [0, 0] and predict_sets(both([0.0, 0.4, 1.0]), 0.0).sum(axis=1).tolist() == [
         1,
         0,
         1,
     ]
     constant = fit_conformal(both(np.full(40, 0.5)), target, np.repeat(np.arange(10), 4), 0.1)
-    assert constant.quantiles == (0.5, 0.5) and predict_sets(both([0.5]), 0.5).all()
+    assert constant["quantiles"] == [0.5, 0.5] and predict_sets(both([0.5]), 0.5).all()
 
 
 def test_uneven_patients_are_as_they_say():
@@ -259,7 +259,7 @@ def test_each_class_has_its_guarantee_where_one_for_all_fails_the_rarer():
             fit = fit_conformal(
                 both(cohort.prob), cohort.target, cohort.patient_ids, 0.1, guarantee=guarantee
             )
-            coverages.append(predict_sets(both(new.prob), fit.quantiles)[of_positives, 1].mean())
+            coverages.append(predict_sets(both(new.prob), fit["quantiles"])[of_positives, 1].mean())
     assert np.mean(held["marginal"]) < 0.8
     assert 0.9 < np.mean(held["class-conditional"]) < 0.9 + 2 / 41
 
@@ -308,7 +308,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     rng = np.random.default_rng(n_classes)
     probs, new = rng.dirichlet(np.full(n_classes, 0.6), size=(2, 503))
     target = np.array([rng.choice(n_classes, p=p) for p in probs])
-    ours = predict_sets(new, split_conformal(probs, target, alpha, guarantee="marginal").quantiles)
+    ours = predict_sets(new, split_conformal(probs, target, alpha, guarantee="marginal")["quantiles"])
 
     mapie = SplitConformalClassifier(
         Given().fit(probs, target), confidence_level=1 - alpha, conformity_score="lac", prefit=True
@@ -320,7 +320,7 @@ def test_plain_sets_are_those_of_mapie_and_crepes(alpha, n_classes):
     theirs = crepes.predict_set(hinge(new), confidence=1 - alpha, smoothing=False)
     assert (theirs.astype(bool) == ours).all()
 
-    each = predict_sets(new, split_conformal(probs, target, alpha).quantiles)
+    each = predict_sets(new, split_conformal(probs, target, alpha)["quantiles"])
     crepes = ConformalClassifier().fit(hinge(probs, np.arange(n_classes), target), bins=target)
     for k in range(n_classes):  # Mondrian: the class that is asked about is the bin
         theirs = crepes.predict_set(hinge(new), np.full(len(new), k), confidence=1 - alpha, smoothing=False)

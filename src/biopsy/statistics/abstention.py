@@ -216,7 +216,11 @@ ROUNDING = 1e-9  # tolerance of sums of 1 / ((K + 1) N_k)
 
 
 class ConformalRecord(TypedDict, total=False):
-    """Quantiles of conformal prediction sets, which decide abstention, or the reason for none."""
+    """Quantiles of conformal prediction sets, which decide abstention, or the reason for none.
+
+    ``alpha`` is the share of a new patient's patches whose set may not contain the true class. A set holds
+    the classes whose score is at most their quantile. ``unit`` (patient, slide or patch) is exchangeable.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -230,42 +234,6 @@ class ConformalRecord(TypedDict, total=False):
     reason: str | None
     chosen_on: str
     per_patch_quantiles: list[float] | None
-
-
-@dataclass(frozen=True)
-class Conformal:
-    """A coverage guarantee and its quantiles, or the reason why there are none.
-
-    Attributes:
-        alpha: Error rate: the share of a new patient's patches whose set may not contain the true class.
-        guarantee: Class-conditional or marginal.
-        quantiles: Largest score of each class in a set.
-        n_patients: Number of calibration patients (or other units).
-        n_patches: Number of calibration patches.
-        unit: Exchangeable unit: patient, slide or patch.
-        reason: Why there are no quantiles.
-    """
-
-    alpha: float
-    guarantee: Guarantee
-    quantiles: tuple[float, ...] | None
-    n_patients: int
-    n_patches: int
-    unit: str
-    reason: str | None = None
-
-    def to_dict(self) -> ConformalRecord:
-        """Return the entry of ``classifier.json``."""
-        return {
-            "method": METHOD,
-            "alpha": self.alpha,
-            "guarantee": self.guarantee,
-            "quantiles": None if self.quantiles is None else list(self.quantiles),
-            "n_patients": self.n_patients,
-            "n_patches": self.n_patches,
-            "unit": self.unit,
-            "reason": self.reason,
-        }
 
 
 def groups_needed(alpha: float) -> int:
@@ -330,7 +298,7 @@ def fit_conformal(
     guarantee: Guarantee = "class-conditional",
     unit: str = "patient",
     class_names: Sequence[str] = (),
-) -> Conformal:
+) -> ConformalRecord:
     """Fit conformal sets on calibration patients.
 
     Args:
@@ -345,29 +313,35 @@ def fit_conformal(
     """
     scores, needed = score_targets(probs, target), groups_needed(alpha)
     target, groups, n_classes = np.asarray(target), np.asarray(group_ids), np.shape(probs)[1]
-    n_patients, quantiles = len(np.unique(groups)), []
-    for k in range(n_classes if guarantee == "class-conditional" else 1):
-        members = target == k if guarantee == "class-conditional" else np.ones(len(target), bool)
+    n_patients, per_class = len(np.unique(groups)), guarantee == "class-conditional"
+    quantiles: list[float] = []
+    reason = None
+    for k in range(n_classes if per_class else 1):
+        members = target == k if per_class else np.ones(len(target), bool)
         n = len(np.unique(groups[members]))
         if n < needed:
-            suffix = (
-                f" with patches of {class_title([*class_names, *map(str, range(n_classes))][k])}"
-                if guarantee == "class-conditional"
-                else ""
-            )
+            with_class = f" with patches of {class_title([*class_names, *map(str, range(n_classes))][k])}"
             reason = (
-                f"an error rate of {alpha:g} needs at least {needed} calibration "
-                f"{plural(unit)}{'' if n == n_patients else suffix}; there {'is' if n == 1 else 'are'} {n}"
+                f"an error rate of {alpha:g} needs at least {needed} calibration {plural(unit)}"
+                f"{with_class if per_class and n < n_patients else ''}; there {'is' if n == 1 else 'are'} {n}"
             )
-            return Conformal(alpha, guarantee, None, n_patients, len(scores), unit, reason)
+            break
         quantiles.append(hierarchical_quantile(scores[members], groups[members], alpha))
-    per_class = tuple(quantiles) if guarantee == "class-conditional" else (quantiles[0],) * n_classes
-    return Conformal(alpha, guarantee, per_class, n_patients, len(scores), unit)
+    return {
+        "method": METHOD,
+        "alpha": alpha,
+        "guarantee": guarantee,
+        "quantiles": None if reason else quantiles if per_class else quantiles * n_classes,
+        "n_patients": n_patients,
+        "n_patches": len(scores),
+        "unit": unit,
+        "reason": reason,
+    }
 
 
 def split_conformal(
     probs: ArrayLike, target: ArrayLike, alpha: float, *, guarantee: Guarantee = "class-conditional"
-) -> Conformal:
+) -> ConformalRecord:
     """Fit split conformal sets, which treat patches as independent, for comparison.
 
     Source: Vovk et al. 2005; Lei et al. 2018, sec. 2.2: the ``ceil((n + 1)(1 - alpha))``-th smallest score.

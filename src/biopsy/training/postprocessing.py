@@ -42,14 +42,14 @@ def fit_abstention(
     """
     fitted = fit_conformal(
         probs, target, group_ids, alpha, guarantee=guarantee, unit=unit, class_names=class_names
-    ).to_dict()
+    )
     if patients_overlap:
         fitted["quantiles"] = None
         fitted["reason"] = (
             f"{plural(unit)} are in several subsets of this split, so errors on {chosen_on} give no "
             f"guarantee for a new {unit}"
         )
-    plain = split_conformal(probs, target, alpha, guarantee=guarantee).to_dict()
+    plain = split_conformal(probs, target, alpha, guarantee=guarantee)
     return {**fitted, "chosen_on": chosen_on, "per_patch_quantiles": plain["quantiles"]}
 
 
