@@ -40,7 +40,6 @@ from biopsy.reporting.document import (
     number,
 )
 from biopsy.reporting.elements import synthetic_warning, written_by
-from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import Spread
@@ -65,7 +64,7 @@ def report_of_reproduction(
         study, papers = pseudonymizer.nested(study), pseudonymizer.nested(papers)
     sections = [
         _describe_table(papers),
-        *([_describe_leak(papers, unit)] if _leaks(papers) else []),
+        _describe_leak(papers, unit),
         _describe_slides(papers, unit),
         Section("lengths", "Training length", [table_of_lengths(papers, study["papers"])]),
         describe_reproduction(study),
@@ -74,16 +73,15 @@ def report_of_reproduction(
         title=f"Published recipes on {study['pack']['name']}",
         subtitle=f"Reproduction {study['name']}: {count(len(papers), 'recipe')}, "
         f"{count(sum(entry.n_runs for entry in papers.values()), 'run')}",
-        summary=_summarise(
-            papers, unit, is_synthetic=study["pack"].get("synthetic"), hide_ids=pseudonymizer is not None
-        ),
-        sections=[section for section in sections if section is not None],
+        summary=_summarise(papers, unit, is_synthetic=study["pack"].get("synthetic")),
+        sections=sections,
         warnings=_warn_reader(papers, unit),
         footer=written_by(study),
+        ids_hidden=pseudonymizer is not None,
     )
 
 
-def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None, hide_ids: bool) -> Summary:
+def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None) -> Summary:
     """Return the summary, with headlines of the recipe with the largest effect of leakage."""
     means = {name: entry.leak.auroc.mean for name, entry in papers.items()}
     leaks = {name: mean for name, mean in means.items() if mean is not None}
@@ -110,9 +108,7 @@ def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None, hide_ids
                 for name in leaks
             ),
             "All trainings that are compared have the same number of patches and of updates.",
-            *([HIDDEN] if hide_ids else []),
         ],
-        not_for=NOT_FOR,
     )
 
 
@@ -141,10 +137,6 @@ def _state_verdict(papers: Papers, leaks: Mapping[str, float], unit: str) -> str
 def _mean_of_slides(entry: PaperSummary, arm: str) -> float:
     means = [getattr(slide, arm).auroc.mean for slide in entry.leak.slides]
     return math.nan if None in means else sum(means) / len(means)
-
-
-def _leaks(papers: Papers) -> bool:
-    return any(entry.leak.auroc.mean is not None for entry in papers.values())
 
 
 def _warn_reader(papers: Papers, unit: str) -> list[str]:
@@ -230,7 +222,9 @@ TITLES = {
 }
 
 
-def _describe_leak(papers: Papers, unit: str) -> Section:
+def _describe_leak(papers: Papers, unit: str) -> Section | None:
+    if all(entry.leak.auroc.mean is None for entry in papers.values()):
+        return None
     tables: list[Block] = []
     for contrast, title in TITLES.items():
         rows = [

@@ -38,7 +38,6 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import make_table, picture, synthetic_warning, table_of_metrics, written_by
 from biopsy.reporting.facts import StudyFacts, hide_study
-from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.statistics.intervals import measure_groups
 
 RUN_COLUMNS = {
@@ -74,11 +73,9 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         _describe_groups(facts),
         _describe_pooled(facts),
         _describe_runs(facts),
-        *(
-            [Section("recipe", "Recipe", [Listing(facts.recipe_toml, fold="All settings (TOML)")])]
-            if facts.recipe_toml
-            else []
-        ),
+        Section("recipe", "Recipe", [Listing(facts.recipe_toml, fold="All settings (TOML)")])
+        if facts.recipe_toml
+        else None,
         describe_reproduction(facts.study),
     ]
     return ReportDocument(
@@ -86,9 +83,10 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
         subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
         f"{count(len(table), 'run')}; {count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
         summary=_summarise(facts),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
         warnings=_warn_reader(facts),
         footer=written_by(facts.study),
+        ids_hidden=facts.ids_hidden,
     )
 
 
@@ -139,9 +137,7 @@ def _summarise(facts: StudyFacts) -> Summary:
         unit=facts.unit,
         findings=[
             f"Intervals are over {plural(facts.unit)}; the spread over seeds is that of repeated training.",
-            *([HIDDEN] if facts.ids_hidden else []),
         ],
-        not_for=NOT_FOR,
     )
 
 

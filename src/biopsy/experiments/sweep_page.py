@@ -39,7 +39,6 @@ from biopsy.reporting.document import (
     number,
 )
 from biopsy.reporting.elements import describe_openings, synthetic_warning, written_by
-from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import Spread
@@ -103,7 +102,7 @@ def report_of_sweep(
         title=f"{next(iter(study['recipes']))}: {', '.join(summary.grid)}",
         subtitle=f"Sweep {study['name']}: {count(len(summary.combinations), 'combination')}, "
         f"{count(len(study['seeds']), 'seed')}, split {study['split']['name'] if study['split'] else '-'}",
-        summary=_summarise(study, summary, hide_ids=pseudonymizer is not None),
+        summary=_summarise(study, summary),
         sections=[
             _describe_settings(study, summary, figure),
             _describe_runs(summary.grid, table),
@@ -112,10 +111,11 @@ def report_of_sweep(
         ],
         warnings=_warn_reader(study),
         footer=written_by(study),
+        ids_hidden=pseudonymizer is not None,
     )
 
 
-def _summarise(study: StudyInfo, summary: SweepSummary, *, hide_ids: bool) -> Summary:
+def _summarise(study: StudyInfo, summary: SweepSummary) -> Summary:
     best, criterion = summary.best, summary.chosen_by
     verdict = "No combination has been evaluated on validation."
     headlines = []
@@ -143,19 +143,13 @@ def _summarise(study: StudyInfo, summary: SweepSummary, *, hide_ids: bool) -> Su
         verdict=verdict + synthetic_warning(study["pack"].get("synthetic")),
         headlines=headlines,
         unit=summary.unit,
-        findings=[
-            *(
-                ["The best of many validation metrics is optimistic: expect less on new patients."]
-                if study.get("search")
-                else [
-                    "The choice was made on validation, so the test metrics of the chosen combination are "
-                    "not biased by it. The best of all test metrics would be.",
-                    describe_openings(summary.ledger),
-                ]
-            ),
-            *([HIDDEN] if hide_ids else []),
+        findings=["The best of many validation metrics is optimistic: expect less on new patients."]
+        if study.get("search")
+        else [
+            "The choice was made on validation, so the test metrics of the chosen combination are not biased "
+            "by it. The best of all test metrics would be.",
+            describe_openings(summary.ledger),
         ],
-        not_for=NOT_FOR,
     )
 
 

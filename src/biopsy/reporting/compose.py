@@ -26,7 +26,6 @@ from biopsy.reporting.elements import (
     written_by,
 )
 from biopsy.reporting.facts import RunFacts, hide_run
-from biopsy.reporting.html import HIDDEN, NOT_FOR
 from biopsy.reporting.registry import list_results, list_sections
 from biopsy.training.probe import PROBE
 
@@ -35,8 +34,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
     """Return the report of a run; with ``hide_ids``, ids of patients, slides and patches become numbers."""
     if hide_ids and not facts.ids_hidden:
         facts = hide_run(facts, {name: result.hide for name, result in list_results().items()})
-    composed = [compose(facts) for compose in list_sections()]
-    present = [section for section in composed if section is not None]
+    present = [part for compose in list_sections() if (part := compose(facts)) is not None]
     if facts.missing:
         present.append(_list_missing(facts.missing))
     present.append(describe_checklist(present, has_subgroups=bool(facts.metrics.subgroups)))
@@ -54,6 +52,7 @@ def report_of_run(facts: RunFacts, *, hide_ids: bool = False) -> ReportDocument:
         sections=present,
         warnings=warn_reader(facts),
         footer=written_by(facts.run),
+        ids_hidden=facts.ids_hidden,
     )
 
 
@@ -141,9 +140,7 @@ def _summarise(facts: RunFacts) -> Summary:
             describe_openings(m.ledger)
             if facts.is_run
             else "Whether the model was trained on these patches is not recorded.",
-            *([HIDDEN] if facts.ids_hidden else []),
         ],
-        not_for=NOT_FOR,
     )
 
 

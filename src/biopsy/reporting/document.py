@@ -53,13 +53,12 @@ class Headline:
 
 @dataclass(frozen=True)
 class Summary:
-    """The summary: the result in one sentence, its metrics, and limits of use."""
+    """The summary: the result in one sentence, and its metrics."""
 
     verdict: str
     headlines: Sequence[Headline]
     unit: str
     findings: Sequence[str] = ()
-    not_for: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -214,14 +213,18 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportDocument:
-    """A whole report; the subtitle names the evaluated data, warnings (limitations) are below the verdict."""
+    """A whole report; the subtitle names the evaluated data, warnings (limitations) are below the verdict.
+
+    Sections that are None are left out. With ``ids_hidden``, the page says that ids are replaced by numbers.
+    """
 
     title: str
     subtitle: str
     summary: Summary
-    sections: Sequence[Section]
+    sections: Sequence[Section | None]
     warnings: Sequence[str] = ()
     footer: str = ""
+    ids_hidden: bool = False
 
 
 def interval_of(estimate: Interval | None) -> str:

@@ -13,18 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from biopsy.core.text import plural
-from biopsy.reporting.document import (
-    Picture,
-    ReportDocument,
-    number,
-)
-
-NOT_FOR = (
-    "Research use only: the model is not a medical device and has not been validated clinically.",
-    "It must not be used to diagnose, to grade, to choose a treatment, or in place of reading a slide.",
-    "The results hold only for tissue, stain, scanner and resolution like those tested.",
-)
-HIDDEN = "Patient, slide and patch ids are replaced by numbers in this report."
+from biopsy.reporting.document import Picture, ReportDocument, number
 
 
 def render_report(document: ReportDocument) -> str:

@@ -41,7 +41,6 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import WITHOUT_IDS, encode_patch, make_table, pick_label, picture
 from biopsy.reporting.facts import make_pseudonymizer
-from biopsy.reporting.html import HIDDEN, NOT_FOR
 
 ALPHA = 0.05
 ONE_SEED = (
@@ -176,9 +175,10 @@ def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
         title=" and ".join(model.name for model in m.models),
         subtitle=f"A comparison on the same {size}; the reference is {m.reference}",
         summary=_summarise(facts),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
         warnings=_warn_reader(facts),
         footer="Written by biopsy.",
+        ids_hidden=facts.ids_hidden,
     )
 
 
@@ -193,9 +193,7 @@ def _summarise(facts: ComparisonFacts) -> Summary:
         findings=[
             "Use the interval of the paired difference below to compare models; overlap of the separate "
             f"intervals is not a test, because difficult {facts.units} affect both models.",
-            *([HIDDEN] if facts.ids_hidden else []),
         ],
-        not_for=NOT_FOR,
     )
 
 
