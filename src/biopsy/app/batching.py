@@ -45,8 +45,6 @@ class Batcher:
     """Predicts patches with one classifier, in its own thread.
 
     Args:
-        classifier: The classifier.
-        engine: Device and precision.
         max_waiting: Patches that may wait; more are refused.
         max_wait_s: Seconds that patches may wait, as long as patches took before; more are refused.
         on_batch: Called with the number of patches of each batch.

@@ -75,9 +75,7 @@ class Jobs:
 
     Args:
         folder: One folder a job; jobs that were not finished when the server ended are queued again.
-        classifiers: By name.
         root: Folder below which slides may be named by path; None for nowhere.
-        device: Where the arithmetic runs.
         max_waiting: Jobs that may wait; more are refused.
     """
 

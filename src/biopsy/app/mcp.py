@@ -48,9 +48,7 @@ def make_tools(classifiers: Mapping[str, Classifier], jobs: Jobs, device: str) -
     """Return a server with the tools ``list_models``, ``predict_patches``, ``map_slide`` and ``get_slide``.
 
     Args:
-        classifiers: By name.
         jobs: Queue of the slides; patches and slides are read below its root only.
-        device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
     server = MCPServer("biopsy", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
 

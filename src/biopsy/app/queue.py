@@ -40,7 +40,6 @@ class LabelQueue(Output):
     Attributes:
         table: The queue in its order: the columns of a label sheet, ``slide, patient_id, x, y, side``
             (level-0 pixels), ``prob``, ``uncertainty`` (0-1) and ``ood_score`` (multiple of the limit).
-        path: Path of the written queue.
     """
 
     table: pd.DataFrame

@@ -49,7 +49,6 @@ class Labels:
     """The classes of a slide or pack.
 
     Attributes:
-        names: In order.
         positive: Index of the positive class; None for more than two.
         threshold: Probability of the positive class from which a patch is predicted positive.
     """
@@ -90,11 +89,8 @@ class Scene:
     """An open slide.
 
     Attributes:
-        picture: Its pixels.
         mpp: Micrometres per pixel of level 0.
         grid: Where its patches lie; None for a slide without a map.
-        patches: Their labels and predictions.
-        labels: The classes.
         slide_map: The map that was read or made of predictions.
         notes: What a reader must know, such as that the slide's file is missing.
         corner: Where what was scanned begins at level 0: QuPath counts from there.
@@ -176,7 +172,6 @@ class Entry:
     Attributes:
         key: Names it in addresses.
         name: Names it for people.
-        open: Opens it.
         facts: What the list shows and sorts by: ``positive_mm2``, ``abstained_share``, ``ood_share``,
             ``n_patches``, ``n_errors``; None where unknown.
         positive: What ``positive_mm2`` is the area of, such as "predicted tumour".
@@ -198,11 +193,6 @@ class Sheet:
     Attributes:
         key: Names it in addresses.
         name: Names it for people.
-        pack: The pack.
-        labels: Its classes.
-        patches: Their labels and predictions.
-        run: The run.
-        classifier: That of the run.
     """
 
     key: str
@@ -258,11 +248,9 @@ class Exhibit:
     """Everything that one page shows.
 
     Attributes:
-        title: Its heading.
         entries: The slides, by key.
         sheets: The sheets of patches, by key.
         classifier: Explains a patch; None where no model was named.
-        report: The run's report, a file.
         notes: What could not be shown.
     """
 

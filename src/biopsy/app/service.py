@@ -46,7 +46,6 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        images: Images in a request.
         image_bytes: Of one image.
         predict_bytes: Of a request with images.
         upload_bytes: Of a slide.
@@ -159,7 +158,6 @@ def make_service(
 
     Args:
         models: Runs, classifiers or bundles; each is named as its folder.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         hosts: Names under which the server is reached; None for any.
     """
     classifiers = name_models(models, tta)

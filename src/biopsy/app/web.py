@@ -43,7 +43,6 @@ class Guard:
     """Refuses requests by another site's page, without the token, too large or too slow; answers HEAD as GET.
 
     Args:
-        app: What is guarded.
         hosts: Names under which the server is reached; None for any. A page of another site could otherwise
             reach a server on this machine by a name that it makes resolve to it (DNS rebinding).
         token: That requests must bear; None for none.

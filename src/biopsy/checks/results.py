@@ -21,7 +21,6 @@ class Check:
     """One check.
 
     Attributes:
-        name: Name of the check.
         status: ``PASS``, ``WARN`` (not checked, or suboptimal) or ``FAIL``.
         detail: The finding, with the tolerance of numerical comparisons.
         remedy: What to do; empty if the check passed.
@@ -39,10 +38,6 @@ class CheckReport(Result):
 
     ``report["checks"]`` lists ``name``, ``status``, ``detail`` and ``remedy`` of every check,
     ``report["status"]`` is the worst of them, ``report["subject"]`` what was checked.
-
-    Attributes:
-        subject: What was checked.
-        checks: The checks.
     """
 
     subject: str
@@ -96,7 +91,6 @@ class Checklist(list[Check]):
         """Add a check that passes unless its function raises.
 
         Args:
-            name: Name of the check.
             function: Returns the detail and a value.
             remedy: What to do if it raises.
 

@@ -39,7 +39,6 @@ class PublicFunction:
 
     Attributes:
         signature: Its parameters as far as a command line goes.
-        doc: Its docstring.
         callbacks: The parameters that were left out.
     """
 

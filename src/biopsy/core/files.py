@@ -175,10 +175,6 @@ def _require_free(path: Path) -> None:
 def refuse_inputs(out: Path | str, *inputs: Path | str | None) -> None:
     """Refuse to overwrite inputs of the same command.
 
-    Args:
-        out: Output file or folder.
-        inputs: Input files and folders.
-
     Raises:
         UserFileError: If ``out`` is one of them, or an existing file inside one.
     """
@@ -203,7 +199,6 @@ def update_directory(
     replaced, or removed if they are not written now; other files are kept.
 
     Args:
-        path: Output folder.
         names: Relative names of output files, or prefixes that end in ``*``.
         last: File that marks the outputs as complete: it is removed first and written last.
         adopt: Whether existing files of these names in a folder without a manifest are replaced.
@@ -290,7 +285,6 @@ def remove_outputs(folder: Path | str, *documents: str) -> tuple[list[str], list
     """Remove the files of a folder's manifest, and empty folders.
 
     Args:
-        folder: The folder.
         documents: Further files to remove.
 
     Returns:
@@ -427,7 +421,6 @@ def read_json(
     """Read a JSON document of `write_json` and verify its hash.
 
     Args:
-        path: The file.
         format: ``"biopsy-<what>/<version>"``; None reads any.
         remedy: Advice on changed documents, for the error.
         may_lack_hash: Whether to read documents without a hash (of the first versions) with a warning.

@@ -42,7 +42,6 @@ def open_regular(path: Path | str, *, max_bytes: int | None = None) -> io.Buffer
     """Open a regular file for reading.
 
     Args:
-        path: The file.
         max_bytes: Maximum size; None for no limit.
 
     Raises:
@@ -228,7 +227,6 @@ def read_tensors(
     """Return the tensors of a safetensors file by name, and its metadata.
 
     Args:
-        path: The file.
         framework: ``numpy`` or ``pt``: type of the tensors.
         keep: Returns whether to read a name.
 

@@ -67,7 +67,6 @@ def run_tasks(
         tasks: Can be pickled.
         address: The cluster's, such as ``HOST:6379``; None for that of RAY_ADDRESS, of this machine, or one
             that is started for this call.
-        device: ``cpu`` or ``cuda``.
 
     Raises:
         RunError: If there is no such cluster.

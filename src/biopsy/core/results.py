@@ -27,7 +27,6 @@ class Table:
     """A table of strings.
 
     Attributes:
-        columns: Headings.
         rows: Rows of cells, one per column.
         caption: Title above the table.
         note: Note below the table.

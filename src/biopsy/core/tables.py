@@ -54,7 +54,6 @@ def read_csv_table(
         path: The file, UTF-8 with or without a byte order mark.
         aliases: Column names in the result by heading, whatever its letter case, spaces, dashes and
             underscores.
-        required: Required columns of the result.
 
     Raises:
         FileFormatError: If it is missing, too large, not UTF-8, not a table, lacks a column, or two columns
@@ -181,7 +180,6 @@ def read_parquet_table(
     """Read a Parquet file of plain columns, and the metadata of its schema.
 
     Args:
-        path: The file.
         columns: Required columns and their kinds; values may be null.
 
     Raises:

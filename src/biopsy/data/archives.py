@@ -70,7 +70,6 @@ class Archive(Protocol):
     """A zip or a folder.
 
     Attributes:
-        path: The zip or the folder.
         entries: Files in order of name, without hidden files and metadata files of macOS and Windows.
         images: The entries with the suffix of an image.
         unread: Zips inside a folder, which are not read.

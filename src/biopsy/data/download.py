@@ -77,7 +77,6 @@ class FetchResult(Written):
     """Result of `fetch_source`.
 
     Attributes:
-        name: Name of the data set.
         path: Source for ``prepare``.
         fetched: Files and folders downloaded now.
         kept: Files and folders that existed already.

@@ -150,17 +150,13 @@ class Request:
     """Input of a protocol.
 
     Attributes:
-        pack: The patches.
-        unit: Grouping unit.
         group_ids: The group of each patch, ``(n_patches,)``.
         seed: Seed of random assignments.
-        n_folds: Number of folds.
         test_ids: Test groups (sites for ``site``, sites or official subsets for ``pseudo-slides``); for
             ``leave-one-out``, one fold each.
         val_ids: Validation groups (sites for ``site``).
         cases: A csv with ``case_id,split``, or the published lists.
         recipe: The ``[as_published.split]`` table of a recipe.
-        n_groups: Number of pseudo-slides.
     """
 
     pack: Pack

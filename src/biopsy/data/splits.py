@@ -81,13 +81,10 @@ class Split(Output):
     Attributes:
         name: Name in the pack.
         protocol: Key of `biopsy.data.protocols.PROTOCOLS`.
-        unit: Grouping unit.
-        seed: Seed of random assignments.
         parameters: Further parameters, and ``counts`` per subset (with folds: a list under ``folds``).
         table: One row per patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``; of the protocol
             ``pseudo-slides`` also ``pseudo_slide``.
         overlap: Whether a patient is in two subsets; None without patients and slides.
-        pack_sha256: Content hash of the pack.
     """
 
     name: str

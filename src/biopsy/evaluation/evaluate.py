@@ -56,7 +56,6 @@ def measure(
     Args:
         columns: Columns within whose values metrics are repeated, one row per patch.
         thresholds: As in ``classifier.json``; the first is the decision threshold.
-        prevalence: Prevalence for additional PPV and NPV.
         calibration: From `measure_calibration`; by default, probabilities are treated as not calibrated.
     """
     threshold = thresholds[0] if thresholds else None
@@ -181,7 +180,6 @@ class PredictedRows:
         classifier: The classifier applied, with or without context.
         logits: With context, before calibration, ``(n, n_classes)``.
         scored: The patches with their probabilities.
-        frame: The table of predictions.
         columns: Additional columns of the pack.
         software: Name and version of the runtime.
     """

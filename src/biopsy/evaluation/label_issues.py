@@ -29,8 +29,6 @@ class LabelIssues(Output):
 
     Attributes:
         table: The sheet: one row per probable label error, the most probable first.
-        path: Where the sheet was written.
-        page: The page of pictures.
         weights: The weights of patches for training.
         n_patches: Number of labels checked.
         n_issues: Number of probable label errors; the sheet may list fewer.

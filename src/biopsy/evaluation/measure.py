@@ -78,7 +78,6 @@ def measure_decisions(
 
     Args:
         thresholds: As in ``classifier.json``: ``value``, ``rule``, ``chosen_on`` and the rates there.
-        prevalence: Prevalence for PPV and NPV.
 
     Raises:
         MetricError: If the prevalence is not between 0 and 1.

@@ -60,7 +60,6 @@ class Prediction(Output):
     Attributes:
         frame: The table: the columns of every predictions file, ``source`` (the input path),
             ``colour_distance``, ``feature_distance`` (multiples of their limits) and ``out_of_distribution``.
-        path: Path of the written table.
         skipped: Unreadable inputs: ``source`` and ``reason``.
         class_names: Names of the classes, in the order of ``pred``.
         positive_class: Positive class of two; None for more classes.

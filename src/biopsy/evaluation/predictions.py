@@ -169,7 +169,6 @@ def evaluate_classifier(
     Args:
         classifier: A classifier with the classes of the pack.
         data: A pack; all its patches are predicted unless a split is given.
-        subset: Subset of the split.
         split: Name of a split of the pack.
         prevalence: As in `evaluate_predictions`.
 

@@ -27,7 +27,6 @@ class ScoredPatches:
         probs: ``(n, n_classes)``.
         pred: The predicted class, ``(n,)``.
         group_ids: Patient (slide, patch) id per patch, ``(n,)``.
-        class_names: Names of the classes.
         positive_class: For two classes, the one whose recall is the sensitivity; else None.
         unit: Unit of the groups: ``patient``, ``slide`` or ``patch``.
         seed: Seed of the bootstrap and of the simulated calibration floor.

@@ -34,12 +34,7 @@ class ResultKey(TypedDict):
 def result_key(
     run: Run, format: str, subset: str, frame: pd.DataFrame, metadata: PredictionsInfo
 ) -> ResultKey:
-    """Return the entries that identify the predictions from which a result was computed.
-
-    Args:
-        frame: The predictions of the subset.
-        metadata: Their metadata.
-    """
+    """Return the entries that identify the predictions from which a result was computed."""
     return {
         "format": format,
         "subset": subset,

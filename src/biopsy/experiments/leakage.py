@@ -37,7 +37,6 @@ def make_leak_splits(
         pack: The pack, with patient or slide ids.
         test_id: The tested patient (slide, without patient ids).
         val_id: The patient used for validation.
-        seed: Seed of all random draws.
         placebo_id: The patient of the placebo (default: the one with most patches of its rarer class).
 
     Returns:
@@ -125,7 +124,6 @@ class Arm:
 
     Attributes:
         kind: ``published``, ``apart``, or a protocol of the leakage experiment.
-        split: A split with subsets.
         tested: The only tested patient or slide, "" for a whole subset.
         place: Its index among those tested in turn; None for a whole subset.
     """

@@ -80,9 +80,7 @@ class Need:
     """Time requirement of a recipe.
 
     Attributes:
-        n_runs: Number of runs.
         full: Full length of a run.
-        speed: Measured cost.
         n_val: Mean number of validation patches.
         n_test: Mean number of test patches.
     """

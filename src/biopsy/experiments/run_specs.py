@@ -40,11 +40,8 @@ class RunSpec:
     """One run of a study.
 
     Attributes:
-        name: Name of the run's folder.
         recipe: The recipe, with all changes.
-        split: The split.
         fold: The tested fold, for a split with folds.
-        seed: Training seed.
         about: Other entries that distinguish the run within its study.
     """
 
@@ -271,7 +268,6 @@ def open_study(
     """Create the folder of a study, or check that an existing one has the same settings.
 
     Args:
-        pack: The pack.
         recipes: The recipes, before changes by the study; recipes may be added later.
         seeds: Training seeds; seeds may be added later.
         fixed: Other settings that must not change when the study is continued: name to JSON value.

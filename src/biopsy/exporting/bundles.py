@@ -48,7 +48,6 @@ class Bundle(Output):
     """Result of `export`.
 
     Attributes:
-        path: The folder.
         parity: The content of ``parity.json``.
     """
 

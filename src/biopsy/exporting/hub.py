@@ -35,7 +35,6 @@ class Publication(Output):
         commit: Hash of the commit.
         model: ``hf:ORG/NAME@COMMIT``, the name of exactly this version.
         url: Page of the commit.
-        files: The files uploaded.
     """
 
     repository: str

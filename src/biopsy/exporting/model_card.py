@@ -57,7 +57,6 @@ class CardFacts:
     """Input of a model card.
 
     Attributes:
-        info: Metadata of the classifier.
         run: The run; None if unavailable.
         metrics: Metrics of the run; None if not evaluated.
         parity: Parity report; None outside a bundle.

@@ -28,7 +28,6 @@ class Engine:
             everything else.
 
     Attributes:
-        device: The device.
         precision: ``fp32``, ``bf16`` or ``int8``.
 
     Raises:
@@ -62,9 +61,6 @@ class Engine:
         weight: float = 1.0,
     ) -> "tuple[Tensor, Tensor]":
         """Do one optimiser step, without synchronising with the device.
-
-        Args:
-            weight: Factor of the loss.
 
         Returns:
             The loss before the update, a scalar, and the logits ``(B, n_classes)``, on the device.

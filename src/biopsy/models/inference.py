@@ -25,11 +25,7 @@ _Output = TypeVar("_Output")
 
 
 class Predictor:
-    """A network and its preprocessing, executed by a runtime.
-
-    Attributes:
-        software: Name and version of the runtime.
-    """
+    """A network and its preprocessing, executed by a runtime."""
 
     def __init__(self, runtime: Runtime, preprocessing: Preprocessing) -> None:
         self.software = runtime.software

@@ -30,7 +30,6 @@ class CompiledRuntime:
     others.
 
     Args:
-        classifier: The classifier, for its preprocessing.
         model: OpenVINO model of its network, output of `compiling.convert`.
         precision: ``fp32``, ``bf16``, or ``int8`` for a quantised model, whose other operations are computed
             in bfloat16 if the CPU supports it.

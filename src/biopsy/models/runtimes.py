@@ -36,7 +36,6 @@ class Runtime(Protocol):
     """A network with its preprocessing, ready to predict from any thread.
 
     Attributes:
-        software: Name and version.
         in_threads: Whether to predict in several threads, or in one with all cores.
     """
 
@@ -67,7 +66,6 @@ def open_runtime(
     """Return the fastest available runtime for a classifier on a device.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...
         precision: ``int8`` for the quantised network of a bundle, on the CPU.
         n_patches: Number of patches to predict; None for a whole slide.
 

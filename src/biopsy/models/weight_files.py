@@ -29,7 +29,6 @@ def fill_network(network: nn.Module, name: str, path: Path) -> bool:
     network's library, whose ImageNet head is ignored.
 
     Args:
-        network: Network built by ``build_network``.
         name: Its name; for timm, with the tag of the weights if it is not the default.
         path: ``.safetensors``, ``.pth`` (also ``.pt``, ``.bin``), ``.h5`` (also ``.hdf5``) or ``.keras``.
 

@@ -51,7 +51,6 @@ class Weights:
     Attributes:
         tag: Value of ``model.weights``.
         networks: Names of compatible networks.
-        file: File name.
         page: Page with description or download.
         licence: Short name, lower case; ``not stated`` if the source has none for the weights.
         digest: Published ``ALGORITHM:HEX``, which may be a prefix; "" if unknown.

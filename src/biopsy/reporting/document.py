@@ -31,7 +31,6 @@ class Headline:
     """A metric in the summary.
 
     Attributes:
-        label: Name of the metric.
         estimate: The value (0 to 1, or NaN) with its interval.
         beside: A comparison or explanation.
         mark: Value of the comparison, a tick on the scale.

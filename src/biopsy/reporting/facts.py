@@ -27,7 +27,6 @@ class EvaluationFacts:
         metrics: Metrics of the evaluation; of a study, pooled.
         positive_class: The positive class; None for more than two classes.
         predictions: Predictions of the evaluated subset; of a study, the out-of-fold predictions of all runs.
-        class_names: Names by class index.
         recipe: The recipe; None for predictions from elsewhere.
         recipe_toml: The recipe as TOML, with defaults.
         ids_hidden: Whether ids have been replaced by numbers.

@@ -27,7 +27,6 @@ class Result:
         hide: Replaces ids by pseudonyms.
         title: Title of missing results in the report; if empty, they are not listed.
         command: The command that computes them; ``{run}`` is the folder of the run.
-        make: Computes and stores them.
         applies: Whether they are defined for a run.
     """
 

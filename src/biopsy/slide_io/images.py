@@ -102,9 +102,6 @@ def read_header(data: Data, *, max_px: int = MAX_PX) -> Header:
 def decode(data: Data, *, max_px: int = MAX_PX) -> np.ndarray:
     """Decode an image file.
 
-    Args:
-        data: Content of the file.
-
     Returns:
         uint8 ``(height, width, 3)`` RGB.
 

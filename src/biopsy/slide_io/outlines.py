@@ -59,7 +59,6 @@ class Annotations:
     """Content of an annotation file.
 
     Attributes:
-        path: The file.
         items: Annotations in the order of the file.
         repaired: Features with a self-intersecting outline, and the fault; all enclosed areas are included
             (of a figure of eight both loops).

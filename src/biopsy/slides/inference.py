@@ -36,12 +36,9 @@ class View:
     """An open slide with the grid of its patches.
 
     Attributes:
-        slide: The open slide.
         thumbnail: The whole slide, uint8 ``(H, W, 3)``.
         tissue: Tissue mask, bool ``(H, W)``.
-        grid: The patches.
         downsample: Side of a patch pixel in pixels of the level that is read.
-        level: The level that is read.
         checked: Mask of patches checked for being out of distribution, bool ``(n_patches,)``.
         files: Closes the slide, and removes its copy.
     """
@@ -61,7 +58,6 @@ class SlideLogits:
     """Logits of a slide, collected block by block, or the error.
 
     Attributes:
-        source: The slide.
         software: Name and version of the runtime.
         view: The open slide; None if it could not be opened.
         logits: ``(n, n_classes)``, in the order of the grid.

@@ -258,10 +258,7 @@ class Region:
     Attributes:
         class_name: The class, or `ABSTAINED`.
         polygon: Outline at level 0, with holes, along the edges of cells.
-        n_cells: Number of cells.
-        area_mm2: Area.
         mean_prob: Mean probability of the class (abstained: of the positive class), NaN if there is none.
-        max_prob: Maximum probability.
     """
 
     class_name: str

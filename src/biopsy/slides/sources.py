@@ -40,7 +40,6 @@ class Source:
 
     Attributes:
         name: Name of its output folder.
-        path: Slide file or pack.
         mpp: Pixel size in µm given by the user.
         pack: The pack of a slide that is reassembled.
         index: Its rows in the pack.

@@ -62,7 +62,6 @@ class Scaling:
     """Scores times one slope plus an intercept per class: Platt, intercept, temperature, or no calibration.
 
     Attributes:
-        method: Name of the method.
         slope: 1 / temperature.
         intercepts: One per class; empty for none.
         prior: Treatment of class weights and resampling in training.

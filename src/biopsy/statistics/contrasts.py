@@ -40,8 +40,6 @@ class Contrast:
     """Difference of a measured value between chosen patches and the others.
 
     Attributes:
-        n_chosen: Number of chosen patches.
-        n_others: Number of other patches.
         mean_chosen: Mean of the value over the chosen patches; NaN if there are none.
         mean_others: Mean over the others.
         difference_sd: Difference of the means in pooled standard deviations.

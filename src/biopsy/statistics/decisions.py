@@ -41,7 +41,6 @@ class DecisionCounts:
         by_group: ``(n_groups, 2 + 2 k)``: numbers of positive and negative patches, then true positives at
             each threshold, then false positives.
         replicates: Their sums on each resample, ``(n_replicates, 2 + 2 k)``.
-        resampler: Resampling of the groups.
     """
 
     thresholds: Floats

@@ -36,7 +36,6 @@ class Replicates:
     Attributes:
         value: Each metric on the sample.
         replicates: Each metric on every replicate, shape ``(n_replicates,)``.
-        resampler: Resampling of the groups.
     """
 
     value: dict[str, float]

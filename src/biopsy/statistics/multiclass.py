@@ -38,7 +38,6 @@ class ClassSample:
         pred: Predicted class, ``(n_patches,)``.
         group: Index into ``groups``.
         groups: Patient ids in sorted order, shape ``(n_groups,)``.
-        class_names: Names of the classes.
     """
 
     target: NDArray[np.intp]
@@ -111,7 +110,6 @@ class ClassCounts:
     """Weighted counts of a `ClassSample`.
 
     Attributes:
-        sample: The patches.
         weight: One per group, ``(n_groups,)``.
     """
 

@@ -26,9 +26,7 @@ class ReliabilityBin:
     Attributes:
         low: Lowest probability.
         high: Highest probability.
-        n: Number of patches.
         n_groups: Number of patients (slides, patches) with patches in the bin.
-        mean_prob: Mean predicted probability.
         observed: Observed frequency of the positive class, with an interval over groups.
     """
 

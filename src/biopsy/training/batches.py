@@ -68,15 +68,11 @@ class Batches:
         target: ``(N,)`` class indices.
         widths: True width of each patch, ``(N,)``; None where none is padded.
         heights: True height of each.
-        preprocessing: How they are resized and scaled.
         stain_transfer: Applied between the two; None for validation.
         rand_stain_na: Applied after that; None for validation.
         augmentation: Applied after that, cutout after normalisation; None for validation.
         transform: Applied after that; see `augmentation.apply_transform`.
-        batch_size: Patches per batch.
         drop_last: Leave out a last batch that is not full.
-        device: Where the batches go.
-        seed: Seed of the augmentation.
         front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
             them any more.
         placed: These patches on the device, resized, from where they are then gathered.

@@ -34,9 +34,6 @@ def fit_abstention(
     Args:
         probs: Calibrated probabilities of the calibration patches, ``(n, n_classes)``.
         target: Their classes, ``(n,)``.
-        group_ids: The patient (slide, patch) of each.
-        alpha: Miscoverage rate.
-        guarantee: ``class-conditional`` or ``marginal``.
         class_names: In the order of the columns of ``probs``.
         patients_overlap: Whether patients are in several subsets, so that there is no guarantee.
     """

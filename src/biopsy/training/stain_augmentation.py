@@ -184,7 +184,6 @@ def fit_rand_stain_na(pack: Pack, rows: np.ndarray, probability: float, seed: in
     Args:
         pack: Pack of the patches; its group ids are those of patients, or of slides where patients are
             unknown.
-        rows: Rows of the training patches.
         probability: Probability that a patch is recoloured; 0 for none.
         seed: Seed of the draw of the patches that are measured.
 

@@ -87,7 +87,6 @@ class RemoteFile:
     """One file at a fixed address.
 
     Attributes:
-        url: Address.
         size_bytes: Published size, or None if unknown.
         checksum: Published ``"sha256:<hex>"`` or ``"md5:<hex>"``, or None if unknown.
         unpacked_bytes: Unpacked size of a ``.gz``, which is deleted once unpacked; else None.
@@ -114,7 +113,6 @@ class KaggleData:
     """A data set or competition on Kaggle, downloaded and unpacked by kagglehub.
 
     Attributes:
-        handle: Kaggle handle.
         kind: Competitions need credentials and accepted rules.
         needed_bytes: Approximate size of the archive and its unpacked files together.
     """

@@ -46,7 +46,6 @@ class ModelPredictions:
     """Predictions of a run, or of the runs of one recipe over folds and seeds.
 
     Attributes:
-        name: Unique name.
         seeds: Training seed of each table.
         frames: The predictions of each seed; all models have the same patches in the same order.
     """
@@ -67,7 +66,6 @@ class EvaluationSet:
 
     Attributes:
         pack: ``path`` and ``content_sha256`` of the pack.
-        class_names: Names by class index.
         positive_class: The positive class; None for more than two classes.
         unit: Unit of independent observations: patient, slide or patch.
     """

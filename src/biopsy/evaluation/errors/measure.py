@@ -108,7 +108,6 @@ class CaseView:
     """Images of one patch, uint8 ``(height, width, 3)``.
 
     Attributes:
-        patch: The patch in its original size.
         overlay: The patch with its saliency map superimposed.
         is_constant: Whether the map has the same value at every pixel.
         overview: Its position on the slide; None without coordinates.
@@ -153,10 +152,8 @@ def measure_errors(
     read-only run.
 
     Args:
-        run: A finished run with two classes.
         subset: ``test`` or ``validation``; it must have been predicted (default: the subset evaluated last).
         n: Number of false negatives, false positives and uncertain patches in the galleries.
-        device: Device of the network.
 
     Raises:
         RunError: If the run has more than two classes, or the subset has not been predicted.

@@ -28,7 +28,6 @@ class Illustration:
     """The maps of one method, ready to be drawn.
 
     Attributes:
-        method: Name of the method.
         layer: The layer used, or None.
         titles: Title of each map of a patch.
         maps: For each example values ``(n_maps, height, width)`` in 0-1, or in -1 to 1 if ``signed``.

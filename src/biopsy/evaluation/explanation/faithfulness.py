@@ -365,7 +365,6 @@ def measure_faithfulness(
         methods: Methods to test (default: all class-specific methods that the network supports).
         layer: Layer of Grad-CAM.
         n_patches: Number of patches (default: 16 to 40, fewer for expensive networks).
-        device: Device of the network.
 
     Returns:
         The content of the file; see the file formats page.

@@ -23,7 +23,6 @@ class Explanation:
     """Maps of patches, and how they were computed.
 
     Attributes:
-        method: Name of the method.
         layer: The layer used; None for the whole network.
         class_index: The explained class, ``(n,)``.
         probs: Predicted probabilities, ``(n, n_classes)``.

@@ -116,7 +116,6 @@ class PropertyContrast(Contrast):
     Attributes:
         property: The property, one of `PROPERTIES`.
         direction: ``more`` or ``less``, the expectation for the chosen patches.
-        chosen: The chosen patches.
         others: The patches that they are compared with.
     """
 

@@ -121,7 +121,6 @@ class KerasFile:
     """Content of a Keras file.
 
     Attributes:
-        path: The file.
         format: ``h5``, ``weights.h5`` or ``keras``.
         layers: Layers with weights, in order.
         config: All layers of the configuration; None if the file has weights only.

@@ -50,7 +50,6 @@ class SymmetricConv2d(nn.Conv2d):
     Args:
         in_channels: Channels of the input; it has eight maps for each, unless it is an image.
         out_channels: Channels of the output, each of eight maps.
-        from_image: Whether the input is an image.
     """
 
     def __init__(

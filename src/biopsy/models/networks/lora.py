@@ -17,7 +17,6 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus a trainable product of two matrices, which is zero at first.
 
     Args:
-        linear: The frozen layer.
         rank: Rank of the product; its scale ``alpha / rank`` is 1.
     """
 

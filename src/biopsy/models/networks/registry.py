@@ -64,7 +64,6 @@ def build_network(
 
     Args:
         name: One of :func:`list_networks`, ``timm:NAME``, ``torchvision:NAME`` or ``hf-hub:ORG/NAME``.
-        n_classes: Number of logits.
         input_px: Side of the square input, or its ``(width, height)``.
         seed: Seed of the initial weights (as in Keras, see ``layers.initialise``; libraries use their own
             initialisation); None if weights are loaded afterwards.

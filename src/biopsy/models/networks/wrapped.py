@@ -18,8 +18,6 @@ class WrappedNetwork(nn.Module):
     Args:
         module: Maps ``(B, 3, input_px, input_px)`` to logits ``(B, n_classes)``, or for two classes the
             second logit, ``(B, 1)`` or ``(B,)``; or to an object with such ``logits``.
-        n_classes: Number of classes.
-        input_px: Input size in pixels.
 
     Raises:
         RunError: If it does not accept such a batch, or returns another shape.

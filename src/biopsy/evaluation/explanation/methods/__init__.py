@@ -48,7 +48,6 @@ class Method:
     """An explanation method.
 
     Attributes:
-        name: Name of the function.
         title: Name in reports.
         compute: Returns maps ``(B, n_maps, h, w)``, which cover the batch and may have another resolution.
         shows: What a map shows, in one sentence.
