@@ -9,7 +9,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +172,20 @@ def infer_numbers(column: pd.Series) -> pd.Series:
         return column
     values = pd.to_numeric(column).astype("float64")
     return values if values.abs().max() < float("inf") else column
+
+
+def read_table(path: Path, texts: Collection[str]) -> pd.DataFrame:
+    """Read a csv or Parquet file; csv columns of numbers become numbers, except ``texts`` (lower case)."""
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return read_parquet_table(path)[0]
+    table = read_csv_table(path)
+    return table.apply(lambda column: column if str(column.name).lower() in texts else infer_numbers(column))
+
+
+def find_column(table: pd.DataFrame, names: Iterable[str]) -> str | None:
+    """Return the first column of a table that has one of the names, in any letter case; None without one."""
+    lower = {str(name).lower(): str(name) for name in table.columns}
+    return next((lower[name] for name in names if name in lower), None)
 
 
 def read_parquet_table(

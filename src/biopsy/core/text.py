@@ -120,14 +120,14 @@ def count_patches(n_patches: int, n_groups: int, unit: str) -> str:
     return count(n_patches, "patch") + ("" if unit == "patch" else f" of {count(n_groups, unit)}")
 
 
-def normalize_id(text: str) -> str:
+def normalize_id(text: object) -> str:
     """Return a normalised id: as `normalize_name`, without quotes, and ``12.0`` of a spreadsheet as ``12``.
 
     Example:
         >>> normalize_id(" P01\u00a0"), normalize_id("12.0"), normalize_id('="007"'), normalize_id("  ")
         ('P01', '12', '007', '')
     """
-    name = normalize_name(text)
+    name = normalize_name(str(text))
     if quoted := _QUOTED.fullmatch(name):
         name = quoted[1].strip()
     match = _INTEGER.fullmatch(name)

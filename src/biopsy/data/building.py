@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from biopsy.core.errors import DataError, suggest
 from biopsy.core.loaders import read_bytes
-from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
+from biopsy.core.tables import find_column, read_table
 from biopsy.core.text import normalize_id
 from biopsy.data.archives import MAX_ENTRY_BYTES
 from biopsy.data.datasets.base import Listing, RowPixels, find_positive
@@ -79,13 +79,8 @@ def read_arrays(
 def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
     """Return the image files of a table; see `Pack.from_table`."""
     path = Path(path)
-    frame = _read_table(path)
-    lower = {str(name).lower(): str(name) for name in frame.columns}
-
-    def find(names: Sequence[str]) -> str | None:
-        return next((lower[name] for name in names if name in lower), None)
-
-    file, label = find(PATH_COLUMNS), find(LABEL_COLUMNS)
+    frame = read_table(path, {name for names in ID_COLUMNS.values() for name in names})
+    file, label = find_column(frame, PATH_COLUMNS), find_column(frame, LABEL_COLUMNS)
     if file is None or label is None:
         raise DataError(
             f"{path} has the columns {', '.join(map(str, frame.columns))}; one of {', '.join(PATH_COLUMNS)} "
@@ -96,7 +91,7 @@ def read_image_table(path: Path | str, root: Path | str | None) -> ImageSource:
     ids = {
         name: result
         for name, names in ID_COLUMNS.items()
-        if (result := find(names)) not in (None, file, label)
+        if (result := find_column(frame, names)) not in (None, file, label)
     }
     folder = path.parent if root is None else Path(root)
     texts = frame[file].astype(str)
@@ -215,7 +210,7 @@ def _make_table(n: int, patients: ArrayLike | None, columns: Columns | None) -> 
     if taken:
         raise DataError(f"columns may not be called {', '.join(taken)}: rename them")
     for name in ID_COLUMNS:
-        table[name] = table[name].map(_normalize_id, na_action="ignore") if name in table else None
+        table[name] = table[name].map(normalize_id, na_action="ignore") if name in table else None
     if table["patch_id"].isna().all():
         table["patch_id"] = [str(row) for row in range(n)]
     twice = table["patch_id"][table["patch_id"].duplicated()]
@@ -270,14 +265,6 @@ def _name_classes(
     return names, positive_class or find_positive(names) or names[1]
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    if path.suffix.lower() in (".parquet", ".pq"):
-        return read_parquet_table(path)[0]
-    table = read_csv_table(path)
-    ids = {name for names in ID_COLUMNS.values() for name in names}
-    return table.apply(lambda column: column if str(column.name).lower() in ids else infer_numbers(column))
-
-
 def _unpack_item(item: Any) -> tuple[Any, Any, Any]:
     """Return image, label and patient of one item of a data set; None for missing fields."""
     if isinstance(item, Mapping):
@@ -304,7 +291,3 @@ def _pick(names: Sequence[str], options: Sequence[str]) -> str:
 
 def _plain_list(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else None if values is None else list(values)
-
-
-def _normalize_id(value: object) -> str:
-    return normalize_id(str(value))

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from biopsy.core.errors import DataError, MetricError, suggest
 from biopsy.core.files import plain
-from biopsy.core.tables import infer_numbers, read_csv_table, read_parquet_table
+from biopsy.core.tables import find_column, read_table
 from biopsy.core.text import normalize_id
 from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
@@ -383,14 +383,10 @@ def evaluate_table(
         DataError: If the file cannot be read or columns are not recognised.
         MetricError: As in `evaluate_predictions`.
     """
-    table = _read_table(Path(path))
+    table = read_table(Path(path), {*GROUP_COLUMNS, *ID_COLUMNS})
     lower = {str(name).lower(): str(name) for name in table.columns}
-
-    def find(names: Sequence[str]) -> str | None:
-        return next((lower[name] for name in names if name in lower), None)
-
     _refuse_misspelt(path, [str(name) for name in table.columns if name not in subgroups])
-    truth, prob, ids = find(TRUTH_COLUMNS), find(PROB_COLUMNS), find(ID_COLUMNS)
+    truth, prob, ids = (find_column(table, names) for names in (TRUTH_COLUMNS, PROB_COLUMNS, ID_COLUMNS))
     prefix = next((p for p in PROB_PREFIXES if any(name.startswith(p) for name in lower)), None)
     prob_columns = [lower[name] for name in lower if prefix and name.startswith(prefix)]
     if truth is None or (prob is None and len(prob_columns) < 2):
@@ -408,7 +404,7 @@ def evaluate_table(
         raise DataError(
             f"{path} has no column {missing[0]!r}: {suggest(missing[0], map(str, table.columns))}"
         )
-    group = find([name for name in GROUP_COLUMNS if name in lower and table[lower[name]].notna().any()])
+    group = find_column(table.dropna(axis=1, how="all"), GROUP_COLUMNS)
     class_names = [name[len(prefix or "") :] for name in prob_columns] if len(prob_columns) > 1 else None
     if class_names is not None and len(class_names) == 2:
         positive = positive or _find_positive_column(path, table, class_names, prob_columns, prob)
@@ -422,7 +418,7 @@ def evaluate_table(
     evaluation = evaluate_predictions(
         table[truth].to_numpy(),
         table[prob_columns if class_names is not None else prob].to_numpy(),
-        None if group is None else table[group].map(_normalize_group, na_action="ignore").to_numpy(object),
+        None if group is None else table[group].map(normalize_id, na_action="ignore").to_numpy(object),
         class_names=class_names,
         positive_class=positive,
         threshold=stored["value"] if threshold is None and stored else threshold,
@@ -492,16 +488,3 @@ def _refuse_misspelt(path: Path | str, columns: Sequence[str]) -> None:
                 f"{path} has a column {name!r} and none of {_ROLES[close[0]]}; did you mean {close[0]!r}? "
                 "Rename it, or name it by --subgroups"
             )
-
-
-def _normalize_group(group: object) -> str:
-    return normalize_id(str(group))
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """Read a csv or Parquet file; numeric columns except ids become numbers."""
-    if path.name.lower().endswith(".parquet"):
-        return read_parquet_table(path)[0]
-    table = read_csv_table(path)
-    texts = {*GROUP_COLUMNS, *ID_COLUMNS}
-    return table.apply(lambda column: column if str(column.name).lower() in texts else infer_numbers(column))

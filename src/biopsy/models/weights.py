@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
-from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RecipeError, suggest
 from biopsy.core.files import sha256_file
@@ -35,15 +33,6 @@ NOT_STATED = "not stated"
 SWAG = ("https://github.com/facebookresearch/SWAG/blob/main/LICENSE", "cc-by-nc-4.0")
 
 
-class Feed(TypedDict):
-    """Preprocessing with which weights were trained, as in a recipe."""
-
-    channel_order: Literal["rgb", "bgr"]
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """Published pretrained weights.
@@ -53,6 +42,7 @@ class Weights:
         networks: Names of compatible networks.
         page: Page with description or download.
         licence: Short name, lower case; ``not stated`` if the source has none for the weights.
+        feed: Preprocessing with which they were trained: ``channel_order``, ``scale``, ``mean`` and ``std``.
         digest: Published ``ALGORITHM:HEX``, which may be a prefix; "" if unknown.
         url: Address of the file, if known.
         hub: Repository and file on Hugging Face.
@@ -65,19 +55,19 @@ class Weights:
     page: str
     licence: str
     digest: str = ""
-    feed: Feed
+    feed: dict[str, object]
     url: str = ""
     hub: tuple[str, str] | None = None
     package: str = ""
 
 
-def _feed_rgb(mean: Sequence[float], std: Sequence[float]) -> Feed:
+def _feed_rgb(mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
     """Return the preprocessing of PyTorch's libraries: RGB in 0-1."""
-    return Feed(channel_order="rgb", scale=1 / 255, mean=tuple(mean), std=tuple(std))
+    return {"channel_order": "rgb", "scale": 1 / 255, "mean": tuple(mean), "std": tuple(std)}
 
 
 # Keras's "caffe" mode: BGR, 0-255, minus the mean of ImageNet
-CAFFE = Feed(channel_order="bgr", scale=1.0, mean=(103.939, 116.779, 123.68), std=(1.0, 1.0, 1.0))
+CAFFE = {"channel_order": "bgr", "scale": 1.0, "mean": (103.939, 116.779, 123.68), "std": (1.0, 1.0, 1.0)}
 
 KNOWN_WEIGHTS = (
     Weights(
@@ -170,12 +160,7 @@ def _find_shipped(name: str) -> Weights:
         page="this package",
         licence="apache-2.0",
         digest=f"sha256:{info.weights_sha256}",
-        feed=Feed(
-            channel_order=info.preprocessing.channel_order,
-            scale=info.preprocessing.scale,
-            mean=info.preprocessing.mean,
-            std=info.preprocessing.std,
-        ),
+        feed=info.preprocessing.model_dump(include={*CAFFE}),
     )
 
 
@@ -201,12 +186,7 @@ def _find_torchvision(name: str) -> Weights:
         licence=licence,
         digest=f"sha256:{file.rpartition('-')[2].partition('.')[0]}",  # torchvision's rule for file names
         url=chosen.url,
-        feed={
-            "channel_order": "rgb",
-            "scale": 1 / 255,
-            "mean": tuple(trained.mean),
-            "std": tuple(trained.std),
-        },
+        feed=_feed_rgb(trained.mean, trained.std),
     )
 
 
@@ -328,7 +308,7 @@ def feed_as_encoder(recipe: Recipe, patch_px: int, mpp: float | None) -> Recipe:
     return load_recipe(recipe, {**changes, "preprocessing.feed": "recipe"})
 
 
-def _known_feed(recipe: Recipe) -> Feed | None:
+def _known_feed(recipe: Recipe) -> dict[str, object] | None:
     name, tag = recipe.model.name, recipe.model.weights
     if not recipe.model.pretrained and not name.startswith(PREFIX):
         return None
