@@ -462,16 +462,13 @@ class _Viewer:
         slides = [
             (entry.name, rows)
             for entry in self.exhibit.entries.values()
-            if entry.sheet == key and (rows := self._rows_of(entry.key)) is not None
+            if entry.sheet == key and (rows := self.exhibit.scene(entry.key).patches.rows) is not None
         ]
         table = label_sheet(sheet.pack, slides, self.annotations.current())
         with tempfile.TemporaryDirectory() as folder:
             write_csv(Path(folder) / "labels.csv", table)
             content = (Path(folder) / "labels.csv").read_bytes()
         return Response(content, media_type="text/csv", headers=_attachment(f"{sheet.name}.labels.csv"))
-
-    def _rows_of(self, key: str) -> np.ndarray | None:
-        return self.exhibit.scene(key).patches.rows
 
 
 def _attachment(name: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from biopsy.plotting.style import (
     WIDTH_IN,
     class_colour,
     legend_above,
+    name_rows,
     new_figure,
     shorten,
     styled,
@@ -48,10 +49,7 @@ def draw_subsets(subsets: Sequence[str], counts: np.ndarray, class_names: Sequen
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlim(0, 1.32 * max(int(counts.max(initial=0)), 1))  # space for the annotations
-    axes.set_yticks(range(len(subsets)), [shorten(subset) for subset in subsets])
-    axes.set_ylim(len(subsets) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
+    name_rows(axes, [shorten(subset) for subset in subsets])
     legend_above(axes)
     return figure
 
@@ -83,7 +81,7 @@ def draw_balance(patient_ids: Sequence[object], counts: np.ndarray, class_names:
         )
         left += values
     axes.set_xlabel("Patches")
-    name_rows(axes, [patient_ids[index] for index in order])
+    name_patient_rows(axes, [patient_ids[index] for index in order])
     legend_above(axes, len(class_names))
     return figure
 
@@ -94,15 +92,13 @@ def open_rows(n_rows: int, row_in: float = 0.2, legend_rows: int = 1) -> tuple[F
     return new_figure(WIDTH_IN, 0.8 + 0.2 * legend_rows + rows_in)
 
 
-def name_rows(axes: Axes, names: Sequence[object]) -> None:
+def name_patient_rows(axes: Axes, names: Sequence[object]) -> None:
     """Label each row with its name, or the axis with the number of rows."""
-    n_rows = len(names)
-    axes.set_ylim(n_rows - 0.4, -0.6)
-    if n_rows <= NAMED_ROWS:
-        axes.set_yticks(range(n_rows), [shorten(name) for name in names])
+    if len(names) <= NAMED_ROWS:
+        name_rows(axes, [shorten(name) for name in names], margin=0.4)
     else:
-        axes.set_ylabel(f"{n_rows} patients, sorted")
+        axes.set_ylabel(f"{len(names)} patients, sorted")
         axes.set_yticks([])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)

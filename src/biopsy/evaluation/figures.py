@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from biopsy.core.errors import MetricError
-from biopsy.data.figures import NAMED_ROWS, name_rows, open_rows
+from biopsy.data.figures import NAMED_ROWS, name_patient_rows, open_rows
 from biopsy.plotting.style import (
     BASELINE,
     DASHED,
@@ -233,7 +233,7 @@ def draw_patient_metric(
         annotate(axes, "patches", (1.0, 1.0), (4, 3), xycoords="axes fraction")
     axes.set_xlabel(metric)
     axes.set_xlim(min(shown, default=0.0) - 0.04, max([1.0, *shown]) + 0.02)
-    name_rows(axes, [patient_ids[index] for index in order])
+    name_patient_rows(axes, [patient_ids[index] for index in order])
     legend_above(axes, 2)
     return figure
 
@@ -275,7 +275,7 @@ def draw_patient_probs(
     if threshold is not None:
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=DASHED, label=f"threshold {threshold:.2f}")
     axes.set(xlabel=f"Predicted probability of {shorten(class_names[1], 24)}", xlim=(-0.015, 1.015))
-    name_rows(axes, medians.index.tolist())
+    name_patient_rows(axes, medians.index.tolist())
     legend_above(axes, 3)
     return figure
 

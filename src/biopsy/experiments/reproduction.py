@@ -300,7 +300,10 @@ def reproduce(
         papers={**study.info.get("papers", {}), **entries},
         leak_seeds=sorted({*study.info.get("leak_seeds", []), *leaks}),
     )
-    planned = [with_length(recipe, _read_length(plans[name])) for name, recipe in recipes.items()]
+    planned = [
+        with_length(recipe, Length(plans[name]["epochs"], plans[name]["steps_per_epoch"]))
+        for name, recipe in recipes.items()
+    ]
     specs = _list_run_specs(planned, compared, seeds, leaks)
     finished = run_all(
         study,
@@ -414,10 +417,6 @@ def _plan(
 def _full_length(recipe: Recipe, pack: Pack, comparison: Comparison) -> Length:
     subsets = comparison.arms[0].split.subsets(pack)
     return full_length(recipe, pack.target[subsets == "train"])
-
-
-def _read_length(plan: Plan) -> Length:
-    return Length(plan["epochs"], plan["steps_per_epoch"])
 
 
 def _list_run_specs(

@@ -21,6 +21,7 @@ from biopsy.plotting.style import (
     RULE,
     SERIES_COLOURS,
     WIDTH_IN,
+    name_rows,
     shorten,
     styled,
     svg,
@@ -29,8 +30,6 @@ from biopsy.reporting.document import (
     Block,
     Bullets,
     Headline,
-    Picture,
-    Pictures,
     ReportDocument,
     Section,
     Summary,
@@ -39,7 +38,7 @@ from biopsy.reporting.document import (
     interval_of,
     number,
 )
-from biopsy.reporting.elements import synthetic_warning, written_by
+from biopsy.reporting.elements import picture, synthetic_warning, written_by
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import Spread
@@ -169,14 +168,14 @@ def _describe_table(papers: Papers) -> Section:
         "Lines: 95 % interval over patients where available, otherwise range over seeds. Diamonds: published "
         "metric, corrected where the publication allows it."
     )
-    figure = Picture(caption, svg(draw_reproduction(papers), "reproduction"))
+    figure = picture(svg(draw_reproduction(papers), "reproduction"), caption)
     reasons = [
         f"{name}, {title}: {getattr(entry, arm).reason}"
         for name, entry in papers.items()
         for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
         if getattr(entry, arm).reason
     ]
-    blocks: list[Block] = [Pictures([figure], across=1), table_of_papers(papers)]
+    blocks: list[Block] = [figure, table_of_papers(papers)]
     blocks += [Bullets(reasons)] if reasons else []
     return Section("claims", "Published and reproduced metrics", blocks)
 
@@ -225,6 +224,8 @@ TITLES = {
 def _describe_leak(papers: Papers, unit: str) -> Section | None:
     if all(entry.leak.auroc.mean is None for entry in papers.values()):
         return None
+    auroc = ["AUROC, arm", "AUROC, reference", "difference"]
+    columns = ["recipe", unit, *auroc, "difference, balanced accuracy", "tested patches", "seeds"]
     tables: list[Block] = []
     for contrast, title in TITLES.items():
         rows = [
@@ -242,7 +243,7 @@ def _describe_leak(papers: Papers, unit: str) -> Section | None:
             for slide in getattr(entry, contrast).slides
         ]
         if rows:
-            tables.append(Table(_leak_columns(unit), rows, caption=capitalize(title), text_columns=2))
+            tables.append(Table(columns, rows, caption=capitalize(title), text_columns=2))
     note = (
         "All arms of a comparison test the same patches and train on equally many of each class. Leakage: "
         f"the other half of the tested {unit} trains, compared with as many patches of another {unit} with "
@@ -250,11 +251,6 @@ def _describe_leak(papers: Papers, unit: str) -> Section | None:
         "neither. Paired by seed, which also draws the tested half."
     )
     return Section("leak", "Patient leakage", [Text(note), *tables])
-
-
-def _leak_columns(unit: str) -> list[str]:
-    auroc = ["AUROC, arm", "AUROC, reference", "difference"]
-    return ["recipe", unit, *auroc, "difference, balanced accuracy", "tested patches", "seeds"]
 
 
 def _describe_slides(papers: Papers, unit: str) -> Section | None:
@@ -375,7 +371,8 @@ def _draw_arms(axes: Axes, papers: Papers, metric: str) -> None:
         _mark(axes, "patients apart", apart.mean, row + 0.1, _reach(apart, interval))
         if metric == "auroc":
             _mark(axes, "colour alone", entry.apart.colour_auroc, row + 0.26)
-    _frame(axes, [shorten(name, 22) for name in papers], PANELS[metric])
+    name_rows(axes, [shorten(name, 22) for name in papers])
+    axes.set_xlabel(PANELS[metric])
     axes.set_xlim(right=1.0)
 
 
@@ -410,12 +407,5 @@ def _draw_leaks(axes: Axes, leaks: Mapping[tuple[str, str], Sequence[float]]) ->
             axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
         last = recipe
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    _frame(axes, names, "AUROC gained by the leak; a dot is a seed")
-
-
-def _frame(axes: Axes, names: Sequence[str], label: str) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(label)
+    name_rows(axes, names)
+    axes.set_xlabel("AUROC gained by the leak; a dot is a seed")

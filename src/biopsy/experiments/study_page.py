@@ -19,6 +19,7 @@ from biopsy.plotting.style import (
     MODEL,
     WIDTH_IN,
     legend_above,
+    name_rows,
     new_figure,
     shorten,
     styled,
@@ -364,10 +365,7 @@ def draw_folds(
     if metric == "AUROC":
         axes.axvline(0.5, color=BASELINE, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_xlim(min([0.48, *seen]) - 0.02, 1.01)
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.set_yticks(range(len(names)), [shorten(name) for name in names])
+    name_rows(axes, [shorten(name) for name in names])
     axes.set_xlabel(metric)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
     legend_above(axes)
     return figure

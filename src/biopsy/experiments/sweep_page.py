@@ -21,6 +21,7 @@ from biopsy.plotting.style import (
     VALIDATION,
     WIDTH_IN,
     legend_above,
+    name_rows,
     new_figure,
     shorten,
     styled,
@@ -30,15 +31,13 @@ from biopsy.reporting.document import (
     Block,
     Headline,
     Listing,
-    Picture,
-    Pictures,
     ReportDocument,
     Section,
     Summary,
     Table,
     number,
 )
-from biopsy.reporting.elements import describe_openings, synthetic_warning, written_by
+from biopsy.reporting.elements import describe_openings, picture, synthetic_warning, written_by
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import Spread
@@ -184,14 +183,9 @@ def _describe_settings(study: StudyInfo, summary: SweepSummary, figure: Figure) 
             ]
         )
     columns = [*keys, "", "validation AUROC", *metrics.values(), "seeds"]
-    picture = Picture(
-        "AUROC of every run on validation, by setting."
-        if study.get("search")
-        else "AUROC of every run on validation and test, by setting.",
-        svg(figure, "sweep"),
-    )
+    where = "validation" if study.get("search") else "validation and test"
     blocks: list[Block] = [
-        Pictures([picture], across=1),
+        picture(svg(figure, "sweep"), f"AUROC of every run on {where}, by setting."),
         Table(
             columns,
             rows,
@@ -430,12 +424,8 @@ def _draw_ranks(
             label=subset,
         )
     labels = [" · ".join(shorten(value, 12) for value in point) for point in order]
-    axes.set_yticks(
-        range(len(order)),
-        [f"{label} ◂" if point == best else label for label, point in zip(labels, order, strict=True)],
-    )
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    names = [f"{label} ◂" if point == best else label for label, point in zip(labels, order, strict=True)]
+    name_rows(axes, names, margin=0.4)
     axes.set_xlabel(metric)
     axes.set_title(" · ".join(key.rpartition(".")[2] for key in keys), fontsize=8.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)

@@ -9,7 +9,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import matplotlib
@@ -108,6 +108,14 @@ def annotate(
     """Write a text at a point with an offset in points, also outside the axes."""
     options |= {"color": color, "fontsize": fontsize, "annotation_clip": False}
     axes.annotate(text, xy, offset, textcoords="offset points", **options)
+
+
+def name_rows(axes: Axes, names: Sequence[str], margin: float = 0.45) -> None:
+    """Name the rows of a figure, from the top, without ticks and grid lines; ``margin`` in rows."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - margin, margin - 1)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:

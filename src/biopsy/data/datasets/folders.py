@@ -73,7 +73,7 @@ def recognise(archive: Archive) -> bool:
             "classes: sort images into <class>/<patient>/ and set --patients, or set --dataset folders if "
             "the upper folders are the classes"
         )
-    if len(below) > 1 and _are_groups(below):
+    if len(below) > 1 and all(map(_GROUP.fullmatch, below)):
         raise DataError(
             f"{archive.path}: {_name_some(below)} look like patients, slides, folds or magnifications, "
             "not classes: sort images into <class>/<patient>/ and set --patients, or set --dataset "
@@ -229,11 +229,6 @@ def _are_classes(names: set[str]) -> bool:
     """Return whether two folder names are a common pair of class names."""
     spelt = {name.lower().replace("tumor", "tumour").replace("-", "_").replace(" ", "_") for name in names}
     return any(spelt == set(pair) for pair in _PAIRS)
-
-
-def _are_groups(names: Iterable[str]) -> bool:
-    """Return whether all folder names are those of patients, slides, folds or magnifications."""
-    return all(_GROUP.fullmatch(name) for name in names)
 
 
 def _natural_key(name: str) -> tuple[bool, int, str]:

@@ -17,6 +17,7 @@ from biopsy.plotting.style import (
     SERIES_COLOURS,
     WIDTH_IN,
     legend_above,
+    name_rows,
     new_figure,
     shorten,
     styled,
@@ -163,10 +164,10 @@ SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specifi
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
     """Return the page of a comparison."""
     m = facts.document
-    size = count_patches(m.n_patches, m.n_patients, facts.unit)
+    size, seeds = count_patches(m.n_patches, m.n_patients, facts.unit), table_of_seeds(m)
     sections = [
         _describe_differences(facts),
-        _describe_seeds(facts),
+        seeds and Section("seeds", "Variability over seeds", [seeds]),
         _describe_groups(facts),
         _describe_changed(facts),
         _describe_models(facts),
@@ -262,11 +263,6 @@ def table_of_difference(m: ComparisonDocument, difference: ModelDifference) -> T
     columns = ["metric", difference.to, difference.of, "difference", "95 % interval", "p"]
     columns += ["adjusted p"] if n_comparisons > 1 else []
     return make_table(columns, rows, caption=f"{difference.of} against {difference.to}", note=note)
-
-
-def _describe_seeds(facts: ComparisonFacts) -> Section | None:
-    table = table_of_seeds(facts.document)
-    return None if table is None else Section("seeds", "Variability over seeds", [table])
 
 
 def table_of_seeds(m: ComparisonDocument) -> Table | None:
@@ -448,10 +444,7 @@ def draw_differences(differences: Sequence[ModelDifference]) -> Figure:
     axes.margins(x=0.06)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -0.01), max(high, 0.01))
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), [SHOWN[name] for name in names])
+    name_rows(axes, [SHOWN[name] for name in names], margin=0.4)
     axes.set_xlabel(f"Difference from {shorten(differences[0].to, 30)}")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
     legend_above(axes, 1)
     return figure

@@ -309,7 +309,8 @@ def pick_examples(frame: pd.DataFrame, errors: int, seed: int) -> list[str]:
     )
     wrong = ordered[ordered["pred"] != ordered["target"]].groupby("target", sort=False)["patch_id"]
     right = shuffled[shuffled["pred"] == shuffled["target"]].groupby("target")["patch_id"]
-    return [name for kinds in (wrong, right) for name in _interleave([ids for _, ids in kinds])[:errors]]
+    in_turn = (chain.from_iterable(zip_longest(*(ids for _, ids in kinds))) for kinds in (wrong, right))
+    return [name for names in in_turn for name in list(filter(None, names))[:errors]]
 
 
 def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
@@ -318,10 +319,6 @@ def draw_patches(patch_ids: Iterable[str], n: int, seed: int) -> list[str]:
     if n < 1 or not ids:
         raise RunError(f"random={n!r} of {len(ids):,} patches: expected at least 1 of 1 or more patches")
     return [str(name) for name in make_rng(seed, "random examples").permutation(ids)[:n]]
-
-
-def _interleave(lists: Sequence[Iterable[str]]) -> list[str]:
-    return [name for name in chain.from_iterable(zip_longest(*lists)) if name is not None]
 
 
 def _decide(classifier: Classifier, probs: np.ndarray) -> np.ndarray:

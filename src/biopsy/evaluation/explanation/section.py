@@ -119,6 +119,10 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
     baselines = {item.name: item for item in result.baselines}
     patches = f"predicted {class_title(result.positive_class)}" if result.positive_class else "of any class"
     size = count_patches(result.n_patches, result.n_groups, result.unit)
+    caption = (
+        f"Mean probability of the class over {number(result.n_patches)} patches when the most salient cells "
+        "are deleted first (left) or inserted first (right)."
+    )
     blocks: list[Block] = [
         Bullets([item.answer for item in methods]),
         Text(
@@ -132,7 +136,7 @@ def describe_faithfulness(facts: RunFacts) -> Section | None:
             "half the difference of the areas under its two curves, minus the same of a random order, and "
             "of an edge detector, which does not know the network."
         ),
-        picture(svg(_draw(methods, baselines), "faithfulness"), _caption(result)),
+        picture(svg(_draw(methods, baselines), "faithfulness"), caption),
         _table_of_gains(methods, baselines),
         _table_of_randomisation(methods, settings.n_randomised),
     ]
@@ -148,13 +152,6 @@ def _draw(methods: Sequence[MethodResult], baselines: Mapping[str, CurveResult])
     return draw_deletion_insertion(
         {method.title: curves(method) for method in methods},
         {TITLES[name]: curves(baseline) for name, baseline in baselines.items()},
-    )
-
-
-def _caption(result: Faithfulness) -> str:
-    return (
-        f"Mean probability of the class over {number(result.n_patches)} patches when the most salient "
-        "cells are deleted first (left) or inserted first (right)."
     )
 
 
