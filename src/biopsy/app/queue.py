@@ -22,7 +22,7 @@ from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
 from biopsy.slides.mapping import Mapper
 from biopsy.slides.sources import list_sources
-from biopsy.training.open_model import open_classifier
+from biopsy.training.open_model import open_classifier, open_run
 from biopsy.training.runs import Run
 
 SHOWN = 20  # patches printed
@@ -94,7 +94,7 @@ def next(
     refuse_decided(Path(out))
     check_outputs(Path(out).parent, Path(out).name)
     classifier = open_classifier(model)
-    run = _open_run(model)
+    run = open_run(model)
     parts = [_from_pack(classifier, Pack.open(path), run, device) for path in inputs if is_pack(path)]
     slides = [path for path in inputs if not is_pack(path)]
     if slides:
@@ -161,14 +161,6 @@ def read_queue(path: Path | str) -> pd.DataFrame:
     for name in ("x", "y", "side", "prob"):
         queue[name] = pd.to_numeric(queue.get(name), errors="coerce")
     return queue
-
-
-def _open_run(model: Run | Classifier | Path | str) -> Run | None:
-    if isinstance(model, Run):
-        return model
-    if isinstance(model, Classifier) or not (Path(model) / "run.json").is_file():
-        return None
-    return Run.open(model)
 
 
 def _from_pack(classifier: Classifier, pack: Pack, run: Run | None, device: str) -> pd.DataFrame:

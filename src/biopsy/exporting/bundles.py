@@ -31,7 +31,7 @@ from biopsy.models.importers.wsinfer import is_wsinfer
 from biopsy.models.inference import predict_logits
 from biopsy.models.openvino_runtime import FOLDER, INT8_MODEL, MODEL, CompiledRuntime, read_compiled
 from biopsy.phantom.cohort import iter_patches
-from biopsy.training.open_model import open_classifier
+from biopsy.training.open_model import open_classifier, open_run
 from biopsy.training.runs import Run
 
 PARITY_FORMAT: Final = "biopsy-parity/1"
@@ -109,7 +109,7 @@ def export(
     if model_folder is not None and is_wsinfer(model_folder) and not (model_folder / WEIGHTS).is_file():
         raise RunError(f"{model} is a WSInfer model already: use its folder in other programs")
     classifier = _with_mpp(open_classifier(model), mpp, model)
-    run = _find_run(model)
+    run = open_run(model)
     pack = _find_pack(run, data)
     if pack is None:
         if int8:
@@ -241,14 +241,6 @@ def _with_mpp(classifier: Classifier, mpp: float | None, model: object) -> Class
         )
     info = classifier.info.model_copy(update={"mpp": recorded if mpp is None else mpp})
     return type(classifier)(info, classifier.base_network, classifier.extras)
-
-
-def _find_run(model: Run | Classifier | Path | str) -> Run | None:
-    if isinstance(model, Run):
-        return model
-    return (
-        None if isinstance(model, Classifier) or not (Path(model) / "run.json").is_file() else Run.open(model)
-    )
 
 
 def _find_pack(run: Run | None, data: Pack | Path | str | None) -> Pack | None:

@@ -6,6 +6,7 @@ from biopsy.core.errors import RunError, suggest
 from biopsy.models.classifier import DOCUMENT, Classifier, Tta
 from biopsy.models.hub import is_on_hub, open_from_hub
 from biopsy.models.shipped import is_shipped, list_shipped, open_shipped
+from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import Run
 
 
@@ -27,6 +28,14 @@ def open_classifier(
     return _open(model, trust_model).with_tta(tta)
 
 
+def open_run(model: Run | Classifier | Path | str) -> Run | None:
+    """Return the run that a model is, None if it is something else."""
+    if isinstance(model, Run):
+        return model
+    is_run = not isinstance(model, Classifier) and (Path(model) / RUN).is_file()
+    return Run.open(model) if is_run else None
+
+
 def _open(model: Run | Classifier | Path | str, trust_model: str | None) -> Classifier:
     if isinstance(model, Classifier):
         return model
@@ -44,7 +53,7 @@ def _open(model: Run | Classifier | Path | str, trust_model: str | None) -> Clas
     try:
         return Run.open(model).classifier
     except RunError as error:
-        if isinstance(model, Run) or (Path(model) / "run.json").exists():
+        if isinstance(model, Run) or (Path(model) / RUN).exists():
             raise
         raise RunError(
             f"{model} is neither a run, a classifier, a bundle nor a classifier that ships: "

@@ -34,7 +34,7 @@ from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier
 from biopsy.plotting.patches import scale_maps
-from biopsy.training.open_model import open_classifier
+from biopsy.training.open_model import open_classifier, open_run
 from biopsy.training.runs import Run
 
 N_EXAMPLES = 5
@@ -130,7 +130,7 @@ def explain(
         DataError: If a patch is unknown or an image cannot be read.
         RecipeError: If the method or layer does not exist, or the network does not support it.
     """
-    methods, run = (method,) if isinstance(method, str) else tuple(method), _open_run(model)
+    methods, run = (method,) if isinstance(method, str) else tuple(method), open_run(model)
     folder = Path(out or (run.path / FOLDER if run is not None else FOLDER))
     refuse_inputs(folder, data, model.path if isinstance(model, Run | Classifier) else model)
     layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer or ()))
@@ -421,11 +421,3 @@ def _pick_channels(maps: np.ndarray) -> np.ndarray:
         score[chosen] = -1
         chosen.append(int(score.argmax()))
     return np.sort(chosen)
-
-
-def _open_run(model: Run | Classifier | Path | str) -> Run | None:
-    """Return the run, or None if the model is a classifier."""
-    if isinstance(model, Classifier):
-        return None
-    is_run = isinstance(model, Run) or (Path(model) / "run.json").is_file()
-    return Run.open(model) if is_run else None
