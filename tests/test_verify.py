@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import biopsy
-from biopsy.checks.verify import draw_patches, verify
+from biopsy.checks.verify import verify
 from biopsy.core.errors import DataError
 from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.data.predictions import read_predictions, write_predictions
 from biopsy.evaluation.evaluate import evaluate
-from biopsy.exporting.bundles import export, write_networks
+from biopsy.exporting.bundles import draw_patches, export, write_networks
 from biopsy.slides.cohorts import slide
 from biopsy.training.runs import Run
 from command_line import call

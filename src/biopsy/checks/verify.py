@@ -24,7 +24,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.exporting import hub
 from biopsy.exporting.formats import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
-from biopsy.models.classifier import Classifier, score_classes
+from biopsy.models.classifier import Classifier, score_classes, softmax
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier, predict_logits
 from biopsy.slides import outputs
@@ -224,7 +224,8 @@ def _recompute_sample(frame: pd.DataFrame, classifier: Classifier, pack: Pack, p
     logits = classifier.for_patches(table).add_context(logits, table)
     columns = [f"logit_{name}" for name in classifier.info.class_names]
     stored = frame[columns].iloc[chosen].to_numpy()
-    difference = np.abs(_softmax(classifier, logits) - _softmax(classifier, stored)).max()
+    ours, theirs = (softmax(score_classes(values, classifier.info.outputs)) for values in (logits, stored))
+    difference = np.abs(ours - theirs).max()
     if not difference <= TOLERANCE[precision]:
         raise RunError(
             f"the classifier gives other predictions than are stored: probabilities of {len(chosen):,} "
@@ -234,12 +235,6 @@ def _recompute_sample(frame: pd.DataFrame, classifier: Classifier, pack: Pack, p
         f"{len(chosen):,} patches predicted again: probabilities differ by at most {difference:.1g} "
         f"(allowed in {precision}: {TOLERANCE[precision]:g})"
     )
-
-
-def _softmax(classifier: Classifier, logits: np.ndarray) -> np.ndarray:
-    scores = score_classes(logits, classifier.info.outputs)
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 _RESULTS = ("chosen_epoch", "threshold", "classifier_sha256", "batch_norm", "warnings", "stopped_early")
@@ -262,7 +257,8 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
         is_identical = again.classifier.info.weights_sha256 == classifier.info.weights_sha256
         frames = [one.predictions("validation")[0] for one in (run, again)]
     columns = [f"logit_{name}" for name in classifier.info.class_names]
-    probs = [_softmax(classifier, frame[columns].to_numpy()) for frame in frames]
+    outputs = classifier.info.outputs
+    probs = [softmax(score_classes(frame[columns].to_numpy(), outputs)) for frame in frames]
     difference, tolerance = np.abs(probs[0] - probs[1]).max(), TOLERANCE[run.info.get("precision", "fp32")]
     if is_identical:
         checks.add("training again", "PASS", "the weights are the same, bit for bit")
@@ -312,7 +308,7 @@ def _verify_bundle(checks: Checklist, folder: Path, trust_model: str | None) -> 
         return
     same = classifier.sha256 == document["classifier_sha256"]
     checks.require("bundle of this classifier", same, "same hash" if same else "another hash", remedy)
-    patches = draw_patches(classifier.info.patch_px)
+    patches = bundles.draw_patches(classifier.info.patch_px)
     single = classifier.single_patch()
     engine = Engine("cpu")
     logits = predict_logits(single.network, single.info.preprocessing, patches, engine=engine)
@@ -357,16 +353,6 @@ def _compare(
         f"the weights (allowed: {TOLERANCE_OF_FORMATS:g})",
         None,
     )
-
-
-def draw_patches(patch_px: int) -> np.ndarray:
-    """Return synthetic patches of a size, uint8 ``(SAMPLE, patch_px, patch_px, 3)``."""
-    import cv2
-
-    from biopsy.phantom.cohort import iter_patches
-
-    images = (patch.image for patch in iter_patches(1, SAMPLE, seed=0))
-    return np.stack([cv2.resize(image, (patch_px, patch_px)) for image in images])
 
 
 # --- slide maps

@@ -1,13 +1,12 @@
 """Measured properties of patches: stain, brightness, sharpness, heterogeneity and nuclear density."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from biopsy.slide_io.stain import find_nuclei, group_by_size, separate_stains
+from biopsy.slide_io.stain import find_nuclei, measure_in_threads, separate_stains
 
 TISSUE_STAIN = 0.1  # less absorbs at most a fifth of green light, which H&E absorbs most
 
@@ -61,16 +60,8 @@ def measure_properties(
         >>> measure_properties(np.full((1, 8, 8, 3), 255, np.uint8))["tissue_frac"].tolist()
         [0.0]
     """
-    chosen = np.arange(len(patches)) if index is None else np.asarray(index)
-    values = np.empty((len(chosen), len(PROPERTIES)))
-
-    def fill(start: int) -> None:
-        rows = chosen[start : start + chunk]
-        for part, images in group_by_size(patches[rows], None if sizes is None else sizes[rows]):
-            values[start + part] = _measure(images, mpp)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(fill, range(0, len(chosen), chunk)))
+    measure = partial(_measure, mpp=mpp)
+    values = measure_in_threads(measure, len(PROPERTIES), patches, sizes, index, chunk=chunk)
     return pd.DataFrame(values, columns=list(PROPERTIES))
 
 

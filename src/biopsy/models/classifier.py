@@ -463,9 +463,7 @@ class Classifier(Output):
 
         Two sigmoid outputs are normalised as p1 / (p0 + p1), which preserves the argmax.
         """
-        scores = self.calibrated_scores(logits)
-        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return softmax(self.calibrated_scores(logits))
 
     @property
     def threshold(self) -> float | None:
@@ -513,6 +511,12 @@ def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
     """Return scores ``(N, n_classes)`` whose softmax is the probabilities: for sigmoid, their logarithms."""
     logits = logits.astype(np.float64)
     return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Return the probabilities ``(N, n_classes)`` of scores."""
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 CELLS = 4

@@ -1,7 +1,7 @@
 """Colour deconvolution of haematoxylin and eosin, colour statistics and nuclei."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -73,20 +73,34 @@ def colour_features(
         float32 ``(n, 35)`` with the columns `FEATURE_NAMES`: RGB in 0-255, stains as in
         `separate_stains`.
     """
+    features = measure_in_threads(_describe, len(FEATURE_NAMES), patches, sizes, index, chunk=chunk)
+    return features.astype(np.float32)
+
+
+def measure_in_threads(
+    measure: Callable[[np.ndarray], np.ndarray],
+    n_columns: int,
+    patches: np.ndarray,
+    sizes: np.ndarray | None,
+    index: np.ndarray | None,
+    *,
+    chunk: int,
+) -> np.ndarray:
+    """Return what a function measures of patches of one size without padding, float64 ``(n, n_columns)``."""
     chosen = np.arange(len(patches)) if index is None else np.asarray(index)
-    features = np.empty((len(chosen), len(FEATURE_NAMES)), np.float32)
+    values = np.empty((len(chosen), n_columns))
 
     def fill(start: int) -> None:
         rows = chosen[start : start + chunk]
-        for part, images in group_by_size(patches[rows], None if sizes is None else sizes[rows]):
-            features[start + part] = _describe(images)
+        for part, images in _group_by_size(patches[rows], None if sizes is None else sizes[rows]):
+            values[start + part] = measure(images)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(fill, range(0, len(chosen), chunk)))
-    return features
+    return values
 
 
-def group_by_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _group_by_size(patches: np.ndarray, sizes: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield patches of the same size without padding, with their indices."""
     if sizes is None:
         yield np.arange(len(patches)), patches

@@ -7,7 +7,7 @@ import numpy as np
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
-from biopsy.models.classifier import Classifier, score_classes
+from biopsy.models.classifier import Classifier, score_classes, softmax
 from biopsy.models.engine import Engine
 from biopsy.models.hub import is_on_hub
 from biopsy.models.inference import predict_logits
@@ -97,6 +97,5 @@ def predict_teachers(
         scores = score_classes(logits, classifier.info.outputs) / temperature
         if not np.isfinite(scores).all():
             raise DataError(f"teacher {name} predicts values that are not finite")
-        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-        probs[rows] += exponentials / exponentials.sum(axis=1, keepdims=True) / len(names)
+        probs[rows] += softmax(scores) / len(names)
     return probs.astype(np.float32)
