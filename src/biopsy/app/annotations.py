@@ -99,7 +99,6 @@ class Annotations:
 
     @property
     def is_writable(self) -> bool:
-        """Whether annotations can be added."""
         target = self.path if self.path.exists() else self.path.parent
         return os.access(target, os.W_OK)
 

@@ -232,7 +232,6 @@ class Jobs:
         return [self.get(identity) for identity in list(self._jobs)]
 
     def count(self) -> dict[str, int]:
-        """Return the number of jobs by status."""
         counts = dict.fromkeys(("queued", "running", "done", "failed"), 0)
         for job in list(self._jobs.values()):
             counts[job["status"]] = counts.get(job["status"], 0) + 1

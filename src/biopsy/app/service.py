@@ -226,7 +226,6 @@ def pick_model(classifiers: Mapping[str, Classifier], name: str | None) -> str:
 
 
 def describe_models(classifiers: Mapping[str, Classifier]) -> list[ModelDescription]:
-    """Describe models."""
     return [
         {
             "name": name,
@@ -353,7 +352,6 @@ class _Service:
         self.metrics.batches.observe(n)
 
     def add_routes(self, app: FastAPI) -> None:
-        """Add every address."""
         app.get("/health", summary="Whether the server answers")(self.health)
         app.get("/metrics", summary="Counters in Prometheus' text format")(self.give_metrics)
         app.get("/models", summary="The models that predict")(self.models)

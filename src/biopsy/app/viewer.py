@@ -119,7 +119,6 @@ class _Viewer:
         self.exhibit, self.annotations, self.who, self.queue = exhibit, annotations, who, queue
 
     def add_routes(self, app: FastAPI) -> None:
-        """Add every address."""
         handlers: dict[str, Callable[..., Any]] = {
             "/": self.index,
             "/report": self.report,

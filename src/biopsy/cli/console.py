@@ -150,7 +150,6 @@ class EpochLines:
         self.run: str | None = None
 
     def __call__(self, record: "EpochRecord") -> None:
-        """Print one record."""
         if record["run"] != self.run:
             self.run = record["run"]
             log.info("run %s", self.run)

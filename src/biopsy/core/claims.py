@@ -69,7 +69,6 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Release a claim of this process."""
         path = self.folder / f"{name}{_SUFFIX}"
         if path in self._held:
             self._held.discard(path)

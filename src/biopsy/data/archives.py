@@ -164,7 +164,6 @@ class FolderArchive:
         return self.path / self._files[entry.offset][0]
 
     def read(self, entry: Entry) -> bytes | memoryview:
-        """Read a file."""
         if entry.size > MAX_ENTRY_BYTES:
             raise DataError(f"has {entry.size:,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
         try:
@@ -301,7 +300,6 @@ def _read_directory(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _inflate(packed: memoryview, entry: Entry) -> bytes:
-    """Unpack an entry."""
     if entry.method != _DEFLATED:
         raise DataError(f"is compressed by method {entry.method}; stored and deflated entries are read")
     try:

@@ -248,7 +248,6 @@ def list_source(
 def _name_classes(
     labels: Any, class_names: Sequence[str] | None, positive_class: str | None
 ) -> tuple[list[str], str | None]:
-    """Return the names of the classes, and the positive one of two."""
     values = pd.Series(np.asarray(labels))
     if class_names is not None:
         names = [str(name) for name in class_names]

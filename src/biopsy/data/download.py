@@ -89,7 +89,6 @@ class FetchResult(Written):
 
 
 def find_source(name: str) -> Source:
-    """Return the source of a data set."""
     sources = {dataset.name: dataset for dataset in list_datasets() if dataset.is_downloadable}
     if name not in sources:
         raise DataError(f"no data set {name!r} to fetch; {suggest(name, sources)}")

@@ -109,7 +109,6 @@ def _append(path: Path, line: Mapping[str, object]) -> Path:
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Return whether a file ends with a newline."""
     content = path.read_bytes()
     return not content or content.endswith(b"\n")
 

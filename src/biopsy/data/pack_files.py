@@ -88,7 +88,6 @@ class PackInfo(BaseModel):
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the patches are synthetic."""
         return bool(self.origin.get("synthetic"))
 
 

@@ -377,7 +377,6 @@ def _identify(pack: Pack) -> str:
 
 
 def is_pack(path: Path | str) -> bool:
-    """Return whether a path is a pack folder."""
     return (Path(path) / DOCUMENT).is_file()
 
 

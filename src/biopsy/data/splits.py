@@ -347,7 +347,6 @@ def load_split(pack: Pack, name: str) -> Split:
 
 
 def list_splits(pack: Pack) -> list[str]:
-    """Return the names of the splits stored in a pack."""
     return sorted(
         path.stem for path in (pack.path / FOLDER).glob("*.csv") if path.with_suffix(".json").is_file()
     )

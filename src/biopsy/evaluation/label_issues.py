@@ -214,7 +214,6 @@ def _tabulate(pack: Pack, chosen: pd.DataFrame, models: _Models) -> pd.DataFrame
 
 
 def _describe_votes(issue: Any, suggested: str, n_models: int) -> str:
-    """Describe the votes of neighbours and models."""
     parts = ["no coordinates" if pd.isna(issue.n_neighbours) else "no neighbours"]
     if not pd.isna(issue.n_neighbours) and issue.n_neighbours:
         parts = [f"{issue.n_for} of {issue.n_neighbours} neighbours are {class_title(suggested)}"]

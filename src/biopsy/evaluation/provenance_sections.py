@@ -186,7 +186,6 @@ def describe_training(facts: RunFacts) -> Section | None:
 
 
 def _describe_initial_weights(record: StartWeights) -> str:
-    """Describe the initial weights of a run."""
     initial = f"{record['weights']} (licence: {record['licence']})" if record["pretrained"] else "random"
     return f"{initial}; {record['note']}" if record.get("note") else initial
 

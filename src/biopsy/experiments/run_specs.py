@@ -336,5 +336,4 @@ def describe_split(split: Split) -> StudySplit:
 
 
 def hash_split(split: Split) -> str:
-    """Return a hash of the subset of each patch."""
     return hashlib.sha256(split.table.to_csv(index=False).encode()).hexdigest()

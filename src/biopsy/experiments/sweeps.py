@@ -244,7 +244,6 @@ def combine(recipe: str | Path | Recipe, grid: Iterable[str], overrides: Sequenc
 
 
 def _combination(recipe: str | Path | Recipe, keys: Sequence[str], lines: Sequence[str]) -> Combination:
-    """Return the combination with the given overrides."""
     changed = load_recipe(recipe, lines)
     return Combination({key: _find(changed.model_dump(), key) for key in keys}, changed)
 

@@ -35,7 +35,6 @@ class HostNetwork(nn.Module):
         self.eval()
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return the scores."""
         logits = self.network(self.normalise(self.resize(patches)))
         return self.calibrate(functional.logsigmoid(logits) if self.is_sigmoid else logits)
 

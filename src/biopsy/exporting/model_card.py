@@ -78,7 +78,6 @@ def gather_card(classifier: Classifier, run: Run | None, parity: Parity | None =
 
 
 def card_of_run(facts: CardFacts) -> str:
-    """Return the card as Markdown."""
     info = facts.info
     parts = [
         f"# {info.recipe or info.network}: {' / '.join(map(class_title, info.class_names))}",

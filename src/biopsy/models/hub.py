@@ -22,7 +22,6 @@ _NAME = r"[\w.-]+/[\w.-]+"
 
 
 def is_on_hub(model: object) -> bool:
-    """Return whether a model is on the hub."""
     return isinstance(model, str | Path) and str(model).startswith(PREFIX)
 
 

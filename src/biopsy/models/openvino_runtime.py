@@ -54,11 +54,9 @@ class CompiledRuntime:
         self._local = threading.local()
 
     def logits(self, patches: np.ndarray) -> np.ndarray:
-        """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(patches, 1)[0]
 
     def logits_and_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
         logits, *features = self._compute(patches, len(self._compiled.outputs))
         return logits, features[0] if features else logits[:, :0]
 

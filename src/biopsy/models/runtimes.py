@@ -116,11 +116,9 @@ class TorchRuntime:
         self._batch_size = size // N_VIEWS if isinstance(network, SymmetryAveraged) else size
 
     def logits(self, patches: np.ndarray) -> np.ndarray:
-        """Return logits ``(n, n_classes)`` of patches, uint8 ``(n, H, W, 3)``."""
         return self._compute(self._network, patches)
 
     def logits_and_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits and the penultimate layer ``(n, n_features)`` of patches."""
         return self.logits(patches), self._compute(self._network.features, patches)
 
     def _compute(self, function: Any, patches: np.ndarray) -> np.ndarray:

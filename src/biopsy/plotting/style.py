@@ -133,7 +133,6 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
 
 
 def class_colour(index: int) -> str:
-    """Return the colour of a class by its index."""
     return CLASS_COLOURS[index % len(CLASS_COLOURS)]
 
 

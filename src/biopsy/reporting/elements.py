@@ -183,6 +183,5 @@ RULES = {
 
 
 def describe_rule(rule: str) -> str:
-    """Describe the rule of a threshold."""
     name, _, requested = rule.partition("=")
     return RULES[name].format(requested) if name in RULES else rule

@@ -105,7 +105,6 @@ class OpenSlideBackend:
         self.corner = _find_corner(properties)
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Return the size of a level's native tiles."""
         properties = self._slide.properties
         width, height = (
             properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height")
@@ -131,7 +130,6 @@ class OpenSlideBackend:
         return np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
 
@@ -153,15 +151,12 @@ class ImageBackend:
         self.recorded = Recorded(*_tiff_mpp(path)) if self.format == "tiff" else Recorded()
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Return None, since there are no tiles."""
         return None
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Return a copy of a rectangle."""
         return self._pixels[top : top + height, left : left + width].copy()
 
     def close(self) -> None:
-        """Release the pixels."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
@@ -306,7 +301,6 @@ class TiffBackend(OpenSlideBackend):
         self._cache = TileCache(CACHE_BYTES)
 
     def read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Return a rectangle inside a level."""
         page = self._level_pages[level]
         if page is None:
             return super().read(level, left, top, width, height)
@@ -318,7 +312,6 @@ class TiffBackend(OpenSlideBackend):
         return region
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()
 

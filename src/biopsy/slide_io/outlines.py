@@ -90,7 +90,6 @@ class Annotations:
         return replace(self, items=shift_all(self.items), unclassified=shift_all(self.unclassified))
 
     def class_names(self) -> list[str]:
-        """Return the class names, sorted."""
         return sorted({item.class_name for item in self.items})
 
 

@@ -74,7 +74,6 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
         self._backend.close()
 
     def tile_px(self, level: int = 0) -> tuple[int, int] | None:
@@ -210,7 +209,6 @@ class Slide:
 
 
 def _open_backend(path: Path) -> Backend:
-    """Return the backend of a slide."""
     import openslide
 
     try:

@@ -77,7 +77,6 @@ class SlideLogits:
     _checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
 
     def add(self, block: Block, outputs: "_Outputs") -> None:
-        """Add the outputs of a block."""
         assert self.view is not None
         if self.logits is None:
             self.logits = np.empty((len(self.view.grid), outputs.logits.shape[1]), np.float32)

@@ -209,7 +209,6 @@ def slide_output(file: str, *, draws: bool = False) -> Callable[[Write], Write]:
 
 
 def list_files() -> list[str]:
-    """Return the names of all output files."""
     return [SUMMARY, *OUTPUTS]
 
 
@@ -263,7 +262,6 @@ def _write_panels(path: Path, mapped: MappedSlide) -> dict[str, Confusion] | Non
 def write_outputs(
     folder: Path, mapped: MappedSlide, *, is_calibrated: bool, request: Mapping[str, object]
 ) -> SlideSummary:
-    """Write all output files of a slide."""
     slide_map = mapped.slide_map
     with ThreadPoolExecutor(1) as painter:
         drawing = [

@@ -156,7 +156,6 @@ class ClassCounts:
 
     @property
     def n_rarest(self) -> float:
-        """Weight of the rarest class."""
         return float(self.n_true.min())
 
     @property

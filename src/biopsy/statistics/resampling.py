@@ -251,7 +251,6 @@ def link(values: Floats, bounds: Bounds) -> Floats:
 
 
 def inverse_link(values: Floats, bounds: Bounds) -> Floats:
-    """Return the inverse of `link`."""
     low, high = bounds
     if np.isinf(low):
         return values
@@ -259,7 +258,6 @@ def inverse_link(values: Floats, bounds: Bounds) -> Floats:
 
 
 def link_derivative(value: float, bounds: Bounds) -> float:
-    """Return the derivative of `link` at a value between the bounds."""
     low, high = bounds
     if np.isinf(low):
         return 1.0

@@ -139,7 +139,6 @@ class Batches:
         return whole[self.processes.part(len(whole))]
 
     def count(self, n_patches: int) -> int:
-        """Return the number of batches of a number of patches."""
         return n_patches // self.batch_size if self.drop_last else -(-n_patches // self.batch_size)
 
     def iterate(

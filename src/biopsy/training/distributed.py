@@ -41,7 +41,6 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     def part(self, n: int) -> slice:
@@ -63,11 +62,9 @@ class Processes:
         return max(1, min(self.world_size, n // 2))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the processes."""
         return self.sum(values) / self.world_size if self.world_size > 1 else values
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the processes."""
         if self.world_size > 1:
             values = values.clone()
             distributed.all_reduce(values)

@@ -110,7 +110,6 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
 
 
 def optimiser_of(recipe: Recipe, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser of a recipe."""
     settings = recipe.train
     return make_optimiser(
         settings.optimiser,

@@ -279,7 +279,6 @@ class Positives:
 
     @property
     def n_with_neighbours(self) -> int:
-        """Number of patches that have a neighbour."""
         return int((np.diff(self.start) > 0).sum())
 
     def draw(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -208,5 +208,4 @@ class Study(Written):
 
 
 def is_study(path: Path | str) -> bool:
-    """Return whether a path is the folder of a study."""
     return (Path(path) / DOCUMENT).is_file()

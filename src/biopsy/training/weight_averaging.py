@@ -25,7 +25,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the current weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged: list[Tensor] = []
         current: list[Tensor] = []

@@ -99,7 +99,6 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """Published file name."""
         return PurePosixPath(self.url.partition("?")[0]).name
 
     @property
@@ -123,7 +122,6 @@ class KaggleData:
 
     @property
     def folder(self) -> str:
-        """Name of the output folder."""
         return PurePosixPath(self.handle).name
 
     @property

@@ -76,7 +76,6 @@ class EvaluationSet:
     unit: str
 
     def groups(self, frame: pd.DataFrame) -> np.ndarray:
-        """Return the group id of each patch."""
         return group_by_unit(frame, self.unit).astype(object)
 
     def sample(self, frame: pd.DataFrame) -> SortedScores | ClassSample:
@@ -85,7 +84,6 @@ class EvaluationSet:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """The compared metrics by name."""
         return MULTICLASS_METRICS if self.positive_class is None else METRICS
 
     @property
@@ -243,7 +241,6 @@ def measure_seeds(
 
 
 def _describe(model: ModelPredictions, sample: Sample, test_set: EvaluationSet) -> ModelResult:
-    """Return the metrics of one model."""
     spreads = {name: Spread.of(values) for name, values in sample.by_seed.items()}
     return ModelResult(
         **vars(model.source),

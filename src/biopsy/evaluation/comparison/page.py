@@ -162,7 +162,6 @@ SEEDS_SHOWN = ("auroc", "accuracy", "balanced_accuracy", "sensitivity", "specifi
 
 
 def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
-    """Return the page of a comparison."""
     m = facts.document
     size, seeds = count_patches(m.n_patches, m.n_patients, facts.unit), table_of_seeds(m)
     sections = [

@@ -216,12 +216,10 @@ class Patches:
 
     @classmethod
     def of_pack(cls, pack: Pack, rows: np.ndarray) -> "Patches":
-        """Return rows of a pack."""
         ids = pack.table["patch_id"].iloc[rows].astype(str).tolist()
         return cls(ids, pack.patches[rows], pack.sizes[rows], pack.target[rows])
 
     def take(self, rows: np.ndarray) -> "Patches":
-        """Return some of the patches."""
         target = None if self.target is None else self.target[rows]
         return Patches([self.patch_ids[row] for row in rows], self.pixels[rows], self.sizes[rows], target)
 
@@ -378,7 +376,6 @@ def _choose_layers(method: str, layers: Sequence[str]) -> Sequence[str | None]:
 
 
 def _pick_methods(classifier: Classifier, layers: Sequence[str]) -> list[str]:
-    """Return the default methods."""
     if layers:
         return ["activations"]
     try:

@@ -106,7 +106,6 @@ def _table_of_saliency(saliency: Mapping[str, ColourShare]) -> Table:
 
 
 def _tables_by_group(compared: list[tuple[Hypothesis, PropertyContrast]], unit: str) -> list[Block]:
-    """Return the values of each patient."""
     rows = [
         [f"{measure.property}, {measure.chosen}", name, *values.values()]
         for _, measure in compared

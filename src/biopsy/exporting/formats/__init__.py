@@ -38,6 +38,5 @@ FORMATS: Registry[Exporter] = Registry("biopsy.exporters", "biopsy.exporting.for
 
 
 def register_exporter(exporter: Exporter) -> Exporter:
-    """Register an exporter under its name."""
     FORMATS.add(exporter.name, exporter, exporter.write)
     return exporter

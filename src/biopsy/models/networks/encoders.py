@@ -155,7 +155,6 @@ def register_encoder(encoder: Encoder, function: Callable[..., object] = Encoder
 
 
 def list_encoders() -> list[Encoder]:
-    """Return all encoders, by name."""
     return sorted(ENCODERS.values(), key=lambda encoder: encoder.name)
 
 

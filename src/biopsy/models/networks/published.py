@@ -48,7 +48,6 @@ class _Body(dict[str, nn.Module]):
     def add_dense(
         self, n_features: int, width: int, *, name: str = "dense", relu: str = "dense_relu"
     ) -> None:
-        """Add a dense layer and a ReLU."""
         self[name] = nn.Linear(n_features, width)
         self[relu] = nn.ReLU(inplace=True)
 

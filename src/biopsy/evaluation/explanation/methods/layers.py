@@ -105,7 +105,6 @@ def list_layers(network: nn.Module, input_px: int) -> list[str]:
 
 
 def has_convolution(network: nn.Module) -> bool:
-    """Return whether a network has a convolution."""
     return any(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
