@@ -12,7 +12,7 @@ import pytest
 import biopsy
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.data.predictions import describe_patches, tabulate_predictions, write_predictions
 from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.runs import Run
 from command_line import call
@@ -60,7 +60,9 @@ def noisy(tmp_path_factory, trained_run):
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     for subset in ("validation", "test"):
         rows = np.flatnonzero(subsets == subset)
-        frame = make_predictions(pack, rows, logits[rows], probs[rows], subsets=subset)
+        patches = describe_patches(pack, rows, subset=subset)
+        about = pack.class_names, pack.positive_index
+        frame = tabulate_predictions(patches, *about, logits[rows], probs[rows])
         write_predictions(run.path / "predictions" / f"{subset}.parquet", frame, {"classifier_sha256": ""})
     return run, truth, place
 

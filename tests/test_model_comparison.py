@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 import biopsy
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import MANIFEST, plain, write_json
-from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.data.predictions import describe_patches, tabulate_predictions, write_predictions
 from biopsy.evaluation.comparison.compare import gather_models
 from biopsy.evaluation.comparison.measure import NETWORKS, RECIPES, compare_models
 from biopsy.evaluation.comparison.page import ONE_SEED, describe_verdict
@@ -60,9 +60,9 @@ def write_run(path, pack, rows, prob, *, seed=0, fold=None, split="patients", re
     """Write a run that says ``prob`` (of the positive class, or of each) of some patches of a pack."""
     probs = np.stack([1 - prob, prob], axis=1) if prob.ndim == 1 else prob
     binary = pack.positive_index is not None
-    frame = make_predictions(
-        pack, rows, np.log(probs), probs, subsets="test", fold=fold, threshold=threshold if binary else None
-    )
+    patches = describe_patches(pack, rows, subset="test", fold=fold)
+    about = pack.class_names, pack.positive_index, np.log(probs), probs
+    frame = tabulate_predictions(patches, *about, threshold=threshold if binary else None)
     about = {"pack_sha256": pack.info.content_sha256, "split": split, "threshold": None}
     write_predictions(path / "predictions" / "test.parquet", frame, about)
     info = {

@@ -14,7 +14,7 @@ from biopsy.core.errors import DataError, FileFormatError
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import (
     class_columns,
-    make_predictions,
+    describe_patches,
     read_predictions,
     tabulate_predictions,
     write_predictions,
@@ -25,11 +25,16 @@ MakePack = Callable[..., Pack]
 ABOUT = {"split": "patients", "threshold": {"value": np.float64(0.1), "rule": "youden"}, "pack_sha256": "ab"}
 
 
+def tabulate(pack: Pack, index: np.ndarray, logits: np.ndarray, probs: np.ndarray, **options) -> pd.DataFrame:
+    patches = describe_patches(pack, index, subset="test", fold=options.pop("fold", None))
+    return tabulate_predictions(patches, pack.class_names, pack.positive_index, logits, probs, **options)
+
+
 def predict(pack: Pack, index: np.ndarray, **options: object) -> pd.DataFrame:
     logits = np.random.default_rng(0).normal(0, 3, (len(index), len(pack.class_names))).astype(np.float32)
     probs = np.exp(logits.astype(float))
     probs /= probs.sum(axis=1, keepdims=True)
-    return make_predictions(pack, index, logits, probs, subsets="test", **options)  # type: ignore[arg-type]
+    return tabulate(pack, index, logits, probs, **options)
 
 
 def test_table_of_two_classes(make_pack: MakePack) -> None:
@@ -108,9 +113,9 @@ def test_impossible_predictions_are_refused(make_pack: MakePack, tmp_path: Path)
         wrong = probs.copy()
         wrong[3, 1] = bad
         with refuses(DataError, "[0, 1]"):
-            make_predictions(pack, index, logits, wrong, subsets="test")
+            tabulate(pack, index, logits, wrong)
     with refuses(DataError, "12 patches", "2 classes"):
-        make_predictions(pack, index, logits, probs[:, :1], subsets="test")
+        tabulate(pack, index, logits, probs[:, :1])
     with refuses(DataError, "a.xlsx", ".parquet", ".csv"):
         write_predictions(tmp_path / "a.xlsx", predict(pack, index), {})
 

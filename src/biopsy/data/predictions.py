@@ -57,34 +57,10 @@ class PredictionsInfo(TypedDict, total=False):
     threshold: FrozenThreshold | None
 
 
-def make_predictions(
-    pack: Pack,
-    index: np.ndarray,
-    logits: np.ndarray,
-    probs: np.ndarray,
-    *,
-    subsets: np.ndarray | str,
-    fold: int | None = None,
-    threshold: float | None = 0.5,
-    abstained: np.ndarray | None = None,
-) -> pd.DataFrame:
-    """Return the predictions of the rows ``index`` of a pack, in this order.
-
-    ``logits`` are uncalibrated, ``probs`` calibrated, both ``(n, n_classes)``; see `tabulate_predictions`.
-    """
-    rows = pack.table.iloc[index]
-    patches = (
-        rows[list(IDENTITY)].assign(subset=subsets, fold=fold, target=rows["target"]).reset_index(drop=True)
-    )
-    return tabulate_predictions(
-        patches,
-        pack.class_names,
-        pack.positive_index,
-        logits,
-        probs,
-        threshold=threshold,
-        abstained=abstained,
-    )
+def describe_patches(pack: Pack, rows: np.ndarray, *, subset: str, fold: int | None = None) -> pd.DataFrame:
+    """Return identity, subset, fold and target of rows of a pack, for `tabulate_predictions`."""
+    patches = pack.table.iloc[rows][[*IDENTITY, "target"]]
+    return patches.assign(subset=subset, fold=fold).reset_index(drop=True)
 
 
 def tabulate_predictions(

@@ -15,7 +15,7 @@ from biopsy.core.storage import stage
 from biopsy.core.text import count, plural
 from biopsy.data.ledger import OpeningCount, count_openings, record_opening
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import make_predictions, write_predictions
+from biopsy.data.predictions import describe_patches, write_predictions
 from biopsy.data.splits import find_split
 from biopsy.evaluation.abstention.measure import measure_abstention
 from biopsy.evaluation.calibration.measure import measure_calibration, measure_reliability
@@ -232,18 +232,8 @@ def predict_subset(
     table = pack.table.iloc[rows]
     classifier = classifier.for_patches(table)
     logits = classifier.add_context(logits, table)
-    probs = classifier.probs(logits)
-    frame = make_predictions(
-        pack,
-        rows,
-        logits,
-        probs,
-        subsets=subset,
-        fold=split.fold,
-        threshold=classifier.threshold,
-        abstained=classifier.abstains(probs),
-    )
-    scored = ScoredPatches.of_pack(pack, rows, probs, classifier.threshold, seed=seed)
+    frame = classifier.tabulate(describe_patches(pack, rows, subset=subset, fold=split.fold), logits)
+    scored = ScoredPatches.of_pack(pack, rows, classifier.probs(logits), classifier.threshold, seed=seed)
     return PredictedRows(classifier, logits, scored, frame, pick_columns(table), predictor.software)
 
 

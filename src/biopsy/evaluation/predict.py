@@ -27,7 +27,6 @@ from biopsy.data.predictions import (
     check_name,
     check_replaceable,
     give_ids,
-    tabulate_predictions,
     write_predictions,
     write_submission,
 )
@@ -309,16 +308,7 @@ def _decide(classifier: Classifier, chunks: list[_Predicted]) -> tuple[pd.DataFr
     table = pd.concat(tables, ignore_index=True)
     classifier = classifier.for_patches(table)
     logits = classifier.add_context(np.concatenate(all_logits), table)
-    probs = classifier.probs(logits)
-    frame = tabulate_predictions(
-        table,
-        classifier.info.class_names,
-        classifier.positive_index,
-        logits,
-        probs,
-        threshold=classifier.threshold,
-        abstained=classifier.abstains(probs),
-    )
+    frame = classifier.tabulate(table, logits)
     if "source" in table:
         frame["source"] = table["source"].astype("string")
     return pd.concat([frame, pd.concat(ood_scores, ignore_index=True)], axis=1), classifier

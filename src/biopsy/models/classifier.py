@@ -30,7 +30,7 @@ from biopsy.core.version import __version__
 from biopsy.data.coordinates import find_slides, has_coordinates
 from biopsy.data.pack_files import MAX_PATCH_PX
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import FrozenThreshold, decide
+from biopsy.data.predictions import FrozenThreshold, decide, tabulate_predictions
 from biopsy.recipes.preprocessing import Preprocessing, Resize
 from biopsy.statistics.abstention import ConformalRecord, abstain, predict_sets
 from biopsy.statistics.calibrators import Calibrator, CalibratorRecord, calibrator_from_dict
@@ -476,6 +476,19 @@ class Classifier(Output):
         if quantiles is None:
             return None
         return abstain(predict_sets(probs, quantiles), decide(probs, self.positive_index, self.threshold))
+
+    def tabulate(self, patches: pd.DataFrame, logits: np.ndarray) -> pd.DataFrame:
+        """Return the predictions of patches from their logits, with context; see `tabulate_predictions`."""
+        probs = self.probs(logits)
+        return tabulate_predictions(
+            patches,
+            self.info.class_names,
+            self.positive_index,
+            logits,
+            probs,
+            threshold=self.threshold,
+            abstained=self.abstains(probs),
+        )
 
     def prediction_sets(self, probs: np.ndarray) -> list[list[str]] | None:
         """Return the classes of each patch's conformal set; None without conformal quantiles."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import IDENTITY
+from biopsy.data.predictions import describe_patches
 from biopsy.models.classifier import Classifier, ClassifierInfo, SinglePatch
 from biopsy.models.engine import outputs_of
 from biopsy.models.inference import open_predictor
@@ -90,13 +90,10 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     classifier.base_network.to("cpu")
     classifier.save(run.path / "classifier")
     split = run.info["split"]
-    patches = pack.table.iloc[task.val][[*IDENTITY, "target"]].assign(
-        subset=run.validation_subset, fold=split["fold"]
-    )
     write_validation(
         run,
         classifier,
-        patches.reset_index(drop=True),
+        describe_patches(pack, task.val, subset=run.validation_subset, fold=split["fold"]),
         logits,
         {"pack_sha256": pack.info.content_sha256, "split": split["name"]},
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biopsy.core.text import count, plural
-from biopsy.data.predictions import decide, tabulate_predictions, write_predictions
+from biopsy.data.predictions import decide, write_predictions
 from biopsy.models.classifier import Classifier, Threshold, score_classes
 from biopsy.recipes import Recipe
 from biopsy.statistics.abstention import ConformalRecord, Guarantee, fit_conformal, split_conformal
@@ -223,15 +223,6 @@ def write_validation(
         logits: ``(n, n_classes)``.
         metadata: ``pack_sha256`` and ``split``.
     """
-    probs, info = classifier.probs(logits), classifier.info
-    frame = tabulate_predictions(
-        patches,
-        info.class_names,
-        classifier.positive_index,
-        logits,
-        probs,
-        threshold=classifier.threshold,
-        abstained=classifier.abstains(probs),
-    )
+    frame = classifier.tabulate(patches, logits)
     full_metadata = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
     write_predictions(run.path / "predictions" / "validation.parquet", frame, full_metadata)
