@@ -308,7 +308,9 @@ def _verify_bundle(checks: Checklist, folder: Path, trust_model: str | None) -> 
         return
     same = classifier.sha256 == document["classifier_sha256"]
     checks.require("bundle of this classifier", same, "same hash" if same else "another hash", remedy)
-    patches = bundles.draw_patches(classifier.info.patch_px)
+    from biopsy.exporting.bundles import draw_patches  # imports PyTorch
+
+    patches = draw_patches(classifier.info.patch_px)
     single = classifier.single_patch()
     engine = Engine("cpu")
     logits = predict_logits(single.network, single.info.preprocessing, patches, engine=engine)

@@ -59,7 +59,7 @@ class Inspection(Result):
         lines = [
             f"audit: {m['paths']['audit']}",
             f"  unreadable files: {m['unreadable']['count']:,}",
-            f"  padded to a square: {_list_sizes(m['odd_sizes'])}",
+            f"  padded to a square: {_list_sizes(m['padded'])}",
             f"  blank patches: {m['blank']['count']:,}",
             f"  exact duplicates: {exact['patches']:,} patches in {exact['count']:,} groups",
             f"  near duplicates: {m['near_duplicates']['count']:,} pairs",
