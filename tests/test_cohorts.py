@@ -1,6 +1,8 @@
 """Many slides: what is written, what is kept, what is named, and that an interruption leaves no trace."""
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -23,12 +26,14 @@ import biopsy.core.files as files
 import biopsy.slides.cohorts as cohorts
 import biopsy.slides.mapping as mapping
 import biopsy.slides.outputs as outputs
+from biopsy.cli.console import set_up_log, show
 from biopsy.core.errors import DataError, SlideError, UserFileError
 from biopsy.core.files import LOCK, MANIFEST, sha256_file, write_json
 from biopsy.slide_io.annotations import read_annotations
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.cohorts import SlideCohort, slide
 from biopsy.slides.maps import SlideMap
+from biopsy.slides.section import describe_maps
 from biopsy.slides.sources import list_sources
 from command_line import call
 from conftest import abandon
@@ -101,9 +106,29 @@ def test_a_slide_unlike_training_is_named_with_where_to_look(mapped):
         for share in (0.1, 0.5)
     )
     assert same.problems() == []
+    assert other.blocks()[0].rows[0][-1].startswith(f"{same.blocks()[0].rows[0][-1]} (not")
     warning, advice = other.problems()
     assert warning.startswith("a: 50%")
+    summary = json.loads((out / "a" / "summary.json").read_text())
+    assert summary["warning"] is None  # its classifier cannot tell
+    assert replace(cohort, status=cohort.status.assign(out_of_distribution=np.nan)).problems() == []
     assert {f"`biopsy view {out}`", "`biopsy prepare`", "`biopsy train`"} <= set(re.findall("`.*?`", advice))
+
+
+def test_its_area_follows_the_warning_and_is_marked_there_and_in_the_report(mapped):
+    cohort, out = mapped
+    status = cohort.status.assign(out_of_distribution=0.5, out_of_distribution_quantile=0.95)
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        set_up_log()
+        show(replace(cohort, status=status), as_json=False)
+    assert 0 <= screen.getvalue().find("warning: a: 50%") < screen.getvalue().find(outputs.UNRELIABLE)
+    for share, is_marked in ((0.1, False), (0.5, True)):
+        checked = {"n_checked": 100, "share": share, "quantile": 0.95}
+        maps = [({**outputs.read_summary(out / "a"), "out_of_distribution": checked}, b"")]
+        facts = SimpleNamespace(positive="tumour", result=lambda *names, maps=maps: maps)
+        *_, table = describe_maps(facts).blocks
+        assert table.rows[0][3].endswith(outputs.UNRELIABLE) == is_marked
 
 
 def test_the_heat_map_lies_over_the_slide(mapped):

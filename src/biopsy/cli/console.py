@@ -96,16 +96,14 @@ def print_json(document: object) -> None:
 
 
 def show(result: Any, *, as_json: bool) -> int:
-    """Print what a public function returned, warn of its problems, and return the exit code."""
+    """Warn of the problems of what a public function returned, print it, and return the exit code."""
+    for problem in result.problems() if isinstance(result, Output) else ():
+        log.warning("%s", problem)
     if as_json:
         print_json(_document(result))
     elif result is not None:
         print(_text(result))
-    if not isinstance(result, Output):
-        return 0
-    for problem in result.problems():
-        log.warning("%s", problem)
-    return result.exit_code
+    return result.exit_code if isinstance(result, Output) else 0
 
 
 def _document(result: Any) -> object:

@@ -85,7 +85,7 @@ def ood_warning(share: float, quantile: float) -> str | None:
     The limit is twice the upper expected fraction.
     """
     low, high = expected_share(quantile)
-    if share < WARNING_FACTOR * high:
+    if not share >= WARNING_FACTOR * high:  # nor where it was not measured, nan
         return None
     return (
         f"{share:.0%} of the patches look out-of-distribution ({100 * low:.0f}-{100 * high:.0f} % expected): "

@@ -42,17 +42,19 @@ from biopsy.core.text import printable
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
-from biopsy.models.out_of_distribution import OOD_ADVICE, ood_warning
+from biopsy.models.out_of_distribution import OOD_ADVICE
 from biopsy.slides.inference import OnProgress
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.outputs import (
     MAP,
     SUMMARY,
+    UNRELIABLE,
     SlideSummary,
     list_files,
     prepare_to_draw,
     read_finished,
+    warn_of_areas,
     write_outputs,
 )
 from biopsy.slides.sources import Source, list_sources, refuse_own_data
@@ -109,14 +111,23 @@ class SlideCohort(Output):
     def _done(self) -> pd.DataFrame:
         return self.status[self.status["status"] == "done"]
 
+    def _warnings(self) -> dict[str, str]:
+        """Return why areas are not to be relied on, by slide."""
+        warnings = {
+            row.slide: warn_of_areas(row.out_of_distribution, row.out_of_distribution_quantile)
+            for row in self._done.itertuples()
+        }
+        return {slide: warning for slide, warning in warnings.items() if warning is not None}
+
     def blocks(self) -> list[str | Table]:
+        warnings = self._warnings()
         rows = [
             [
                 row.slide,
                 number(int(row.n_patches)),
                 number(float(row.mpp)),
                 row.mpp_source,
-                number(row.positive_mm2),
+                number(row.positive_mm2) + (UNRELIABLE if row.slide in warnings else ""),
             ]
             for row in self._done.itertuples()
         ]
@@ -129,11 +140,7 @@ class SlideCohort(Output):
         return {"out": self.address or self.out, "slides": slides, "skipped": self.failed}
 
     def problems(self) -> list[str]:
-        warned = [
-            (row.slide, ood_warning(row.out_of_distribution, row.out_of_distribution_quantile))
-            for row in self._done.itertuples()
-        ]
-        lines = [f"{slide}: {warning}" for slide, warning in warned if warning is not None]
+        lines = [f"{slide}: {warning}" for slide, warning in self._warnings().items()]
         if lines:
             place = f"`biopsy view {self.out}` hatches the patches (column ood of map.parquet)"
             if self.address:

@@ -17,6 +17,7 @@ from biopsy.core.files import read_json, write_atomic, write_json
 from biopsy.core.loaders import validate
 from biopsy.core.plugins import Registry
 from biopsy.core.text import class_title
+from biopsy.models.out_of_distribution import ood_warning
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import (
     Region,
@@ -66,6 +67,7 @@ class SlideSummary(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     slide: str
+    warning: str | None
     source: str
     n_patches: int
     n_cells: int
@@ -77,6 +79,21 @@ class SlideSummary(TypedDict, total=False):
     out_of_distribution: OutOfDistributionShare | None
     mpp: dict[str, float | str | None]
     request: dict[str, object]
+
+
+UNRELIABLE = " (not to be relied on)"
+"""After an area of a slide with such a warning."""
+
+
+def warn_of_areas(share: float, quantile: float) -> str | None:
+    """Return a warning if too many patches are out of distribution for areas to be relied on, else None.
+
+    Args:
+        share: Fraction of the checked patches that are out of distribution; nan if none was checked.
+        quantile: Validation quantile of the limit.
+    """
+    warning = ood_warning(share, quantile)
+    return f"{warning}, and areas are not to be relied on" if warning else None
 
 
 class Confusion(TypedDict):
@@ -271,9 +288,11 @@ def write_outputs(
         ]
         result = [output.write(folder / file, mapped) for file, output in OUTPUTS.items() if not output.draws]
         result += [item.result() for item in drawing]
+    checked = cast(OutOfDistributionShare | None, slide_map.about.get("out_of_distribution"))
     document = {
         "format": FORMAT,
         "slide": slide_map.name,
+        "warning": checked and warn_of_areas(checked["share"], checked["quantile"]),
         **slide_map.about,
         **summarise(slide_map, mapped.regions, is_calibrated=is_calibrated),
         **{key: value for entries in result if entries for key, value in entries.items()},
