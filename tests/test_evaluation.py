@@ -79,6 +79,18 @@ def test_a_metrics_json_with_an_invalid_entry_is_refused(judged, tmp_path, chang
     assert plain(run.metrics()) == document
 
 
+def test_a_run_whose_split_tests_nothing_is_evaluated_elsewhere(make_pack, tmp_path):
+    pack = make_pack(n_patients=6)
+    make_split(pack, protocol="no-test", name="all")
+    run = train_tiny(pack, tmp_path / "run", split="all")
+    for refused in (run.metrics, lambda: evaluate(run)):
+        with refuses(RunError, "no test"):
+            refused()
+    assert evaluate(run, subset="validation")["n_patches"]
+    other = make_pack("other.pack", n_patients=2)
+    assert evaluate(run, data=other)["n_patches"] == len(other)
+
+
 def test_metrics_json_has_the_keys_of_the_formats_page(judged):
     metrics = json.loads((judged.path / "evaluation" / "metrics.json").read_text())
     assert metrics.pop(SEAL)

@@ -408,6 +408,11 @@ class Run(Written):
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
+            if not self.info["split"]["subsets"].get("test", {}).get("patches", 1):
+                raise RunError(
+                    f"{self.path} has no test metrics, since its split tests no patch: evaluate it on "
+                    f"another pack with `biopsy evaluate {self.path} --data PACK`"
+                )
             raise RunError(f"{self.path} has not been evaluated: `biopsy evaluate {self.path}`")
         remedy = f"run `biopsy evaluate {self.path}` again"
         document = read_json(path, format=METRICS_FORMAT, remedy=remedy)
