@@ -37,12 +37,10 @@ def test_order_does_not_matter_and_gaps_are_background():
     slide = random_slide(100, 150)
     patches, x, y = cut(slide, 50)
     keep = [4, 0, 5, 2]
-    image = stitch(
-        [patches[i] for i in keep], [x[i] for i in keep], [y[i] for i in keep], patch_px=50, background=7
-    )
+    image = stitch([patches[i] for i in keep], [x[i] for i in keep], [y[i] for i in keep], patch_px=50)
     for i in range(6):
         there = image[y[i] - 1 : y[i] + 49, x[i] - 1 : x[i] + 49]
-        assert np.array_equal(there, patches[i]) if i in keep else (there == 7).all()
+        assert np.array_equal(there, patches[i]) if i in keep else (there == 255).all()
 
 
 def test_half_scale_averages_without_seams():

@@ -143,7 +143,6 @@ def predict_logits(
     index: np.ndarray | None = None,
     *,
     engine: Engine,
-    on_progress: OnProgress | None = None,
 ) -> np.ndarray:
     """Return the logits of a network computed by PyTorch, float32 ``(n, n_classes)``.
 
@@ -153,6 +152,6 @@ def predict_logits(
     network.eval()
     try:
         predictor = Predictor(TorchRuntime(network, preprocessing, engine), preprocessing)
-        return predictor.logits(patches, sizes, index, on_progress=on_progress)
+        return predictor.logits(patches, sizes, index)
     finally:
         network.train(training)

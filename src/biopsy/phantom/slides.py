@@ -203,7 +203,6 @@ def make_phantom_slide(
     drawn_mpp: float | None = None,
     tile_px: int = 256,
     compression: Compression = "jpeg",
-    quality: int = 90,
     workers: int | None = None,
 ) -> PhantomTruth:
     """Write a phantom slide, and beside it ``<name>.geojson`` with its tumour as QuPath would export it.
@@ -257,7 +256,6 @@ def make_phantom_slide(
         mpp=mpp,
         tile_px=tile_px,
         compression=compression,
-        quality=quality,
         background=section.glass,
         description=description,
         workers=workers,

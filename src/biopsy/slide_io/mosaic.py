@@ -18,7 +18,6 @@ def stitch(
     y: Sequence[float] | np.ndarray,
     *,
     patch_px: int,
-    background: int = 255,
     scale: float = 1.0,
 ) -> np.ndarray:
     """Return an image of patches at their coordinates, with the least ``x`` and ``y`` at its corner.
@@ -43,7 +42,7 @@ def stitch(
     width, height = int(right.max()), int(bottom.max())
     if width * height > MAX_PIXELS:
         raise DataError(f"the slide would be {width:,} x {height:,} pixels; pass a scale below {scale:g}")
-    image = np.full((height, width, 3), background, np.uint8)
+    image = np.full((height, width, 3), 255, np.uint8)
     n_laid = 0
     for index, patch in enumerate(patches):
         if index >= len(x):

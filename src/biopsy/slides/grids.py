@@ -111,10 +111,10 @@ class Block:
     left: np.ndarray
     top: np.ndarray
 
-    def cut(self, image: np.ndarray, patch_px: int, part: slice = slice(None)) -> np.ndarray:
+    def cut(self, image: np.ndarray, patch_px: int) -> np.ndarray:
         """Return patches ``(n, patch_px, patch_px, 3)`` of the image of the block."""
-        patches = np.empty((len(self.index[part]), patch_px, patch_px, 3), np.uint8)
-        for patch, left, top in zip(patches, self.left[part], self.top[part], strict=True):
+        patches = np.empty((len(self.index), patch_px, patch_px, 3), np.uint8)
+        for patch, left, top in zip(patches, self.left, self.top, strict=True):
             patch[:] = image[top : top + patch_px, left : left + patch_px]
         return patches
 

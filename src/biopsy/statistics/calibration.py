@@ -46,14 +46,14 @@ def calibration_error(prob: Floats, pos: Floats, neg: Floats, n_bins: int = N_BI
     return float(np.abs(gap).sum() / mass.sum())
 
 
-def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200, n_bins: int = N_BINS) -> float:
+def ece_floor(prob: ArrayLike, *, seed: int, draws: int = 200) -> float:
     """Return the expected calibration error of perfectly calibrated probabilities in a finite sample.
 
     It is the mean over ``draws`` sets of labels drawn from the probabilities. Labels are independent, so that
     the real floor is higher if patients differ.
     """
     prob = np.asarray(prob, dtype=np.float64)
-    bins = bin_patches(prob, n_bins=n_bins)
+    bins = bin_patches(prob, n_bins=N_BINS)
     rng = make_rng(seed, "ece floor")
     errors = [np.abs(np.bincount(bins, prob - (rng.random(len(prob)) < prob))).sum() for _ in range(draws)]
     return float(np.mean(errors) / len(prob))

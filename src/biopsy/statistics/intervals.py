@@ -134,7 +134,6 @@ def estimate_patient_metrics(
     group_ids: ArrayLike,
     threshold: float = 0.5,
     *,
-    level: float = 0.95,
     unit: str = "patient",
 ) -> dict[str, PatientSummary]:
     """Return means over patients, with equal weights, of the metrics within each patient.
@@ -143,7 +142,7 @@ def estimate_patient_metrics(
     are excluded from it. The interval is Student's t over patients, on the metric's unbounded scale.
     """
     _, table = measure_groups(target, prob, group_ids, threshold)
-    return {name: summarise_groups(METRICS[name], values, level, unit) for name, values in table.items()}
+    return {name: summarise_groups(METRICS[name], values, 0.95, unit) for name, values in table.items()}
 
 
 def summarise_groups(metric: Metric, values: Floats, level: float, unit: str) -> PatientSummary:
