@@ -188,12 +188,7 @@ class Entry:
 
 @dataclass
 class Sheet:
-    """The patches of a pack, with the predictions of a run where there is one.
-
-    Attributes:
-        key: Names it in addresses.
-        name: Names it for people.
-    """
+    """The patches of a pack, with the predictions of a run where there is one."""
 
     key: str
     name: str
@@ -248,8 +243,6 @@ class Exhibit:
     """Everything that one page shows.
 
     Attributes:
-        entries: The slides, by key.
-        sheets: The sheets of patches, by key.
         classifier: Explains a patch; None where no model was named.
         notes: What could not be shown.
     """

@@ -230,9 +230,6 @@ class _Viewer:
         index = scene.patch_at(x, y)
         if index is None:
             raise HTTPException(404, "no patch lies here")
-        return self._describe(key, scene, index)
-
-    def _describe(self, key: str, scene: Scene, index: int) -> dict[str, object]:
         grid = scene.grid
         assert grid is not None and scene.labels is not None
         left, top, side = _corner(scene, index)

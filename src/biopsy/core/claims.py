@@ -155,8 +155,6 @@ def share_work(
     """Process all names not finished or claimed by other processes, until all are finished.
 
     Args:
-        claims: Claims of this process in the shared folder.
-        names: Names to process, in the order of this process.
         is_finished: Returns whether a claimed name is finished.
         work: Processes an iterator of names; it may release each one when finished.
     """

@@ -235,19 +235,21 @@ def split_by_patient(request: Request) -> Plan:
     subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
     subsets[np.isin(request.group_ids, request.test_ids)] = "test"
     named_ids = {"validation": request.val_ids, "test": request.test_ids}
-    shares = {
-        subset: share for subset, share in zip(SUBSETS, FRACTIONS, strict=True) if not named_ids.get(subset)
-    }
-    unassigned = subsets == ""
-    parts = divide_groups(
-        request.group_ids[unassigned],
-        request.pack.target[unassigned],
-        list(shares.values()),
-        seed=request.seed,
-        unit="remaining " + request.unit if any(named_ids.values()) else request.unit,
-    )
-    subsets[unassigned] = np.array(list(shares))[parts]
+    _divide_rest(request, subsets, [subset for subset in SUBSETS if not named_ids.get(subset)])
     return subsets, {"fractions": list(FRACTIONS), **_balance_note(request)} | _named_note(request)
+
+
+def _divide_rest(request: Request, subsets: np.ndarray, names: Sequence[str]) -> None:
+    """Divide the groups that are in no subset among some by `divide_groups`, in place."""
+    rest = subsets == ""
+    parts = divide_groups(
+        request.group_ids[rest],
+        request.pack.target[rest],
+        [FRACTIONS[SUBSETS.index(name)] for name in names],
+        seed=request.seed,
+        unit=request.unit if rest.all() else f"remaining {request.unit}",
+    )
+    subsets[rest] = np.array(names)[parts]
 
 
 def split_without_test(request: Request) -> Plan:
@@ -259,15 +261,11 @@ def split_without_test(request: Request) -> Plan:
             "value",
         )
     check_known(request.val_ids, request.group_ids, request.unit)
-    subsets = np.full(len(request.group_ids), "train", dtype="<U10")
     if request.val_ids:
-        subsets[np.isin(request.group_ids, request.val_ids)] = "validation"
-        return subsets, _named_note(request)
-    shares = FRACTIONS[:2]
-    parts = divide_groups(
-        request.group_ids, request.pack.target, shares, seed=request.seed, unit=request.unit
-    )
-    subsets[parts == 1] = "validation"
+        is_validation = np.isin(request.group_ids, request.val_ids)
+        return np.where(is_validation, "validation", "train").astype("<U10"), _named_note(request)
+    subsets = np.full(len(request.group_ids), "", dtype="<U10")
+    _divide_rest(request, subsets, SUBSETS[:2])
     return subsets, _balance_note(request)
 
 
@@ -323,20 +321,11 @@ def leave_one_site_out(request: Request) -> Plan:
 
 def _subsets_by_site(request: Request, site_ids: np.ndarray) -> Plan:
     check_known(request.test_ids + request.val_ids, site_ids, "site")
-    subsets = np.full(len(site_ids), "train", dtype="<U10")
+    subsets = np.full(len(site_ids), "train" if request.val_ids else "", dtype="<U10")
     subsets[np.isin(site_ids, request.val_ids)] = "validation"
     subsets[np.isin(site_ids, request.test_ids)] = "test"
     if not request.val_ids:
-        remaining = subsets == "train"
-        shares = FRACTIONS[:2]
-        parts = divide_groups(
-            request.group_ids[remaining],
-            request.pack.target[remaining],
-            shares,
-            seed=request.seed,
-            unit=f"remaining {request.unit}",
-        )
-        subsets[remaining] = np.array(["train", "validation"])[parts]
+        _divide_rest(request, subsets, SUBSETS[:2])
     return subsets, _named_note(request)
 
 

@@ -79,7 +79,6 @@ class Split(Output):
     """Assignment of the patches of a pack to subsets or folds.
 
     Attributes:
-        name: Name in the pack.
         protocol: Key of `biopsy.data.protocols.PROTOCOLS`.
         parameters: Further parameters, and ``counts`` per subset (with folds: a list under ``folds``).
         table: One row per patch: ``patch_id`` and ``subset``, or ``patch_id`` and ``fold``; of the protocol

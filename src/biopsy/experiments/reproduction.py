@@ -377,7 +377,6 @@ def _plan(
     """Return the length of the runs of each recipe; earlier plans are kept.
 
     Args:
-        study: The study, with earlier plans.
         requested: Number of seeds, and the arms of the leakage experiment by seed.
         budget: Minutes for all runs; None for full length.
     """

@@ -138,7 +138,6 @@ def _train_on_ray(
     """Train and evaluate runs in the processes of a Ray cluster.
 
     Args:
-        path: Folder of the study.
         show: Called after every run.
 
     Raises:

@@ -171,7 +171,6 @@ class Combination:
 
     Attributes:
         values: Dotted setting to value, as in the recipe.
-        recipe: The recipe with these values.
     """
 
     values: dict[str, object]

@@ -93,7 +93,6 @@ class Isotonic:
     """Isotonic regression on the probability of the positive class.
 
     Attributes:
-        positive_index: Column of the positive class.
         prob: Probabilities of the knots, ascending, ``(n_knots,)``.
         calibrated: Calibrated probabilities of the knots, interpolated linearly.
     """

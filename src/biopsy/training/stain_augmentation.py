@@ -67,8 +67,7 @@ class StainTransfer:
             batch: ``(B, 3, H, W)`` RGB in 0-1, on any device.
             rows: Rows of the pack, ``(B,)``.
             target: Class of each patch, ``(B,)`` on the CPU.
-            generator: A CPU generator; the same state gives the same batch.
-            n, part: As of `augment`.
+            generator, n, part: As of `augmentation.augment`.
         """
         group = torch.from_numpy(self.group[rows])
         draw, chosen = torch.rand(2, len(rows) if n is None else n, generator=generator)[:, part]
@@ -162,8 +161,7 @@ class RandStainNA:
         """Recolour each patch with the given probability, by a template of its own.
 
         Args:
-            batch: ``(B, 3, H, W)`` RGB in 0-1, on any device.
-            generator, n, part: As of `StainTransfer.apply`.
+            batch, generator, n, part: As of `augmentation.augment`.
         """
         n = len(batch) if n is None else n
         chosen = torch.rand(n, generator=generator)[part] < self.probability
@@ -182,10 +180,7 @@ def fit_rand_stain_na(pack: Pack, rows: np.ndarray, probability: float, seed: in
     """Measure the colour statistics of training patches, of each patient equally many.
 
     Args:
-        pack: Pack of the patches; its group ids are those of patients, or of slides where patients are
-            unknown.
-        probability: Probability that a patch is recoloured; 0 for none.
-        seed: Seed of the draw of the patches that are measured.
+        pack, probability, seed: As of `fit_stain_transfer`.
 
     Returns:
         None if the probability is 0.

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired
+from typing import NotRequired, cast
 
 import numpy as np
 import pandas as pd
@@ -363,14 +363,5 @@ def _plan(
         deviations = {f"correlation {rho:g}": sd * np.sqrt(2 * (1 - rho)) for rho in CORRELATIONS}
     for name, sd in deviations.items():
         size = plan_patients(float(sd), n_groups, effective=effective, difference=difference, power=power)
-        plan["needs"].append(
-            {
-                "assumed": name,
-                "sd": size.sd,
-                "n_patients": size.n_patients,
-                "low": size.low,
-                "high": size.high,
-                "power": size.power,
-            }
-        )
+        plan["needs"].append(cast("Need", {"assumed": name, **vars(size)}))
     return plan

@@ -112,11 +112,7 @@ class Encoder:
 
 
 class PooledTokens(nn.Module):
-    """A vision transformer with pooled tokens.
-
-    Attributes:
-        n_features: Length of the feature vector.
-    """
+    """A vision transformer with pooled tokens."""
 
     def __init__(self, vit: nn.Module, pooling: str) -> None:
         super().__init__()
