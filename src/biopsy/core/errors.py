@@ -22,7 +22,8 @@ Messages are one line: what was expected, what was found, what to do. The comman
 with 1.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def _restore(kind: type[BiopsyError], message: str, attributes: dict[str, object
 
 class DataError(BiopsyError, ValueError):
     """Patches, labels, tables or images are invalid."""
+
+
+@contextlib.contextmanager
+def raising(kind: type[BiopsyError]) -> Iterator[None]:
+    """Raise errors in the files of a pack, run or split as errors of that kind."""
+    try:
+        yield
+    except DataError as error:
+        raise kind(str(error), error.reason) from None
 
 
 class FileFormatError(DataError):

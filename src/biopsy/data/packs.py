@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from biopsy.core.errors import DataError, FileFormatError, PackError
+from biopsy.core.errors import DataError, FileFormatError, PackError, raising
 from biopsy.core.files import create_directory, file_state, read_json, sha256_file
 from biopsy.core.loaders import map_array, validate
 from biopsy.core.results import SKIPPED, Output, Table, name_skipped, number
@@ -93,13 +93,11 @@ class Pack(Output):
                     "truncated",
                 )
         state = _file_state(path)
-        try:
+        with raising(PackError):
             if info.table_sha256 and sha256_file(path / TABLE) != info.table_sha256:
                 raise FileFormatError(path / TABLE, "altered", f"was changed since it was written; {_REMEDY}")
             patches = map_array(path / PIXELS, dtype=np.uint8, ndim=4)
             table, _ = read_parquet_table(path / TABLE, _KINDS)
-        except FileFormatError as error:
-            raise PackError(str(error), error.reason) from None
         _check_parts(path, info, patches, table)
         return cls(path, info, patches, table.astype({"x": "Int64", "y": "Int64"}), state)
 
@@ -386,11 +384,9 @@ def _read_info(path: Path) -> PackInfo:
             f"{path} is not a pack (it has no {DOCUMENT}): make one with `biopsy prepare SOURCE --out PACK`",
             "missing",
         )
-    try:
+    with raising(PackError):
         document = read_json(path / DOCUMENT, format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
         info = validate(path / DOCUMENT, PackInfo, document)
-    except DataError as error:
-        raise PackError(str(error), error.reason) from None
     names, positive = info.class_names, info.positive_class
     if len(set(names)) < len(names) or (positive is not None and positive not in names):
         raise PackError(

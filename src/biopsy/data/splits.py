@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
-from biopsy.core.errors import FileFormatError, SplitError, UserFileError, suggest
+from biopsy.core.errors import FileFormatError, SplitError, UserFileError, raising, suggest
 from biopsy.core.files import read_json, sha256_file, update_directory, write_json
 from biopsy.core.loaders import validate
 from biopsy.core.results import Output, Table, number
@@ -419,12 +419,10 @@ def read_split(path: Path | str) -> Split:
     document = validate(
         json_path, _Document, read_json(json_path, format=FORMAT, remedy=_REMEDY, may_lack_hash=True)
     )
-    try:
+    with raising(SplitError):
         if document.table_sha256 and sha256_file(path) != document.table_sha256:
             raise FileFormatError(path, "altered", f"was changed since it was written; {_REMEDY}")
         table = read_csv_table(path, required=["patch_id"])
-    except FileFormatError as error:
-        raise SplitError(str(error), error.reason) from None
     subsets = set(table["subset"].fillna("")) if "subset" in table else set()
     folds = table["fold"].fillna("") if "fold" in table else pd.Series(dtype=str)
     are_folds = len(folds) > 0 and folds.str.fullmatch(f"{ALWAYS_TRAIN}|{LEFT_OUT}|[0-9]{{1,6}}").all()

@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from typing_extensions import TypedDict
 
-from biopsy.core.errors import DataError, RunError
+from biopsy.core.errors import DataError, RunError, raising
 from biopsy.core.files import (
     create_directory,
     file_state,
@@ -207,12 +207,10 @@ class Classifier(Output):
             raise RunError(f"{path} is not a classifier: {error}") from None
         weights = path / WEIGHTS
         state = file_state(weights)
-        try:
+        with raising(RunError):
             if sha256_file(weights) != info.weights_sha256:
                 raise RunError(f"{weights} was altered since the classifier was saved: {remedy}")
             tensors, _ = read_tensors(weights, keep=_is_extra)
-        except DataError as error:
-            raise RunError(str(error), error.reason) from None
         extras = {name.removeprefix(_EXTRA): tensor.astype(np.float64) for name, tensor in tensors.items()}
         parts = ("mean", "spread", "precision")
         needed = {f"{kind}_{part}" for kind in KINDS for part in parts}

@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
-from biopsy.core.errors import DataError, FileFormatError, PackError, RunError
+from biopsy.core.errors import FileFormatError, PackError, RunError, raising
 from biopsy.core.files import create_directory, read_json, sha256_file, write_atomic, write_json
 from biopsy.core.loaders import parse_json, read_text, validate
 from biopsy.core.results import Written
@@ -216,7 +216,7 @@ class Run(Written):
             raise RunError(
                 f"{path} is not a run (it has no {DOCUMENT}): make one with `biopsy train RECIPE --data PACK`"
             )
-        try:
+        with raising(RunError):
             remedy = "restore it, or train again"
             info = read_json(path / DOCUMENT, format=FORMAT, remedy=remedy, may_lack_hash=True)
             validate(path / DOCUMENT, RunInfo, info)
@@ -224,8 +224,6 @@ class Run(Written):
                 raise FileFormatError(
                     path / DOCUMENT, "value", "a finished run has chosen_epoch and threshold"
                 )
-        except DataError as error:
-            raise RunError(str(error), error.reason) from None
         return cls(path, cast(RunInfo, info))
 
     @classmethod
@@ -259,13 +257,11 @@ class Run(Written):
     def require_unchanged(self, name: str) -> Path:
         """Return the path of a file of the run, verified by its hash in ``run.json``, if recorded."""
         path, recorded = self.path / name, self.info.get("files", {}).get(name)
-        try:
+        with raising(RunError):
             if recorded is not None and sha256_file(path) != recorded:
                 raise FileFormatError(
                     path, "altered", "was changed since it was written: restore it, or train again"
                 )
-        except FileFormatError as error:
-            raise RunError(str(error), error.reason) from None
         return path
 
     @property
@@ -354,10 +350,8 @@ class Run(Written):
     def subsets(self, pack: Pack) -> np.ndarray:
         """Return the subset of every patch of the pack: ``train``, ``validation``, ``test`` or ``""``."""
         path = self.require_unchanged("split.csv")
-        try:
+        with raising(RunError):
             split = read_csv_table(path, required=["patch_id", "subset"])
-        except FileFormatError as error:
-            raise RunError(str(error), error.reason) from None
         subsets = split["subset"].fillna("")
         if split["patch_id"].tolist() != pack.table["patch_id"].tolist() or not subsets.isin(_SUBSETS).all():
             raise RunError(f"{path} does not list the patches of {pack.path}, or names unknown subsets")

@@ -6,7 +6,7 @@ from typing import Literal, Required, cast
 import pandas as pd
 from typing_extensions import TypedDict
 
-from biopsy.core.errors import DataError, RunError
+from biopsy.core.errors import RunError, raising
 from biopsy.core.files import read_json, sha256_file, write_json
 from biopsy.core.loaders import Model, validate
 from biopsy.core.results import Written
@@ -125,12 +125,10 @@ class Study(Written):
         path = Path(path)
         if not is_study(path):
             raise RunError(f"{path} is not a study (it has no {DOCUMENT}): make one with `biopsy study`")
-        try:
+        with raising(RunError):
             info = read_json(path / DOCUMENT, format=FORMAT)
             validate(path / DOCUMENT, StudyInfo, info)
             return cls(path, cast(StudyInfo, info))
-        except DataError as error:
-            raise RunError(str(error), error.reason) from None
 
     def __repr__(self) -> str:
         return f"<Study {self.path.name}: {self.info['status']}, {len(self.runs())} runs>"

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
-from biopsy.core.errors import FileFormatError, RunError
+from biopsy.core.errors import RunError, raising
 from biopsy.core.files import sha256_file
 from biopsy.core.loaders import load_json, refusing, validate
 from biopsy.data.datasets.base import find_positive
@@ -200,10 +200,8 @@ def _read_config(path: Path) -> HostConfig:
     file = path / CONFIG
     if not file.is_file():
         raise RunError(f"{path} has a {SCRIPT} but no {CONFIG} with classes, patch size and um/px")
-    try:
+    with raising(RunError):
         config = validate(file, HostConfig, load_json(file, max_bytes=MAX_CONFIG_BYTES))
-    except FileFormatError as error:
-        raise RunError(str(error), error.reason) from None
     if len(set(config.class_names)) != config.num_classes:
         raise RunError(f"{file} has the classes {config.class_names}, but num_classes {config.num_classes}")
     return config
@@ -213,8 +211,6 @@ def load_script(script: Path) -> nn.Module:
     """Load trusted TorchScript on the CPU, in evaluation mode."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit", Warning)  # deprecated
-        try:
+        with raising(RunError):
             with refusing(script, "TorchScript"):
                 return torch.jit.load(str(script), map_location="cpu").eval()  # noqa: TID251
-        except FileFormatError as error:
-            raise RunError(str(error), error.reason) from None
