@@ -30,10 +30,9 @@ def open_classifier(
 
 def open_run(model: Run | Classifier | Path | str) -> Run | None:
     """Return the run that a model is, None if it is something else."""
-    if isinstance(model, Run):
-        return model
-    is_run = not isinstance(model, Classifier) and (Path(model) / RUN).is_file()
-    return Run.open(model) if is_run else None
+    if isinstance(model, Classifier):
+        return None
+    return Run.open(model) if isinstance(model, Run) or (Path(model) / RUN).is_file() else None
 
 
 def _open(model: Run | Classifier | Path | str, trust_model: str | None) -> Classifier:

@@ -166,7 +166,7 @@ def report_of_comparison(facts: ComparisonFacts) -> ReportDocument:
     size, seeds = count_patches(m.n_patches, m.n_patients, facts.unit), table_of_seeds(m)
     sections = [
         _describe_differences(facts),
-        seeds and Section("seeds", "Variability over seeds", [seeds]),
+        Section("seeds", "Variability over seeds", [seeds]) if seeds else None,
         _describe_groups(facts),
         _describe_changed(facts),
         _describe_models(facts),
