@@ -4,6 +4,7 @@ Each ``make_...`` fixture is a function: call it with what the test needs, the r
 same arguments and seed always give the same pixels.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from biopsy.core.plugins import Registry
 from biopsy.data.pack_files import PIXELS, finish_pack, patch_sha256
 from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
+from kept_files import write_again
 
 if TYPE_CHECKING:
     from biopsy.training.runs import Run
@@ -143,6 +145,22 @@ def write_pack(
     **patches: int,
 ) -> Pack:
     """Write a pack of drawn patches into a folder, for fixtures that live longer than `make_pack`'s."""
+    folder = place / name
+    folder.mkdir()
+    if columns is None:
+        key = "pack", official_subsets, sorted(patches.items())
+        write_again(folder, key, lambda: _write_pack(folder, official_subsets, {}, patches))
+    else:
+        _write_pack(folder, official_subsets, columns, patches)
+    return Pack.open(folder)
+
+
+def _write_pack(
+    folder: Path,
+    official_subsets: tuple[str, ...] | None,
+    columns: dict[str, object],
+    patches: dict[str, int],
+) -> None:
     images, table = draw_patches(**patches)  # type: ignore[arg-type]
     table["sha256"] = [patch_sha256(image) for image in images]
     table["source"] = (
@@ -151,12 +169,10 @@ def write_pack(
     if official_subsets is not None:
         patients = table["patient_id"].factorize()[0]
         table["official_subset"] = [official_subsets[patient % len(official_subsets)] for patient in patients]
-    for column, values in (columns or {}).items():
+    for column, values in columns.items():
         table[column] = values
     n_classes = int(table["target"].max()) + 1
     class_names = ["non_idc", "idc"] if n_classes <= 2 else [f"class_{index}" for index in range(n_classes)]
-    folder = place / name
-    folder.mkdir()
     np.save(folder / PIXELS, images)
     finish_pack(
         folder,
@@ -168,7 +184,6 @@ def write_pack(
         patch_px=images.shape[1],
         origin={"source": "tests/conftest.py"},
     )
-    return Pack.open(folder)
 
 
 @pytest.fixture
@@ -201,29 +216,43 @@ def draw_slide(width: int = 600, height: int = 400, *, seed: int = 0) -> np.ndar
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
+def write_slide(
+    place: Path,
+    name: str = "slide.tiff",
+    *,
+    pixels: np.ndarray | None = None,
+    width: int = 600,
+    height: int = 400,
+    seed: int = 0,
+    mpp: float = 0.5,
+    **pyramid: object,
+) -> Path:
+    """Write ``pixels``, or else what `draw_slide` draws, as a small lossless pyramid into a folder."""
+    options = {"tile_px": 64, "compression": "deflate", "mpp": mpp} | pyramid
+    path = place / name
+
+    def write(image: np.ndarray) -> Path:
+        size = {"width": image.shape[1], "height": image.shape[0]}
+        return write_pyramid(path, image, **size, **options)  # type: ignore[arg-type]
+
+    if pixels is not None:
+        return write(pixels)
+    key = "slide", path.suffix, width, height, seed, sorted(options.items())
+    return write_again(path, key, lambda: write(draw_slide(width, height, seed=seed)))
+
+
 @pytest.fixture
 def make_slide(tmp_path: Path) -> Callable[..., Path]:
-    """``make_slide(name="slide.tiff", *, pixels=None, width=600, height=400, seed=0, mpp=0.5, **pyramid)``.
+    """``make_slide(name="slide.tiff", *, pixels=None, width=600, height=400, seed=0, mpp=0.5, ...)``."""
+    return partial(write_slide, tmp_path)
 
-    Writes ``pixels``, or else what `draw_slide` draws, as a small lossless pyramid.
-    """
 
-    def make(
-        name: str = "slide.tiff",
-        *,
-        pixels: np.ndarray | None = None,
-        width: int = 600,
-        height: int = 400,
-        seed: int = 0,
-        mpp: float = 0.5,
-        **pyramid: object,
-    ) -> Path:
-        image = draw_slide(width, height, seed=seed) if pixels is None else pixels
-        options = {"tile_px": 64, "compression": "deflate"} | pyramid
-        size = {"width": image.shape[1], "height": image.shape[0]}
-        return write_pyramid(tmp_path / name, image, mpp=mpp, **size, **options)  # type: ignore[arg-type]
-
-    return make
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """Leave out fsync, milliseconds a file: what tests write need not outlive a loss of power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
@@ -240,6 +269,16 @@ def own_registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for registry, name in added:
         registry.pop(name, None)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over what was imported, half a second each time."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let what was imported be taken down in its order."""
+    gc.unfreeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -12,6 +12,7 @@ from biopsy.models.networks.layers import initialise
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap
+from kept_files import write_again
 
 
 def make_classifier(
@@ -35,10 +36,13 @@ def make_classifier(
 
 def save_classifier(path: Path, **options: Any) -> Path:
     """Write such a classifier's folder, with its compiled network, as a bundle has it."""
-    classifier = make_classifier(**options)
-    classifier.save(path)
-    write_compiled(classifier, path)
-    return path
+
+    def make() -> None:
+        classifier = make_classifier(**options)
+        classifier.save(path)
+        write_compiled(classifier, path)
+
+    return write_again(path, ("classifier", sorted(options.items())), make)
 
 
 def make_map(

@@ -36,7 +36,7 @@ from biopsy.slides.maps import SlideMap
 from biopsy.slides.section import describe_maps
 from biopsy.slides.sources import list_sources
 from command_line import call
-from conftest import abandon
+from conftest import abandon, write_slide
 from refusals import refuses
 from slide_maps import make_classifier, save_classifier
 
@@ -56,17 +56,12 @@ def test_one_slide_gives_its_map(make_slide):
     assert slide_map.probs.sum(axis=1) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.fixture
-def mapped(make_slide, tmp_path):
-    out = tmp_path / "out"
-    cohort = slide(
-        save_classifier(tmp_path / "classifier"),
-        [make_slide("a.tiff")],
-        out=out,
-        stride_um=8,
-        detections=True,
-    )
-    return cohort, out
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory):
+    """A cohort of one slide, and its folder: change neither."""
+    place = tmp_path_factory.mktemp("mapped")
+    model, path = save_classifier(place / "classifier"), write_slide(place, "a.tiff")
+    return slide(model, [path], out=place / "out", stride_um=8, detections=True), place / "out"
 
 
 def test_everything_is_written(mapped):

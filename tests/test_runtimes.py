@@ -166,12 +166,18 @@ def test_a_network_that_comes_out_otherwise_stays_with_pytorch(scale, offset, ca
     assert software == "torch" and "OpenVINO's logits differ by" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A classifier's folder with its compiled network: change only a copy."""
+    folder = tmp_path_factory.mktemp("compiled") / "bundle"
+    classifier_of("cancernet").save(folder)
+    write_compiled(Classifier.load(folder), folder)
+    return folder
+
+
 @pytest.fixture
-def bundle(tmp_path):
-    """A classifier's folder with its compiled network."""
-    classifier_of("cancernet").save(tmp_path / "bundle")
-    write_compiled(Classifier.load(tmp_path / "bundle"), tmp_path / "bundle")
-    return tmp_path / "bundle"
+def bundle(compiled, tmp_path):
+    return shutil.copytree(compiled, tmp_path / "bundle")
 
 
 @pytest.mark.slow
@@ -304,10 +310,3 @@ def test_an_interruption_while_a_network_is_converted_is_not_taken_for_a_failure
     monkeypatch.setattr(decoder, "num_of_outputs", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compiling.try_to_convert(classifier_of("cancernet"))
-
-
-def test_slides_and_pages_start_without_pytorch():
-    """Importing it takes seconds and 700 MB, which every command on slides, and `view`, would wait for."""
-    code = "import sys, biopsy.slides.cohorts, biopsy.training.open_model, biopsy.app.viewer"
-    code += "; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
