@@ -46,8 +46,11 @@ FEATURES = {
         "evaluation/calibration/recalibrate training/postprocessing",
         "calibrators calibration calibration_chapters",
     ),
-    "splits": ("data/splits data/protocols", "splits protocols arms"),
-    "leakage": ("data/audit experiments/leakage", "audit arms inspection comparison reproduction"),
+    "splits": ("data/splits data/protocols", "splits protocols leakage"),
+    "leakage": (
+        "data/audit experiments/leakage",
+        "audit leakage inspection reproduction_conditions reproduction",
+    ),
     "out-of-distribution": ("models/out_of_distribution", "out_of_distribution classifiers prediction"),
     "abstention": (
         "evaluation/abstention/measure statistics/abstention",

@@ -1,4 +1,4 @@
-"""Reproductions: equal patches and updates in both arms, the leak paired on the same patches, one table."""
+"""Reproductions: equal patches and updates in all conditions, paired leakage, and one table."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def pack(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(paper, pack, tmp_path_factory):
-    """Both arms, and the leak of two patients with two seeds; with the epoch records it gave."""
+    """Both conditions, and the leak of two patients with two seeds; with the epoch records it gave."""
     records = []
     out = tmp_path_factory.mktemp("reproduction") / "study"
     made = ask(paper, pack, out, leak_seeds=(0, 1), on_epoch=records.append)
@@ -103,33 +103,35 @@ def changed(paper, tmp_path, name, *replacements):
 # --- what is run
 
 
-def test_every_arm_is_there_and_all_make_the_same_updates(finished):
+def test_every_condition_is_there_and_all_make_the_same_updates(finished):
     made, records = finished
-    names = [f"tiny-paper-{arm}-s0" for arm in ("published", "apart0", "apart1")]
-    names += [f"tiny-paper-{arm}{p}-s{s}" for s in (0, 1) for p in (0, 1) for arm in LEAK_PROTOCOLS]
+    names = [f"tiny-paper-{condition}-s0" for condition in ("published", "apart0", "apart1")]
+    names += [
+        f"tiny-paper-{condition}{p}-s{s}" for s in (0, 1) for p in (0, 1) for condition in LEAK_PROTOCOLS
+    ]
     assert sorted(made.info["runs"]) == sorted(names) == sorted(run.path.name for run in made.runs())
     # 60 patches, 48 of them trained on as published less 4 that validate; 36 with patients apart: 5 batches
     plan = made.info["papers"]["tiny-paper"]["plan"]
     assert (plan["epochs"], plan["steps_per_epoch"], plan["updates"]) == (2, 5, 10)
     assert {run.log()[-1]["step"] for run in made.runs()} == {10}
-    assert {record["arm"] for record in records} == {"published", "apart", *LEAK_PROTOCOLS}
+    assert {record["condition"] for record in records} == {"published", "apart", *LEAK_PROTOCOLS}
     assert made.info["status"] == "finished" and made.info["test_patients"] == list(TESTED)
 
 
-def test_both_arms_train_on_as_many_patches(finished, pack):
+def test_both_conditions_train_on_as_many_patches(finished, pack):
     made, _ = finished
     counts = {run.path.name: int((run.subsets(pack) == "train").sum()) for run in made.runs()}
     assert {counts[name] for name in counts if "-leak" not in name} == {36}
     assert len({counts[name] for name in counts if "-leak" in name}) == 1
     leaking = ("published", "leak-with", "leak-blocked-with")
     for run in made.runs():
-        subsets, arm = run.subsets(pack), made.info["runs"][run.path.name]["arm"]
+        subsets, condition = run.subsets(pack), made.info["runs"][run.path.name]["condition"]
         tested, learned = (set(pack.group_ids[subsets == subset]) for subset in ("test", "train"))
-        assert bool(tested & learned) == (arm in leaking), run.path.name
-        assert run.info["split"]["as_published"] is (arm == "published")
+        assert bool(tested & learned) == (condition in leaking), run.path.name
+        assert run.info["split"]["as_published"] is (condition == "published")
 
 
-def test_each_arm_follows_its_own_rules(finished):
+def test_each_condition_follows_its_own_rules(finished):
     made, _ = finished
     for run in made.runs():
         rule = run.info["threshold"]["rule"]
@@ -139,12 +141,15 @@ def test_each_arm_follows_its_own_rules(finished):
             assert run.info["chosen_epoch"] == 2
 
 
-def test_arms_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finished, pack):
+def test_conditions_of_the_leak_test_the_same_patches_and_differ_by_one_patient(finished, pack):
     made, _ = finished
     runs = {run.path.name: run for run in made.runs()}
     for place, tested in enumerate(TESTED):
         for seed in (0, 1):
-            pair = [runs[f"tiny-paper-leak-{arm}{place}-s{seed}"] for arm in ("apart", "with", "placebo")]
+            pair = [
+                runs[f"tiny-paper-leak-{condition}{place}-s{seed}"]
+                for condition in ("apart", "with", "placebo")
+            ]
             frames = [run.predictions("test")[0]["patch_id"].tolist() for run in pair]
             assert frames[0] == frames[1] == frames[2] and len(frames[0]) == 6
             assert set(pack.group_ids[pair[1].subsets(pack) == "validation"]) == {TESTED[1 - place]}
@@ -194,7 +199,7 @@ def test_the_table_has_a_row_a_metric(finished):
     assert table.iloc[1]["corrected"] == 0.75 and np.isnan(table.iloc[1]["published"])
     assert table["colour_alone"].notna().tolist() == [False, False, True]
     runs = pd.read_csv(made.path / "runs.csv", keep_default_na=False)
-    assert len(runs) == 23 and set(runs["arm"]) == {"published", "apart", *LEAK_PROTOCOLS}
+    assert len(runs) == 23 and set(runs["condition"]) == {"published", "apart", *LEAK_PROTOCOLS}
     papers = made.summary(ReproductionSummary).papers
     assert len(tabulate(made.summary(ReproductionSummary))) == 3
     rows = table_of_papers(papers).rows
@@ -297,7 +302,7 @@ def test_without_patients_the_gap_is_not_measurable(make_pack, paper, tmp_path):
     assert said in Page(path.read_text()).text
 
 
-def test_own_subsets_are_one_arm_and_five_patients_give_an_interval(make_pack, paper, tmp_path):
+def test_own_subsets_are_one_condition_and_five_patients_give_an_interval(make_pack, paper, tmp_path):
     pack = make_pack(n_patients=15, patches_per_patient=8, official_subsets=("train", "validation", "test"))
     made = ask(paper, pack, tmp_path / "study", test_patients=(), seeds=(0, 1))
     entry = read_json(made.path / "metrics.json")["papers"]["tiny-paper"]["apart"]
@@ -351,7 +356,7 @@ def test_papers_are_found_by_data_set(make_pack):
 # --- figure and command line
 
 
-def test_the_figure_shows_both_arms_and_every_seed_of_the_leak(finished):
+def test_the_figure_shows_both_conditions_and_every_seed_of_the_leak(finished):
     papers = finished[0].summary(ReproductionSummary).papers
     figure = draw_reproduction(papers)
     assert len(figure.axes) == 4

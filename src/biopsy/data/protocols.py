@@ -469,8 +469,10 @@ def _subsets_by_case(request: Request, cases: Cases) -> Plan:
     }
 
 
-def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"], blocked: bool) -> Plan:
-    """Make one arm of a leakage experiment; all arms share test and validation patches.
+def make_leak_condition(
+    request: Request, *, condition: Literal["apart", "with", "placebo"], blocked: bool
+) -> Plan:
+    """Make one condition of a leakage experiment; all conditions share test and validation patches.
 
     The tested half of the test patient is drawn per class, rounded up. With ``blocked``, it is one side of a
     random line through the slide that halves the patches of the rarer class, and patches adjacent to a test
@@ -478,7 +480,7 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
 
     ``apart`` is trained without the test patient and the placebo patient. In ``with``, patches of the other
     half of the test patient, in ``placebo`` patches of the placebo patient replace training patches of the
-    other patients, so that all arms have the same number of training patches per class.
+    other patients, so that all conditions have the same number of training patches per class.
 
     Raises:
         SplitError: If not exactly one known test and one known validation patient are named, the tested half
@@ -521,13 +523,15 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
         replaced[rng.choice(in_base, n_leaked, replace=False)] = True
         if placebo_id:
             placebo[rng.choice(in_placebo, n_leaked, replace=False)] = True
-    if arm == "placebo" and not placebo_id:
+    if condition == "placebo" and not placebo_id:
         raise SplitError(
             f"no {request.unit} but the tested and the validating one has patches of both classes: there is "
             "no placebo, compare with leak-apart",
             "classes",
         )
-    train = base if arm == "apart" else (base & ~replaced) | (leaked if arm == "with" else placebo)
+    train = (
+        base if condition == "apart" else (base & ~replaced) | (leaked if condition == "with" else placebo)
+    )
     subsets = np.select([test, is_validation, train], ["test", "validation", "train"], "").astype("<U10")
     has_coordinates = leaked.any() and np.isfinite(coordinates[is_tested]).all()
     note: dict[str, object] = {
@@ -535,7 +539,7 @@ def make_leak_arm(request: Request, *, arm: Literal["apart", "with", "placebo"],
         "touching": float(adjacent[leaked].mean()) if has_coordinates else None,  # of the leaked patches
         "half": "blocked" if blocked else "random",
     }
-    if arm == "with":
+    if condition == "with":
         note["leaked"] = int(leaked.sum())
     return subsets, _named_note(request) | note
 
@@ -719,11 +723,11 @@ PROTOCOLS: dict[str, Callable[[Request], Plan]] = {
     "pseudo-slides": split_by_pseudo_slide,
     "kaggle-rows": cut_rows,
     "as-published": follow_recipe,
-    "leak-apart": partial(make_leak_arm, arm="apart", blocked=False),
-    "leak-with": partial(make_leak_arm, arm="with", blocked=False),
-    "leak-placebo": partial(make_leak_arm, arm="placebo", blocked=False),
-    "leak-blocked-with": partial(make_leak_arm, arm="with", blocked=True),
-    "leak-blocked-placebo": partial(make_leak_arm, arm="placebo", blocked=True),
+    "leak-apart": partial(make_leak_condition, condition="apart", blocked=False),
+    "leak-with": partial(make_leak_condition, condition="with", blocked=False),
+    "leak-placebo": partial(make_leak_condition, condition="placebo", blocked=False),
+    "leak-blocked-with": partial(make_leak_condition, condition="with", blocked=True),
+    "leak-blocked-placebo": partial(make_leak_condition, condition="placebo", blocked=True),
 }
 
 LEAK_PROTOCOLS = tuple(name for name in PROTOCOLS if name.startswith("leak-"))

@@ -24,7 +24,7 @@ def make_leak_splits(
 
     Within a design (a random half of ``test_id`` is tested, or a spatially blocked one), all splits test the
     same patches, validate on all patches of ``val_id`` and train on equally many patches of each class; see
-    `biopsy.data.protocols.make_leak_arm`. All random draws follow ``seed``.
+    `biopsy.data.protocols.make_leak_condition`. All random draws follow ``seed``.
 
     * ``leak-apart`` trains on all other patients except that of the placebo.
     * ``leak-with`` trains on the other half of ``test_id``, in place of as many patches of the others.
@@ -119,8 +119,8 @@ N_LEAKING = 3  # slides whose leakage is measured by default
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A split that is compared with others.
+class Condition:
+    """A condition of a comparison: a split whose results are compared with those of others.
 
     Attributes:
         kind: ``published``, ``apart``, or a protocol of the leakage experiment.
@@ -136,46 +136,52 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The arms of one recipe that do not depend on the seed.
+    """The conditions of one recipe that do not depend on the seed.
 
     Attributes:
-        arms: As published, then split by patient; all train on the same number of patches.
-        missing: Kind of a missing arm to the reason.
+        conditions: As published, then split by patient; all train on the same number of patches.
+        missing: Kind of a missing condition to the reason.
     """
 
-    arms: tuple[Arm, ...]
+    conditions: tuple[Condition, ...]
     missing: dict[str, str]
 
 
 def compare_splits(pack: Pack, recipe: Recipe, apart: Split | None) -> Comparison:
-    """Return the arms as published and split by patient, with equal numbers of training patches.
+    """Return the conditions as published and split by patient, with equal numbers of training patches.
 
     Args:
         recipe: The recipe, for its ``as_published.split``; if it undersamples, training subsets are
             undersampled before they are matched.
-        apart: The split by patient, each fold of which is an arm; None without one.
+        apart: The split by patient, each fold of which is a condition; None without one.
 
     Raises:
         RunError: If neither is available.
     """
-    arms, missing = [], {}
+    conditions, missing = [], {}
     try:
         published = make_split(pack, protocol="as-published", recipe=recipe.as_published.split, save=False)
-        arms.append(Arm(PUBLISHED, published))
+        conditions.append(Condition(PUBLISHED, published))
     except SplitError as error:
         missing[PUBLISHED] = str(error)
     if apart is None:
         missing[APART] = _no_ids(pack)
     else:
-        arms += [Arm(APART, *_take_fold(pack, apart, fold)) for fold in range(apart.n_folds)]
-        arms += [] if apart.n_folds else [Arm(APART, apart)]
-    if not arms:
+        conditions += [Condition(APART, *_take_fold(pack, apart, fold)) for fold in range(apart.n_folds)]
+        conditions += [] if apart.n_folds else [Condition(APART, apart)]
+    if not conditions:
         raise RunError(f"{recipe.name} cannot be reproduced on {pack.path.name}: {missing[PUBLISHED]}")
     if recipe.train.sampling == "undersample":
-        arms = [replace(arm, split=_undersample(pack, arm.split)) for arm in arms]
-    smallest = min((arm.split for arm in arms), key=lambda split: count_subset(pack, split, "train"))
-    arms = [replace(arm, split=matched(arm.split, smallest, pack)[0]) for arm in arms]
-    return Comparison(tuple(arms), missing)
+        conditions = [
+            replace(condition, split=_undersample(pack, condition.split)) for condition in conditions
+        ]
+    smallest = min(
+        (condition.split for condition in conditions), key=lambda split: count_subset(pack, split, "train")
+    )
+    conditions = [
+        replace(condition, split=matched(condition.split, smallest, pack)[0]) for condition in conditions
+    ]
+    return Comparison(tuple(conditions), missing)
 
 
 def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split | None:
@@ -238,22 +244,22 @@ def choose_leaking(pack: Pack) -> list[str]:
     return sorted(str(name) for name in rarer.index[:N_LEAKING])
 
 
-def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Arm]:
-    """Return the arms of `make_leak_splits` for each tested patient; the next one is used for validation.
+def list_leaks(pack: Pack, test_ids: Sequence[str], seed: int) -> list[Condition]:
+    """Return the conditions of `make_leak_splits` for each tested patient.
 
-    With three or more patients, the one after that is the placebo.
+    The next patient is used for validation; with three or more, the one after that is the placebo.
 
     Raises:
         SplitError: If a patient is unknown, or has one class only.
     """
-    arms = []
+    conditions = []
     for index, test_id in enumerate(test_ids):
         val_id, placebo = (test_ids[(index + step) % len(test_ids)] for step in (1, 2))
         splits = make_leak_splits(
             pack, test_id, val_id, seed, placebo_id=placebo if len(test_ids) > 2 else None
         )
-        arms += [Arm(protocol, split, test_id, index) for protocol, split in splits.items()]
-    return arms
+        conditions += [Condition(protocol, split, test_id, index) for protocol, split in splits.items()]
+    return conditions
 
 
 def why_no_leak(pack: Pack, test_ids: Sequence[str]) -> str | None:

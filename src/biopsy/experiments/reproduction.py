@@ -18,8 +18,8 @@ from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.experiments.leakage import (
-    Arm,
     Comparison,
+    Condition,
     choose_apart,
     choose_leaking,
     compare_splits,
@@ -40,7 +40,7 @@ from biopsy.training.train import open_data, train
 PROBE_STEPS = 10  # updates in each of the two timed epochs; the first is warm-up
 VALIDATION_SHARE = 0.25  # maximum share of the time of a run for validation
 MARGIN = 0.9  # share of the budget that is planned
-NEVER_STOP = "train.early_stopping_patience=0"  # equal numbers of updates in both arms
+NEVER_STOP = "train.early_stopping_patience=0"  # equal numbers of updates in both conditions
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ def reproduce(
             must see the pack and the study's folder under the same paths.
         address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
             one that is started for this command).
-        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``seed``, ``arm``
-            and the tested patient.
+        on_epoch: Called with each epoch's record, which also names ``run``, ``recipe``, ``seed``,
+            ``condition`` and the tested patient.
 
     Raises:
         RecipeError: If a recipe has no published results, or was published on other data.
@@ -370,14 +370,14 @@ def _plan(
     recipes: Mapping[str, Recipe],
     pack: Pack,
     compared: Mapping[str, Comparison],
-    requested: tuple[int, Mapping[int, Sequence[Arm]]],
+    requested: tuple[int, Mapping[int, Sequence[Condition]]],
     budget: float | None,
     device: str,
 ) -> dict[str, Plan]:
     """Return the length of the runs of each recipe; earlier plans are kept.
 
     Args:
-        requested: Number of seeds, and the arms of the leakage experiment by seed.
+        requested: Number of seeds, and the conditions of the leakage experiment by seed.
         budget: Minutes for all runs; None for full length.
     """
     plans = {name: entry["plan"] for name, entry in study.info.get("papers", {}).items()}
@@ -390,13 +390,16 @@ def _plan(
     started, needs = time.perf_counter(), {}
     for name, recipe in new.items():
         n_seeds, leaks = requested
-        arms = [*compared[name].arms * n_seeds, *(arm for result in leaks.values() for arm in result)]
-        speed = measure_speed(recipe, pack, compared[name].arms[-1].split, device=device)
+        conditions = [
+            *compared[name].conditions * n_seeds,
+            *(condition for result in leaks.values() for condition in result),
+        ]
+        speed = measure_speed(recipe, pack, compared[name].conditions[-1].split, device=device)
         n_val, n_test = (
-            float(np.mean([count_subset(pack, arm.split, subset) for arm in arms]))
+            float(np.mean([count_subset(pack, condition.split, subset) for condition in conditions]))
             for subset in ("validation", "test")
         )
-        needs[name] = Need(len(arms), full[name], speed, n_val, n_test)
+        needs[name] = Need(len(conditions), full[name], speed, n_val, n_test)
     left = 60 * budget - (time.perf_counter() - started)
     lengths = share_out(left, needs)
     expected = sum(needs[name].total(length) for name, length in lengths.items())
@@ -414,7 +417,7 @@ def _plan(
 
 
 def _full_length(recipe: Recipe, pack: Pack, comparison: Comparison) -> Length:
-    subsets = comparison.arms[0].split.subsets(pack)
+    subsets = comparison.conditions[0].split.subsets(pack)
     return full_length(recipe, pack.target[subsets == "train"])
 
 
@@ -422,24 +425,24 @@ def _list_run_specs(
     recipes: Sequence[Recipe],
     compared: Mapping[str, Comparison],
     seeds: Sequence[int],
-    leaks: Mapping[int, Sequence[Arm]],
+    leaks: Mapping[int, Sequence[Condition]],
 ) -> list[RunSpec]:
-    """Return all runs, seed by seed, so that early results cover every recipe and arm."""
+    """Return all runs, seed by seed, so that early results cover every recipe and condition."""
     return [
-        _run_papers(recipe, arm, seed)
+        _run_papers(recipe, condition, seed)
         for seed in sorted({*seeds, *leaks})
         for recipe in recipes
-        for arm in (*(compared[recipe.name].arms if seed in seeds else ()), *leaks.get(seed, ()))
+        for condition in (*(compared[recipe.name].conditions if seed in seeds else ()), *leaks.get(seed, ()))
     ]
 
 
-def _run_papers(recipe: Recipe, arm: Arm, seed: int) -> RunSpec:
-    suffix = "" if arm.place is None else str(arm.place)
+def _run_papers(recipe: Recipe, condition: Condition, seed: int) -> RunSpec:
+    suffix = "" if condition.place is None else str(condition.place)
     return RunSpec(
-        name=f"{recipe.name}-{arm.kind}{suffix}-s{seed}",
+        name=f"{recipe.name}-{condition.kind}{suffix}-s{seed}",
         recipe=recipe,
-        split=arm.split,
+        split=condition.split,
         fold=None,
         seed=seed,
-        about={"arm": arm.kind, "tested": arm.tested, "place": arm.place},
+        about={"condition": condition.kind, "tested": condition.tested, "place": condition.place},
     )

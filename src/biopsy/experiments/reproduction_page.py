@@ -89,11 +89,11 @@ def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None) -> Summa
         name = max(leaks, key=lambda key: leaks[key])
         headlines = [
             Headline(
-                f"AUROC, {arm} the tested {unit} in training",
+                f"AUROC, {condition} the tested {unit} in training",
                 Interval(_mean_of_slides(papers[name], key)),
                 beside=name,
             )
-            for arm, key in (("with", "arm"), ("without", "reference"))
+            for condition, key in (("with", "condition"), ("without", "reference"))
         ]
     return Summary(
         verdict=_state_verdict(papers, leaks, unit) + synthetic_warning(is_synthetic),
@@ -133,8 +133,8 @@ def _state_verdict(papers: Papers, leaks: Mapping[str, float], unit: str) -> str
     return f"{text}."
 
 
-def _mean_of_slides(entry: PaperSummary, arm: str) -> float:
-    means = [getattr(slide, arm).auroc.mean for slide in entry.leak.slides]
+def _mean_of_slides(entry: PaperSummary, condition: str) -> float:
+    means = [getattr(slide, condition).auroc.mean for slide in entry.leak.slides]
     return math.nan if None in means else sum(means) / len(means)
 
 
@@ -170,10 +170,14 @@ def _describe_table(papers: Papers) -> Section:
     )
     figure = picture(svg(draw_reproduction(papers), "reproduction"), caption)
     reasons = [
-        f"{name}, {title}: {getattr(entry, arm).reason}"
+        f"{name}, {title}: {getattr(entry, condition).reason}"
         for name, entry in papers.items()
-        for arm, title in (("published", "as published"), ("apart", "split by patient"), ("leak", "leakage"))
-        if getattr(entry, arm).reason
+        for condition, title in (
+            ("published", "as published"),
+            ("apart", "split by patient"),
+            ("leak", "leakage"),
+        )
+        if getattr(entry, condition).reason
     ]
     blocks: list[Block] = [figure, table_of_papers(papers)]
     blocks += [Bullets(reasons)] if reasons else []
@@ -224,7 +228,7 @@ TITLES = {
 def _describe_leak(papers: Papers, unit: str) -> Section | None:
     if all(entry.leak.auroc.mean is None for entry in papers.values()):
         return None
-    auroc = ["AUROC, arm", "AUROC, reference", "difference"]
+    auroc = ["AUROC, condition", "AUROC, reference", "difference"]
     columns = ["recipe", unit, *auroc, "difference, balanced accuracy", "tested patches", "seeds"]
     tables: list[Block] = []
     for contrast, title in TITLES.items():
@@ -232,7 +236,7 @@ def _describe_leak(papers: Papers, unit: str) -> Section | None:
             [
                 name,
                 slide.tested,
-                mean_sd(slide.arm.auroc),
+                mean_sd(slide.condition.auroc),
                 mean_sd(slide.reference.auroc),
                 mean_sd(slide.auroc, "+"),
                 mean_sd(slide.balanced_accuracy, "+"),
@@ -245,10 +249,10 @@ def _describe_leak(papers: Papers, unit: str) -> Section | None:
         if rows:
             tables.append(Table(columns, rows, caption=capitalize(title), text_columns=2))
     note = (
-        "All arms of a comparison test the same patches and train on equally many of each class. Leakage: "
-        f"the other half of the tested {unit} trains, compared with as many patches of another {unit} with "
-        "both classes (placebo). Blocked: no training patch touches a tested one. Placebo: compared with "
-        "neither. Paired by seed, which also draws the tested half."
+        "All conditions of a comparison test the same patches and train on equally many of each class. "
+        f"Leakage: the other half of the tested {unit} trains, compared with as many patches of another "
+        f"{unit} with both classes (placebo). Blocked: no training patch touches a tested one. Placebo: "
+        "compared with neither. Paired by seed, which also draws the tested half."
     )
     return Section("leak", "Patient leakage", [Text(note), *tables])
 
@@ -297,8 +301,8 @@ def table_of_lengths(papers: Papers, entries: Mapping[str, Paper]) -> Table:
         "label",
     ]
     note = (
-        "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both arms "
-        "make the same number of updates; the epoch is selected as the recipe specifies."
+        "Smoke: less than a tenth of the published updates. Early stopping is disabled, so that both "
+        "conditions make the same number of updates; the epoch is selected as the recipe specifies."
     )
     return Table(columns, rows, note=note)
 
@@ -345,7 +349,7 @@ def draw_reproduction(papers: Papers) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, 0.5 + sum(heights)), layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     for axes, metric in zip(panels, PANELS, strict=False):
-        _draw_arms(axes, papers, metric)
+        _draw_conditions(axes, papers, metric)
     if leaks:
         _draw_leaks(panels[-1], leaks)
     handles = {
@@ -358,7 +362,7 @@ def draw_reproduction(papers: Papers) -> Figure:
     return figure
 
 
-def _draw_arms(axes: Axes, papers: Papers, metric: str) -> None:
+def _draw_conditions(axes: Axes, papers: Papers, metric: str) -> None:
     """Draw one row per recipe: published values as diamonds, reproduced ones as dots with intervals."""
     for row, entry in enumerate(papers.values()):
         if row:

@@ -19,7 +19,7 @@ from biopsy.training.metrics import Metrics, Spread
 from biopsy.training.runs import Run
 from biopsy.training.study import Paper, Study
 
-SUMMARY_FORMAT = "biopsy-reproduction-metrics/2"
+SUMMARY_FORMAT = "biopsy-reproduction-metrics/3"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 """Publications report accuracy; balanced accuracy and AUROC do not depend on class frequencies."""
 SMOKE_SHARE = 0.1  # of the published updates; shorter runs do not test the method
@@ -30,7 +30,7 @@ CONTRASTS = {
     "placebo": ("leak-placebo", "leak-apart"),
     "leak_and_placebo": ("leak-with", "leak-apart"),
 }
-"""Differences between arms of the leakage experiment, on the same test patches: arm and its reference."""
+"""Pairs of conditions compared on the same test patches: a condition and its reference."""
 
 Frames = Mapping[str, pd.DataFrame]
 
@@ -45,7 +45,7 @@ def write_tables(study: Study) -> None:
     frames = {
         run.path.name: run.predictions("test")[0]
         for run in runs
-        if study.info["runs"][run.path.name]["arm"] == APART
+        if study.info["runs"][run.path.name]["condition"] == APART
     }
     summary = summarise(study.info["papers"], table, frames, runs[0].metrics())
     write_json(study.path / "metrics.json", summary)
@@ -72,7 +72,7 @@ class FoldSummary(ComparedMetrics):
 
 
 @dataclass(frozen=True)
-class ArmIntervals:
+class ConditionIntervals:
     """Intervals over patients of the means over seeds."""
 
     accuracy: Interval
@@ -82,7 +82,7 @@ class ArmIntervals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmSummary(ComparedMetrics):
+class ConditionSummary(ComparedMetrics):
     """Results over seeds, means over folds; ``reason`` if there are none."""
 
     reason: str | None
@@ -91,7 +91,7 @@ class ArmSummary(ComparedMetrics):
     colour_auroc: float | None
     test_is_validation: bool
     folds: list[FoldSummary]
-    interval: ArmIntervals | None = None
+    interval: ConditionIntervals | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class PairedSpread(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class SlideDifference:
-    """Differences of an arm from its reference on one slide by seed, and the metrics of both."""
+    """Differences of a condition from its reference on one slide by seed, and the metrics of both."""
 
     tested: str
     n_patches: list[int]
@@ -112,15 +112,15 @@ class SlideDifference:
     accuracy: PairedSpread
     balanced_accuracy: PairedSpread
     auroc: PairedSpread
-    arm: ComparedMetrics
+    condition: ComparedMetrics
     reference: ComparedMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmDifference(ComparedMetrics):
-    """Differences of an arm from its reference on the same test patches, means over slides, by seed."""
+class ConditionDifference(ComparedMetrics):
+    """Differences of a condition from its reference on the same test patches, means over slides, by seed."""
 
-    arm: str
+    condition: str
     reference: str
     reason: str | None
     seeds: list[int]
@@ -133,12 +133,12 @@ class PaperSummary:
 
     claim: Mapping[str, float]
     corrected: Mapping[str, float]
-    published: ArmSummary
-    apart: ArmSummary
-    leak: ArmDifference
-    blocked_leak: ArmDifference
-    placebo: ArmDifference
-    leak_and_placebo: ArmDifference
+    published: ConditionSummary
+    apart: ConditionSummary
+    leak: ConditionDifference
+    blocked_leak: ConditionDifference
+    placebo: ConditionDifference
+    leak_and_placebo: ConditionDifference
     updates: int
     published_updates: int | None
     n_runs: int
@@ -179,15 +179,15 @@ def summarise(
 
 
 def _summarise_paper(paper: Paper, table: pd.DataFrame, frames: Frames, metrics: Metrics) -> PaperSummary:
-    arms = {kind: table[table["arm"] == kind] for kind in (PUBLISHED, APART)}
+    conditions = {kind: table[table["condition"] == kind] for kind in (PUBLISHED, APART)}
     missing, updates = paper["missing"], int(table["updates"].min())
-    interval = _estimate(arms[APART], frames, metrics)
+    interval = _estimate(conditions[APART], frames, metrics)
     return PaperSummary(
         claim=paper["claim"],
         corrected=paper["corrected"],
-        published=_summarise_arm(arms[PUBLISHED], missing.get(PUBLISHED)),
-        apart=_summarise_arm(arms[APART], missing.get(APART), interval),
-        **_compare_arms(table, missing.get("leak")),
+        published=_summarise_condition(conditions[PUBLISHED], missing.get(PUBLISHED)),
+        apart=_summarise_condition(conditions[APART], missing.get(APART), interval),
+        **_compare_conditions(table, missing.get("leak")),
         updates=updates,
         published_updates=paper["published_updates"] or None,
         n_runs=len(table),
@@ -206,10 +206,10 @@ def _spreads(table: pd.DataFrame) -> dict[str, Spread]:
     return {name: Spread.of(table[name]) for name in COMPARED}
 
 
-def _summarise_arm(
-    rows: pd.DataFrame, reason: str | None, interval: ArmIntervals | None = None
-) -> ArmSummary:
-    """Return the results of an arm: per fold over seeds, and the mean over folds over seeds."""
+def _summarise_condition(
+    rows: pd.DataFrame, reason: str | None, interval: ConditionIntervals | None = None
+) -> ConditionSummary:
+    """Return the results of a condition: per fold over seeds, and the mean over folds over seeds."""
     folds = [
         FoldSummary(
             tested=fold_rows["tested"].iloc[0],
@@ -222,7 +222,7 @@ def _summarise_arm(
     ]
     complete = _select_complete(rows, len(folds))
     by_seed = complete.groupby("seed")[[*COMPARED, "baseline_auroc"]].mean() if len(complete) else complete
-    return ArmSummary(
+    return ConditionSummary(
         reason=None if folds else reason or "no run has been evaluated",
         n_train=int(rows["n_train"].iloc[0]) if folds else None,
         seeds=sorted(set(complete["seed"].tolist())),
@@ -240,7 +240,7 @@ def _select_complete(rows: pd.DataFrame, n_folds: int) -> pd.DataFrame:
     return rows[rows["seed"].isin(counts.index[counts == n_folds])]
 
 
-def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Metrics) -> ArmIntervals | None:
+def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Metrics) -> ConditionIntervals | None:
     """Return intervals over patients of the means over seeds, if one subset of at least five was tested."""
     tested = [frames[run] for run in rows["run"]]
     if not tested or rows["place"].notna().any() or metrics.positive_class is None:
@@ -249,19 +249,21 @@ def _estimate(rows: pd.DataFrame, frames: Frames, metrics: Metrics) -> ArmInterv
         return None
     classes_and_unit = metrics.class_names, metrics.positive_class, metrics.unit
     pooled = measure_pooled([ScoredPatches.of_predictions(frame, *classes_and_unit) for frame in tested])
-    return ArmIntervals(**{name: pooled.patch[name] for name in COMPARED}, about=pooled.interval)
+    return ConditionIntervals(**{name: pooled.patch[name] for name in COMPARED}, about=pooled.interval)
 
 
-def _compare_arms(table: pd.DataFrame, reason: str | None) -> dict[str, ArmDifference]:
+def _compare_conditions(table: pd.DataFrame, reason: str | None) -> dict[str, ConditionDifference]:
     """Return each of `CONTRASTS`; without a placebo, leakage is compared with ``leak-apart``."""
     pairs = dict(CONTRASTS)
-    if CONTRASTS["leak"][1] not in set(table["arm"]):
+    if CONTRASTS["leak"][1] not in set(table["condition"]):
         pairs["leak"] = pairs["leak_and_placebo"]
     return {name: _compare_pair(table, *pair, reason) for name, pair in pairs.items()}
 
 
-def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | None) -> ArmDifference:
-    first, second = (table[table["arm"] == kind] for kind in (arm, reference))
+def _compare_pair(
+    table: pd.DataFrame, condition: str, reference: str, reason: str | None
+) -> ConditionDifference:
+    first, second = (table[table["condition"] == kind] for kind in (condition, reference))
     pairs = first.merge(second, on=["place", "seed"], suffixes=("", "_reference"))
     reference_values = pairs[[f"{name}_reference" for name in COMPARED]].set_axis(COMPARED, axis=1)
     differences = pairs[list(COMPARED)] - reference_values
@@ -279,14 +281,14 @@ def _compare_pair(table: pd.DataFrame, arm: str, reference: str, reason: str | N
                 n_train=rows["n_train"].tolist(),
                 seeds=rows["seed"].tolist(),
                 **paired,
-                arm=ComparedMetrics(**_spreads(rows)),
+                condition=ComparedMetrics(**_spreads(rows)),
                 reference=ComparedMetrics(**_spreads(reference_values.loc[rows.index])),
             )
         )
     complete = _select_complete(pairs, len(slides))
     by_seed = differences.loc[complete.index].groupby(complete["seed"]).mean()
-    return ArmDifference(
-        arm=arm,
+    return ConditionDifference(
+        condition=condition,
         reference=reference,
         reason=None if slides else reason or "no pair of runs has been evaluated",
         seeds=sorted(set(complete["seed"].tolist())),
@@ -299,8 +301,11 @@ def tabulate(summary: ReproductionSummary) -> pd.DataFrame:
     """Return ``table.csv``: one row per recipe and metric."""
     rows = []
     for recipe, entry in summary.papers.items():
-        arms: dict[str, ComparedMetrics] = {"as_published": entry.published, "patients_apart": entry.apart}
-        arms |= {name: getattr(entry, name) for name in CONTRASTS}
+        conditions: dict[str, ComparedMetrics] = {
+            "as_published": entry.published,
+            "patients_apart": entry.apart,
+        }
+        conditions |= {name: getattr(entry, name) for name in CONTRASTS}
         for metric in COMPARED:
             interval = getattr(entry.apart.interval, metric, None)
             rows.append(
@@ -310,8 +315,10 @@ def tabulate(summary: ReproductionSummary) -> pd.DataFrame:
                     "published": entry.claim.get(metric),
                     "corrected": entry.corrected.get(metric),
                     **{
-                        f"{arm}{'' if key == 'mean' else f'_{key}'}": getattr(getattr(result, metric), key)
-                        for arm, result in arms.items()
+                        f"{condition}{'' if key == 'mean' else f'_{key}'}": getattr(
+                            getattr(result, metric), key
+                        )
+                        for condition, result in conditions.items()
                         for key in ("mean", "sd")
                     },
                     "patients_apart_low": interval and interval.low,
@@ -333,7 +340,7 @@ def _describe(run: Run, record: Mapping[str, object]) -> dict[str, object]:
     row, log = describe_run(run), run.log()
     columns = ("n_patches", *COMPARED, "baseline_auroc", "threshold", "chosen_epoch", "seconds", "run")
     return {
-        **{key: record[key] for key in ("recipe", "arm", "tested", "place", "seed")},
+        **{key: record[key] for key in ("recipe", "condition", "tested", "place", "seed")},
         "n_train": run.info["split"]["subsets"]["train"]["patches"],
         "test_is_validation": bool(run.info["split"].get("test_is_validation", False)),
         "updates": log[-1]["step"],

@@ -68,7 +68,7 @@ class Paper(TypedDict):
     method_only: bool
     """Whether its initial weights are random where the publication used pretrained ones."""
     missing: dict[str, str]
-    """Why an arm is missing."""
+    """Why a condition is missing."""
     plan: Plan
 
 

@@ -1,4 +1,4 @@
-"""Arms of a reproduction: who is kept apart, whose leak is measured, and as many patches in both arms."""
+"""Conditions of a reproduction: patients apart, patients tested for leakage, equal numbers of patches."""
 
 import numpy as np
 import pytest
@@ -20,10 +20,13 @@ def test_undersampling_recipes_are_compared_after_undersampling(make_pack):
     recipe = load_recipe(RECIPE, ["train.sampling=undersample"])
     split = make_split(pack, protocol="leave-one-out", test_patients=TESTED, save=False)
     found = compare_splits(pack, recipe, split)
-    for arm in found.arms:
-        classes = np.bincount(pack.target[arm.split.subsets(pack) == "train"])
+    for condition in found.conditions:
+        classes = np.bincount(pack.target[condition.split.subsets(pack) == "train"])
         assert classes[0] == classes[1]
-    assert len({count_subset(pack, arm.split, "train") for arm in found.arms}) == 1 and not found.missing
+    assert (
+        len({count_subset(pack, condition.split, "train") for condition in found.conditions}) == 1
+        and not found.missing
+    )
 
 
 def test_who_is_kept_apart_and_whose_leak_is_measured(make_pack):
@@ -60,26 +63,30 @@ def test_the_three_with_most_of_their_rarer_class_are_chosen(make_pack):
     assert choose_leaking(pack) == sorted(known)
 
 
-def test_a_published_split_that_cannot_be_made_leaves_the_other_arm(make_pack):
+def test_a_published_split_that_cannot_be_made_leaves_the_other_condition(make_pack):
     pack = make_pack(n_patients=6)
     rows = load_recipe(RECIPE, ["as_published.split={method='kaggle-rows'}"])
     found = compare_splits(pack, rows, choose_apart(pack, None, TESTED))
     assert "lacks the row numbers" in found.missing["published"]
-    assert [arm.kind for arm in found.arms] == ["apart", "apart"]
+    assert [condition.kind for condition in found.conditions] == ["apart", "apart"]
     with refuses(RunError, "cancernet-2020", "tiny.pack", "row numbers"):
         compare_splits(pack, rows, None)
 
 
 def test_the_next_in_order_validates_the_leak(make_pack):
     pack = make_pack(n_patients=6)
-    arms = list_leaks(pack, ["8863", "8867", "8865"], seed=2)
+    conditions = list_leaks(pack, ["8863", "8867", "8865"], seed=2)
     n = len(LEAK_PROTOCOLS)
-    assert [arm.kind for arm in arms] == [*LEAK_PROTOCOLS] * 3
-    assert [(arm.tested, arm.place) for arm in arms[::n]] == [("8863", 0), ("8867", 1), ("8865", 2)]
-    for index, arm in enumerate(arms):
+    assert [condition.kind for condition in conditions] == [*LEAK_PROTOCOLS] * 3
+    assert [(condition.tested, condition.place) for condition in conditions[::n]] == [
+        ("8863", 0),
+        ("8867", 1),
+        ("8865", 2),
+    ]
+    for index, condition in enumerate(conditions):
         validates, placebo = ("8867", "8865", "8863")[index // n], ("8865", "8863", "8867")[index // n]
         assert (
-            set(pack.group_ids[arm.split.subsets(pack) == "validation"]) == {validates}
-            and arm.split.seed == 2
+            set(pack.group_ids[condition.split.subsets(pack) == "validation"]) == {validates}
+            and condition.split.seed == 2
         )
-        assert arm.split.parameters["placebo"] == placebo
+        assert condition.split.parameters["placebo"] == placebo

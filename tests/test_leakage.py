@@ -1,4 +1,4 @@
-"""Arms of a comparison: the laws that make a leak measurable."""
+"""Conditions of a comparison: the laws that make a leak measurable."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +36,7 @@ def count(pack: Pack, chosen: np.ndarray) -> list[int]:
 
 
 class Table:
-    """As much of a pack as the arms look at."""
+    """As much of a pack as the conditions look at."""
 
     class_names = ("non_idc", "idc")
 
@@ -85,29 +85,31 @@ def lay_out(*patients):
 
 @given(counts, counts, others, st.integers(0, 99), st.randoms())
 @settings(max_examples=15, deadline=None)
-def test_laws_of_the_arms(tested, validating, others, seed, shuffler):
+def test_laws_of_the_conditions(tested, validating, others, seed, shuffler):
     table = lay_out(tested, validating, *others)
-    arms = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}
+    conditions = {name: divide(table, f"leak-{name}", seed) for name in ("apart", "with", "placebo")}
     of_tested, of_placebo = table.group_ids == "a", table.group_ids == "c"
     for subset in ("test", "validation"):
-        assert all(((subsets == subset) == (arms["apart"] == subset)).all() for subsets in arms.values())
-    assert ((arms["apart"] == "validation") == (table.group_ids == "b")).all()
-    trains = {name: subsets == "train" for name, subsets in arms.items()}
+        assert all(
+            ((subsets == subset) == (conditions["apart"] == subset)).all() for subsets in conditions.values()
+        )
+    assert ((conditions["apart"] == "validation") == (table.group_ids == "b")).all()
+    trains = {name: subsets == "train" for name, subsets in conditions.items()}
     for class_index, n_tested in enumerate(tested):
         member = table.target == class_index
-        assert (member & (arms["apart"] == "test")).sum() == (n_tested + 1) // 2
+        assert (member & (conditions["apart"] == "test")).sum() == (n_tested + 1) // 2
         assert len({(member & train).sum() for train in trains.values()}) == 1
         assert (member & of_placebo & trains["placebo"]).sum() == n_tested // 2
     assert not (of_tested & (trains["apart"] | trains["placebo"])).any()
     assert not (of_placebo & (trains["apart"] | trains["with"])).any()
-    assert ((of_tested & trains["with"]) == (of_tested & (arms["with"] != "test"))).all()
+    assert ((of_tested & trains["with"]) == (of_tested & (conditions["with"] != "test"))).all()
     rest = ~of_tested & ~of_placebo
     assert (trains["with"][rest] == trains["placebo"][rest]).all()  # they differ in whose patches are added
-    check_no_leakage(table.group_ids, arms["apart"])
-    check_no_leakage(table.group_ids, arms["placebo"])
-    assert (find_overlap(table.group_ids, arms["with"]).keys() == {"a"}) == (max(tested) > 1)
+    check_no_leakage(table.group_ids, conditions["apart"])
+    check_no_leakage(table.group_ids, conditions["placebo"])
+    assert (find_overlap(table.group_ids, conditions["with"]).keys() == {"a"}) == (max(tested) > 1)
     order = np.array(shuffler.sample(range(len(rest)), len(rest)))
-    for name, subsets in arms.items():
+    for name, subsets in conditions.items():
         assert (divide(table, f"leak-{name}", seed, order) == subsets).all()
 
 
@@ -117,7 +119,9 @@ def test_no_patch_of_the_blocked_half_touches_a_tested_one():
     place = rng.permutation(49)[:48]  # of the tested patient: a square, the classes mixed
     table.table.loc[:47, "x"], table.table.loc[:47, "y"] = 50 * (place % 7), 50 * (place // 7)
     for seed in range(5):
-        leaking, placebo = (divide(table, f"leak-blocked-{arm}", seed) for arm in ("with", "placebo"))
+        leaking, placebo = (
+            divide(table, f"leak-blocked-{condition}", seed) for condition in ("with", "placebo")
+        )
         tested, leaked = (np.flatnonzero((leaking == subset)[:48]) for subset in ("test", "train"))
         xy = table.table[["x", "y"]].to_numpy()
         distance = np.abs(xy[leaked, None] - xy[None, tested]).max(axis=2)
@@ -130,7 +134,7 @@ def test_no_patch_of_the_blocked_half_touches_a_tested_one():
         assert (close <= 50).any()
 
 
-def test_without_coordinates_or_another_patient_arms_are_missing(make_pack: MakePack) -> None:
+def test_without_coordinates_or_another_patient_conditions_are_missing(make_pack: MakePack) -> None:
     lost = make_pack("lost.pack", n_patients=4, columns={"x": pd.NA, "y": pd.NA})
     assert sorted(make_leak_splits(lost, "8863", "8865")) == ["leak-apart", "leak-placebo", "leak-with"]
     with refuses(SplitError, "coordinates"):
@@ -173,7 +177,7 @@ def test_every_draw_follows_the_seed(make_pack: MakePack) -> None:
     assert halves[0].tolist() != halves[1].tolist()  # of each slide, a half of its own
 
 
-def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None:
+def test_conditions_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     made = make_leak_splits(pack, "8863", "8865", seed=3)
     apart, leak = made["leak-apart"], made["leak-with"]
@@ -192,7 +196,7 @@ def test_arms_are_kept_in_the_pack_and_used_by_name(make_pack: MakePack) -> None
         check_no_leakage(pack.group_ids, leak.subsets(pack))
 
 
-def test_an_arm_that_should_not_leak_and_does_is_refused(make_pack: MakePack) -> None:
+def test_a_condition_that_should_not_leak_and_does_is_refused(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6)
     made = make_leak_splits(pack, "8863", "8865")
     apart, leak = made["leak-apart"], made["leak-with"]

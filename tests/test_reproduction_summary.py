@@ -19,12 +19,17 @@ def test_spread_of_some_values():
     assert Spread.of([0.5, float("nan")]).mean is None
 
 
-def run_row(arm, place, seed, auroc, **more):
+def run_row(condition, place, seed, auroc, **more):
     values = {name: 0.5 for name in COMPARED} | {"auroc": auroc}
     shared = {"n_train": 9, "n_patches": 4, "baseline_auroc": 0.6, "seconds": 60, "updates": 50}
-    return {"recipe": "p", "arm": arm, "tested": str(place), "place": place, "seed": seed, "run": "r"} | (
-        values | shared | {"test_is_validation": False} | more
-    )
+    return {
+        "recipe": "p",
+        "condition": condition,
+        "tested": str(place),
+        "place": place,
+        "seed": seed,
+        "run": "r",
+    } | (values | shared | {"test_is_validation": False} | more)
 
 
 METRICS = SimpleNamespace(positive_class="idc", unit="patient", class_names=["non_idc", "idc"])
@@ -39,14 +44,16 @@ def test_a_seed_that_lacks_a_slide_is_in_no_mean():
     assert [slide.seeds for slide in leak.slides] == [[0, 1], [0]]
 
 
-def test_each_arm_is_compared_with_its_reference_on_the_same_patches():
+def test_each_condition_is_compared_with_its_reference_on_the_same_patches():
     scores = {"apart": 0.5, "with": 0.9, "placebo": 0.6, "blocked-with": 0.7, "blocked-placebo": 0.65}
-    rows = [run_row(f"leak-{arm}", 0, seed, auroc) for arm, auroc in scores.items() for seed in (0, 1)]
+    rows = [
+        run_row(f"leak-{condition}", 0, seed, auroc) for condition, auroc in scores.items() for seed in (0, 1)
+    ]
     entry = summarise({"p": BASELINE}, pd.DataFrame(rows), {}, METRICS).papers["p"]
     wanted = {"leak": 0.3, "blocked_leak": 0.05, "placebo": 0.1, "leak_and_placebo": 0.4}
-    for name, (arm, reference) in CONTRASTS.items():
+    for name, (condition, reference) in CONTRASTS.items():
         found = getattr(entry, name)
-        assert (found.arm, found.reference, found.seeds) == (arm, reference, [0, 1])
+        assert (found.condition, found.reference, found.seeds) == (condition, reference, [0, 1])
         assert found.auroc.mean == pytest.approx(wanted[name])
         assert found.slides[0].auroc.values == pytest.approx([wanted[name]] * 2)
 
