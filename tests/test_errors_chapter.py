@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from biopsy.evaluation.errors.case_views import hide_errors
+from biopsy.evaluation.errors.hypotheses.measure import Hypotheses, Hypothesis
 from biopsy.evaluation.errors.section import describe_errors
-from biopsy.evaluation.hypotheses.measure import Hypotheses, Hypothesis
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.document import ReportDocument, Summary
 from biopsy.reporting.facts import hide_run

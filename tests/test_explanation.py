@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import METHODS
-from biopsy.evaluation.explanation.methods.gradients import input_gradient
-from biopsy.evaluation.explanation.methods.layers import find_first_layer, find_layer
+from biopsy.evaluation.saliency.maps import explain_patches
+from biopsy.evaluation.saliency.methods import METHODS
+from biopsy.evaluation.saliency.methods.gradients import input_gradient
+from biopsy.evaluation.saliency.methods.layers import find_first_layer, find_layer
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.networks import build_network, list_networks

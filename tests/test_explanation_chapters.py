@@ -10,6 +10,7 @@ import pytest
 
 from biopsy.core.files import plain
 from biopsy.core.loaders import validate
+from biopsy.evaluation.errors.hypotheses.measure import Hypotheses, check_blue_yellow, check_errors
 from biopsy.evaluation.explanation.examples import Explained, Illustration
 from biopsy.evaluation.explanation.faithfulness import (
     Faithfulness,
@@ -18,7 +19,6 @@ from biopsy.evaluation.explanation.faithfulness import (
     describe_curves,
     describe_method_result,
 )
-from biopsy.evaluation.hypotheses.measure import Hypotheses, check_blue_yellow, check_errors
 from biopsy.reporting.compose import report_of_run
 from biopsy.reporting.html import render_report
 from biopsy.statistics.intervals import describe_method

@@ -9,9 +9,8 @@ import pytest
 from biopsy.core.errors import RunError
 from biopsy.core.files import plain, read_json
 from biopsy.evaluation import stored_results
-from biopsy.evaluation.evaluate import evaluate
-from biopsy.evaluation.hypotheses import measure as hypotheses
-from biopsy.evaluation.hypotheses.measure import (
+from biopsy.evaluation.errors.hypotheses import measure as hypotheses
+from biopsy.evaluation.errors.hypotheses.measure import (
     ERROR_HYPOTHESES,
     REMOVALS,
     check_blue_yellow,
@@ -19,6 +18,7 @@ from biopsy.evaluation.hypotheses.measure import (
     measure_hypotheses,
     share_saliency,
 )
+from biopsy.evaluation.evaluate import evaluate
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from refusals import refuses
 from tiny_runs import copy_run

@@ -11,9 +11,9 @@ import pytest
 import biopsy
 from biopsy.core.errors import DataError, RecipeError, RunError
 from biopsy.core.files import read_json
+from biopsy.evaluation.errors.hypotheses.measure import measure_hypotheses
 from biopsy.evaluation.explanation.explain import Selection, choose_from_run, explain_chosen
-from biopsy.evaluation.explanation.methods import find_method
-from biopsy.evaluation.hypotheses.measure import measure_hypotheses
+from biopsy.evaluation.saliency.methods import find_method
 from biopsy.experiments.reports import gather_run
 from command_line import call
 from refusals import refuses

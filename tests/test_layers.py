@@ -1,5 +1,6 @@
 """The shape of the package: layers import downwards, no siblings in circles, lower layers without torch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def test_a_contract_can_be_broken(tmp_path):
 
 def test_files_are_named_after_their_subject():
     assert {path.stem for path in MODULES.values()}.isdisjoint({"utils", "util", "helpers", "misc", "common"})
+
+
+def test_the_readme_prints_the_tree_of_the_package():
+    tree = (PROJECT / "README.md").read_text().split("src/biopsy/\n")[1].split("```")[0]
+    listed = set(re.findall(r"  (\w+)/", tree))
+    packages = {path.parent for path in PACKAGE.rglob("__init__.py")} - {PACKAGE}
+    assert {folder.name for folder in packages if len(folder.relative_to(PACKAGE).parts) <= 2} == listed
 
 
 def test_no_module_under_the_package_shadows_a_public_function():

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import METHODS, ExplanationRequest, gradients, occlusion
-from biopsy.evaluation.explanation.methods.gradients import COMPLETE_WITHIN, integrate_gradients
-from biopsy.evaluation.explanation.methods.layers import find_last_maps, find_layer
-from biopsy.evaluation.explanation.methods.occlusion import occlude
+from biopsy.evaluation.saliency.maps import explain_patches
+from biopsy.evaluation.saliency.methods import METHODS, ExplanationRequest, gradients, occlusion
+from biopsy.evaluation.saliency.methods.gradients import COMPLETE_WITHIN, integrate_gradients
+from biopsy.evaluation.saliency.methods.layers import find_last_maps, find_layer
+from biopsy.evaluation.saliency.methods.occlusion import occlude
 from biopsy.models.networks import build_network, list_networks
 from refusals import refuses
 from test_explanation import CPU, PX, draw_patches, make_classifier, make_linear, make_network

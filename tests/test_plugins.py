@@ -35,7 +35,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import biopsy
-from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.saliency.maps import explain_patches
 from biopsy.exporting.formats import FORMATS
 from biopsy.models.networks import build_network, list_networks
 from biopsy.models.networks.encoders import find_encoder

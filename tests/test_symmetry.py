@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from biopsy.core.errors import RecipeError
-from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.saliency.maps import explain_patches
 from biopsy.exporting.bundles import measure_parity, write_networks
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine

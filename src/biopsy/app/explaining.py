@@ -10,7 +10,7 @@ import numpy as np
 from biopsy.app.pictures import encode_jpeg
 from biopsy.app.scenes import Sheet
 from biopsy.data.pack_files import pad
-from biopsy.evaluation.explanation.maps import explain_patches
+from biopsy.evaluation.saliency.maps import explain_patches
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_with_features

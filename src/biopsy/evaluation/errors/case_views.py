@@ -18,6 +18,7 @@ from biopsy.core.results import Result, Table
 from biopsy.core.tables import write_csv
 from biopsy.core.text import class_title, file_name
 from biopsy.data.packs import Pack
+from biopsy.evaluation.errors.hypotheses.measure import measure_hypotheses
 from biopsy.evaluation.errors.measure import (
     DOCUMENT,
     FOLDER,
@@ -28,10 +29,9 @@ from biopsy.evaluation.errors.measure import (
     measure_errors,
     read_errors,
 )
-from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import find_method
-from biopsy.evaluation.hypotheses.measure import measure_hypotheses
 from biopsy.evaluation.neighbours import SlideViews
+from biopsy.evaluation.saliency.maps import explain_patches
+from biopsy.evaluation.saliency.methods import find_method
 from biopsy.models.engine import Engine
 from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png

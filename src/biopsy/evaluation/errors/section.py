@@ -8,6 +8,7 @@ import numpy as np
 
 from biopsy.core.text import capitalize, class_title, count, plural
 from biopsy.evaluation.errors.case_views import errors, hide_errors, load_errors
+from biopsy.evaluation.errors.hypotheses.measure import ERROR_HYPOTHESES, Hypotheses, Hypothesis
 from biopsy.evaluation.errors.measure import (
     AGAINST,
     KINDS,
@@ -17,7 +18,6 @@ from biopsy.evaluation.errors.measure import (
     Errors,
     GalleryPatch,
 )
-from biopsy.evaluation.hypotheses.measure import ERROR_HYPOTHESES, Hypotheses, Hypothesis
 from biopsy.evaluation.neighbours import SHOWN
 from biopsy.evaluation.patch_properties import property_name
 from biopsy.plotting.style import jpeg

@@ -26,10 +26,10 @@ from biopsy.evaluation.explanation.examples import (
     write_explained,
 )
 from biopsy.evaluation.explanation.faithfulness import FOLDER, Faithfulness, measure_faithfulness
-from biopsy.evaluation.explanation.maps import Explanation, explain_patches
-from biopsy.evaluation.explanation.methods import find_method
-from biopsy.evaluation.explanation.methods.layers import find_last_maps, has_convolution
 from biopsy.evaluation.predict import Image, PackSource, check_packs, decode_patch, open_sources, pad_patches
+from biopsy.evaluation.saliency.maps import Explanation, explain_patches
+from biopsy.evaluation.saliency.methods import find_method
+from biopsy.evaluation.saliency.methods.layers import find_last_maps, has_convolution
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier

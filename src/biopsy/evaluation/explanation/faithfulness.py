@@ -18,8 +18,8 @@ from biopsy.core.files import write_json
 from biopsy.core.seeds import derive, make_rng
 from biopsy.core.text import capitalize, class_title, count
 from biopsy.data.packs import Pack
-from biopsy.evaluation.explanation.maps import explain_patches
-from biopsy.evaluation.explanation.methods import METHODS, find_method
+from biopsy.evaluation.saliency.maps import explain_patches
+from biopsy.evaluation.saliency.methods import METHODS, find_method
 from biopsy.evaluation.stored_results import affordable_patches, read_result
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine

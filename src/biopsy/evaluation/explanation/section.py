@@ -37,8 +37,6 @@ from biopsy.reporting.elements import make_table, picture
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
 
-MAX_GROUPS = 24  # groups listed individually
-
 
 @section(
     "explanation",

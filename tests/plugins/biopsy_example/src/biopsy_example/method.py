@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
-from biopsy.evaluation.explanation.methods.gradients import input_gradient
+from biopsy.evaluation.saliency.methods import ExplanationRequest, register_method
+from biopsy.evaluation.saliency.methods.gradients import input_gradient
 
 
 @register_method(

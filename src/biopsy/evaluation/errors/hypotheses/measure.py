@@ -13,8 +13,8 @@ from biopsy.core.errors import RunError
 from biopsy.core.files import write_json
 from biopsy.core.loaders import FloatOrNan
 from biopsy.core.text import count
-from biopsy.evaluation.explanation.maps import explain_patches
 from biopsy.evaluation.patch_properties import measure_properties
+from biopsy.evaluation.saliency.maps import explain_patches
 from biopsy.evaluation.stored_results import (
     MAX_MEASURED,
     ResultKey,

@@ -77,7 +77,7 @@ class Method:
         return self.find_layer is not None
 
 
-METHODS: Registry[Method] = Registry("biopsy.methods", "biopsy.evaluation.explanation.methods")
+METHODS: Registry[Method] = Registry("biopsy.methods", "biopsy.evaluation.saliency.methods")
 
 
 def register_method(

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 from biopsy.core.text import capitalize, count, plural
-from biopsy.evaluation.explanation.section import MAX_GROUPS
-from biopsy.evaluation.hypotheses.measure import (
+from biopsy.evaluation.errors.hypotheses.measure import (
     ColourShare,
     Hypotheses,
     Hypothesis,
@@ -12,6 +11,7 @@ from biopsy.evaluation.hypotheses.measure import (
     measure_hypotheses,
     read_hypotheses,
 )
+from biopsy.evaluation.errors.measure import MAX_GROUPS
 from biopsy.evaluation.patch_properties import PROPERTIES
 from biopsy.reporting.document import Block, Section, Table, Text, number
 from biopsy.reporting.elements import make_table

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
+from biopsy.evaluation.saliency.methods import ExplanationRequest, register_method
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
+from biopsy.evaluation.saliency.methods import ExplanationRequest, register_method
 
 WINDOWS = 8  # per side of a patch
 BATCH_SIZE = 256

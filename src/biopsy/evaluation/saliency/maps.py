@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from biopsy.core.errors import RecipeError, suggest
-from biopsy.evaluation.explanation.methods import ExplanationRequest, find_method
-from biopsy.evaluation.explanation.methods.layers import find_layer
+from biopsy.evaluation.saliency.methods import ExplanationRequest, find_method
+from biopsy.evaluation.saliency.methods.layers import find_layer
 from biopsy.models.classifier import Classifier
 from biopsy.models.engine import Engine
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biopsy.core.errors import RecipeError
-from biopsy.evaluation.explanation.methods import ExplanationRequest, register_method
+from biopsy.evaluation.saliency.methods import ExplanationRequest, register_method
 from biopsy.models.networks.layers import SeparableConv2d
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish)

@@ -1,0 +1,1 @@
+"""Saliency maps of patches: the methods that compute them, and maps on the pixels of the patch."""
