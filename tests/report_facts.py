@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 
+from biopsy.data.packs import known_groups
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.study_tables import measure_pooled
+from biopsy.evaluation.study_tables import measure_pooled, summarise_groups
 from biopsy.recipes import Recipe
 from biopsy.recipes.schema import Model, Origin
 from biopsy.reporting.facts import RunFacts, StudyFacts
@@ -72,7 +73,7 @@ def make_metrics(table):
     auroc = Interval(0.612, 0.55, 0.67)
     baseline = ColourBaseline(name="colours", features=[], C=1.0, n_train=9, auroc=0.612, interval=auroc)
     return replace(
-        measure(scored, pd.DataFrame(index=table.index), [threshold]),
+        measure(scored, pd.DataFrame(index=table.index), [threshold], groups=known_groups(table, "patient")),
         subset="test",
         split=SplitUse("patients", patients_overlap=False),
         operating_points=None,
@@ -185,7 +186,7 @@ def make_study(patient_ids=("8863", "8865", "8867")):
         ),
         positive_class="IDC",
         class_names=NAMES,
-        baselines={name: 0.65 for name in patient_ids},
+        groups=summarise_groups(table, runs.assign(tested=runs["fold"]), make_metrics(table)),
         recipe=RECIPE,
         recipe_toml="x = 1",
     )

@@ -216,6 +216,8 @@ def test_a_guarantee_and_what_became_of_it():
         assert shares["error"] <= 1 - shares["coverage"] + 1e-12
         assert shares["error"] == pytest.approx(shares["error_among_kept"] * (1 - shares["abstained"]))
         assert getattr(entry.per_patch, weight).abstained.value < shares["abstained"]
+    assert entry.coverage_by_group == sorted(entry.coverage_by_group) and len(entry.coverage_by_group) == 30
+    assert np.mean(entry.coverage_by_group) == pytest.approx(entry.patient.coverage.value, abs=1e-12)
     assert sum(vars(entry.sets).values()) == len(NEW.prob)
     assert entry.sets.kept == round(len(NEW.prob) * (1 - entry.patch.abstained.value))
     assert entry.verdict == check_coverage(0.9, [entry.patient.coverage])
@@ -343,10 +345,10 @@ def test_figures_show_what_they_are_given():
     figure = draw_risk_coverage(wrong, confidence, points=bars, kept=(0.7, 0.05))
     line = figure.axes[0].lines[0]
     assert line.get_xdata()[-1] == 100 and line.get_ydata()[-1] == pytest.approx(100 * wrong.mean())
-    figure = draw_coverage(np.array([0.9, 0.7]), np.array([0.6, 0.8]), 0.9)
+    figure = draw_coverage([0.9, 0.7], [0.6, 0.8], 0.9)
     assert figure.axes[0].lines[0].get_ydata().tolist() == [70, 90]
     with refuses(MetricError, "slide"):
-        draw_coverage(None, np.array([]), 0.9, unit="slide")
+        draw_coverage(None, [], 0.9, unit="slide")
 
 
 def chapter(conformal, **changes):

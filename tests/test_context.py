@@ -129,8 +129,8 @@ def test_a_pack_is_predicted_with_context_and_images_without(pack, run, tmp_path
         single.info.context == 0 and single.info.thresholds == run.classifier.info.single_patch["thresholds"]
     )
     assert np.allclose(frame["prob"], single.probs(alone[:2])[:, pack.positive_index], atol=1e-5)
-    assert read_metadata(predicted.path)["threshold"] == predicted.threshold == single.frozen
-    assert f"{single.frozen['value']:.3f}" in to_text(predicted.blocks())
+    assert read_metadata(predicted.path)["threshold"] == predicted.threshold == single.decision_threshold
+    assert f"{single.decision_threshold['value']:.3f}" in to_text(predicted.blocks())
     both = predict(run, [pack.path, *images], out=tmp_path / "both.csv")
     assert both.threshold is None and read_metadata(both.path)["threshold"] is None
     assert both.frame["pred"].tolist()[-2:] == frame["pred"].tolist()

@@ -208,7 +208,7 @@ def alone(pack, tmp_path_factory):
 @pytest.mark.parametrize(
     ("world_size", "settings"),
     [(2, OFF), (4, OFF), (2, ()), (2, (*OFF, "model.trainable=dense")), (3, (*OFF, *LEARNED))],
-    ids=["two", "four", "augmented", "frozen front", "teacher and weights"],
+    ids=["two", "four", "augmented", "frozen stages", "teacher and weights"],
 )
 def test_processes_train_as_one_does(pack, alone, tmp_path, world_size, settings):
     weight = np.linspace(0, 1, len(pack))

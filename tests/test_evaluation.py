@@ -150,6 +150,13 @@ def test_patients_count_alike_in_the_means_over_patients(judged):
     assert found.n_defined == len(each) == 5
     summary = (found.value, found.median, found.worst)
     assert summary == pytest.approx((np.mean(each), np.median(each), min(each)), abs=1e-12)
+    groups = judged.metrics().groups
+    assert [group.id for group in groups] == np.unique(patients).tolist()
+    assert [group.values["auroc"] for group in groups] == pytest.approx(each, abs=1e-12)
+    for group in groups:
+        part = frame[patients == group.id]
+        assert list(group.per_class.values()) == np.bincount(part["target"], minlength=2).tolist()
+        assert (group.n_patches, group.n_correct) == (len(part), (part["target"] == part["pred"]).sum())
 
 
 def test_probabilities_follow_from_the_logits(judged):
@@ -369,6 +376,8 @@ def test_three_classes_from_training_to_report(make_pack, tmp_path):
     f1 = theirs.f1_score(target, pred, average=None, labels=range(3), zero_division=0)
     assert found["f1"] == pytest.approx(f1.tolist(), abs=1e-12)
     assert metrics["confusion_matrix"] == theirs.confusion_matrix(target, pred).tolist()
+    accuracy = (frame["target"] == frame["pred"]).groupby(frame["patient_id"]).mean().to_dict()
+    assert {group["id"]: group["values"]["accuracy"] for group in metrics["groups"]} == accuracy
     page = report(run)[0].read_text()
     assert all(class_title(name) in page for name in pack.class_names)
 
@@ -380,4 +389,5 @@ def test_patches_that_name_nobody_are_their_own_unit(make_pack, tmp_path):
     metrics = evaluate(run)
     assert metrics["unit"] == metrics["interval"]["unit"] == "patch"
     assert metrics["split"]["patients_overlap"] is None and metrics["patient"] is None
+    assert metrics["groups"] == []
     assert metrics["n_patients"] == metrics["n_patches"]

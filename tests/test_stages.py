@@ -1,4 +1,4 @@
-"""Stages: in a row they are the network, frozen ones do not move, and the front is what comes before."""
+"""Stages: in sequence they are the network, and frozen ones are not trained."""
 
 import pytest
 import torch
@@ -26,11 +26,11 @@ def test_the_front_and_the_rest_are_the_network(name):
         logits = network(patches)
         for trainable in (names[1], names[-2], "head"):
             freeze(network, trainable)
-            front, rest = split_frozen(network)
-            assert torch.allclose(rest(front(patches)), logits, atol=1e-6)
-            assert not any(weight.requires_grad for weight in front.parameters())
+            first, rest = split_frozen(network)
+            assert torch.allclose(rest(first(patches)), logits, atol=1e-6)
+            assert not any(weight.requires_grad for weight in first.parameters())
             assert all(weight.requires_grad for weight in rest.parameters())
-            assert any(True for _ in front.parameters())
+            assert any(True for _ in first.parameters())
 
 
 @pytest.mark.parametrize("name", [*ROWS, "timm:test_vit"])
@@ -59,8 +59,8 @@ def test_frozen_normalisations_and_dropouts_stay_in_evaluation_mode():
     assert not network.body.norm2_1.training and not network.body.drop2.training
     assert network.body.norm3_1.training and network.drop.training and network.training
     patches = torch.rand(4, 3, 64, 64)
-    front, _ = split_frozen(network)
-    assert torch.equal(front(patches), front(patches))
+    first, _ = split_frozen(network)
+    assert torch.equal(first(patches), first(patches))
     freeze(network, "all")
     assert network.body.norm2_1.training and network.body.drop2.training
     assert all(weight.requires_grad for weight in network.parameters())
@@ -81,9 +81,9 @@ def test_a_network_that_is_no_row_is_cut_before_its_head_only():
     assert network.n_frozen == 1 and not network.body.pos_embed.requires_grad
     assert split_frozen(network) is None
     freeze(network, "head")
-    front, rest = split_frozen(network)
+    first, rest = split_frozen(network)
     patches = torch.rand(2, 3, 64, 64)
-    assert torch.equal(rest(front(patches)), network(patches))
+    assert torch.equal(rest(first(patches)), network(patches))
 
 
 def test_a_stage_named_for_several_is_the_first_of_them():

@@ -340,6 +340,14 @@ def group_by_unit(table: pd.DataFrame, unit: str) -> np.ndarray:
     return ids.where(~missing, own_group).to_numpy(str)
 
 
+def known_groups(table: pd.DataFrame, unit: str) -> pd.Series:
+    """Return the patient (slide) of each row of a table of patches; null if unknown or without such ids."""
+    column = f"{unit}_id"
+    if unit == "patch" or column not in table:
+        return pd.Series(None, table.index, dtype=object)
+    return table[column]
+
+
 def _write_source(
     source: ImageSource,
     class_names: Sequence[str] | None,

@@ -25,7 +25,7 @@ from biopsy.slide_io.images import IMAGE_SUFFIXES
 FORMAT = "biopsy-predictions/1"
 
 
-class FrozenThreshold(TypedDict):
+class FixedThreshold(TypedDict):
     """Decision threshold on the positive probability, its rule, and the subset on which it was chosen."""
 
     value: Annotated[float, Field(ge=0, le=1.001)]  # above 1: no patch is predicted positive
@@ -54,7 +54,7 @@ class PredictionsInfo(TypedDict, total=False):
     classifier_sha256: str
     split: str
     fold: int | None
-    threshold: FrozenThreshold | None
+    threshold: FixedThreshold | None
 
 
 def describe_patches(pack: Pack, rows: np.ndarray, *, subset: str, fold: int | None = None) -> pd.DataFrame:

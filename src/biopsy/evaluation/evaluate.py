@@ -14,7 +14,7 @@ from biopsy.core.files import read_json, write_json
 from biopsy.core.storage import stage
 from biopsy.core.text import count, plural
 from biopsy.data.ledger import OpeningCount, count_openings, record_opening
-from biopsy.data.packs import Pack
+from biopsy.data.packs import Pack, known_groups
 from biopsy.data.predictions import describe_patches, write_predictions
 from biopsy.data.splits import find_split
 from biopsy.evaluation.abstention.measure import measure_abstention
@@ -22,13 +22,14 @@ from biopsy.evaluation.calibration.measure import measure_calibration, measure_r
 from biopsy.evaluation.colour_baseline import colour_baseline
 from biopsy.evaluation.measure import (
     measure_decisions,
+    measure_each_group,
     measure_performance,
     measure_subgroups,
     pick_columns,
 )
 from biopsy.evaluation.results import Evaluation
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.models.classifier import Classifier, Threshold, freeze
+from biopsy.models.classifier import Classifier, Threshold, fix_threshold
 from biopsy.models.engine import Engine
 from biopsy.models.inference import open_predictor
 from biopsy.statistics.decisions import check_prevalence
@@ -47,6 +48,7 @@ def measure(
     columns: pd.DataFrame,
     thresholds: Sequence[Threshold],
     *,
+    groups: pd.Series | None = None,
     prevalence: float | None = None,
     calibration: Calibration | None = None,
     warnings: Sequence[str] = (),
@@ -56,9 +58,11 @@ def measure(
     Args:
         columns: Columns within whose values metrics are repeated, one row per patch.
         thresholds: As in ``classifier.json``; the first is the decision threshold.
+        groups: The known patient (slide) of each patch, from `known_groups`, for the results of each.
         calibration: From `measure_calibration`; by default, probabilities are treated as not calibrated.
     """
     threshold = thresholds[0] if thresholds else None
+    cutoff = threshold["value"] if threshold else None
     subgroups = measure_subgroups(scored, columns)
     n_subgroups = sum(map(len, subgroups.values()))
     interval = describe_method(scored.n_groups, **scored.resampling)
@@ -71,11 +75,12 @@ def measure(
         n_patches=len(scored),
         n_patients=scored.n_groups,
         unit=scored.unit,
-        threshold=threshold and freeze(threshold),
-        **vars(measure_performance(scored, threshold["value"] if threshold else None)),
+        threshold=threshold and fix_threshold(threshold),
+        **vars(measure_performance(scored, cutoff)),
         calibration=calibration,
         **vars(measure_decisions(scored, thresholds, prevalence=prevalence)),
         interval=interval,
+        groups=None if groups is None else measure_each_group(scored, groups, cutoff),
         subgroups=subgroups,
         subgroup_intervals=SubgroupIntervals(interval.level, n_subgroups) if n_subgroups else None,
         warnings=[*warnings, *filter(None, [scored.warn_unequal_groups()])],
@@ -140,7 +145,7 @@ def evaluate(
             "pack_sha256": pack.info.content_sha256,
             "classifier_sha256": classifier_sha256,
             "split": split_use.name,
-            "threshold": predicted.classifier.frozen,
+            "threshold": predicted.classifier.decision_threshold,
             "software": dict([predicted.software]),
         },
     )
@@ -199,6 +204,7 @@ class PredictedRows:
             self.scored,
             self.columns,
             thresholds,
+            groups=known_groups(self.frame, self.scored.unit),
             prevalence=prevalence,
             calibration=measure_calibration(self.classifier, self.logits, self.scored),
             warnings=warnings,

@@ -19,13 +19,19 @@ from biopsy.statistics.decisions import (
     net_benefit,
     parse_rule,
 )
-from biopsy.statistics.intervals import estimate_metrics, estimate_one_vs_rest, estimate_patient_metrics
+from biopsy.statistics.intervals import (
+    estimate_metrics,
+    estimate_one_vs_rest,
+    estimate_patient_metrics,
+    measure_groups,
+)
 from biopsy.statistics.multiclass import ClassSample, classification_report
 from biopsy.training.metrics import (
     AtPrevalence,
     Confusion,
     DecisionCurve,
     Decisions,
+    GroupMetrics,
     NetBenefit,
     OperatingPoint,
     Performance,
@@ -125,6 +131,41 @@ def _operating_point(calls: DecisionCounts, k: int, threshold: Threshold) -> Ope
         achieved=rates,
         drift={name: None if value is None else rates[name].value - value for name, value in chosen.items()},
     )
+
+
+def measure_each_group(
+    scored: ScoredPatches, groups: pd.Series, threshold: float | None
+) -> list[GroupMetrics]:
+    """Return the results within each patient (slide), in the order of their ids.
+
+    Args:
+        groups: From `known_groups`: the patient of each patch; patches without one are left out.
+        threshold: Threshold of two classes (0.5 if None).
+    """
+    known = groups.notna().to_numpy()
+    part, ids = scored.take(known), groups[known].astype(str).to_numpy()
+    if not len(part):
+        return []
+    names, index = np.unique(ids, return_inverse=True)
+    shape = (len(names), len(part.class_names))
+    counts = np.bincount(index * shape[1] + part.target, minlength=shape[0] * shape[1]).reshape(shape)
+    correct = np.bincount(index, part.pred == part.target).astype(int)
+    if part.positive_class is None:
+        values = {"accuracy": correct / counts.sum(axis=1)}
+    else:
+        value = 0.5 if threshold is None else threshold
+        measured = measure_groups(part.is_positive, part.prob, ids, value)[1]
+        values = {name: measured[name] for name in SHOWN}
+    return [
+        GroupMetrics(
+            id=str(name),
+            n_patches=int(counts[k].sum()),
+            per_class=dict(zip(part.class_names, counts[k].tolist(), strict=True)),
+            n_correct=int(correct[k]),
+            values={metric: float(column[k]) for metric, column in values.items()},
+        )
+        for k, name in enumerate(names)
+    ]
 
 
 def pick_columns(table: pd.DataFrame) -> pd.DataFrame:

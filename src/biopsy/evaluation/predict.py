@@ -23,7 +23,7 @@ from biopsy.data.pack_files import TABLE, pad, patch_sha256
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.predictions import (
     IDENTITY,
-    FrozenThreshold,
+    FixedThreshold,
     check_name,
     check_replaceable,
     give_ids,
@@ -72,7 +72,7 @@ class Prediction(Output):
     skipped: Skipped
     class_names: list[str]
     positive_class: str | None = None
-    threshold: FrozenThreshold | None = None
+    threshold: FixedThreshold | None = None
     n_training: int | None = None
 
     def count_classes(self) -> dict[str, int]:
@@ -206,7 +206,7 @@ def predict(
             if chunks:
                 predicted, used = _decide(classifier, chunks)
                 frames.append(predicted)
-                thresholds.append(used.frozen)
+                thresholds.append(used.decision_threshold)
     if not frames:
         first = f"; {skipped[0]['source']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"no patch could be read from {', '.join(map(str, paths))}{first}")

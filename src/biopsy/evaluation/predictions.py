@@ -20,7 +20,7 @@ from biopsy.core.text import normalize_id
 from biopsy.data.building import index_labels
 from biopsy.data.datasets.base import find_positive
 from biopsy.data.ledger import record_opening
-from biopsy.data.packs import Pack
+from biopsy.data.packs import Pack, known_groups
 from biopsy.data.predictions import decide, is_changed, read_metadata, tabulate_predictions
 from biopsy.data.splits import find_split
 from biopsy.evaluation.evaluate import SplitUse, check_classes, measure, predict_subset
@@ -152,7 +152,13 @@ def evaluate_predictions(
     thresholds: list[Threshold] = []
     if cutoff is not None:
         thresholds = [{"value": cutoff, "rule": rule, "chosen_on": None}]
-    metrics = measure(scored, pd.DataFrame(subgroup_values), thresholds, prevalence=prevalence)
+    metrics = measure(
+        scored,
+        pd.DataFrame(subgroup_values),
+        thresholds,
+        groups=known_groups(frame, scored.unit),
+        prevalence=prevalence,
+    )
     return Evaluation(plain(metrics), frame)
 
 

@@ -33,10 +33,9 @@ from biopsy.reporting.elements import describe_rule, make_table, picture, table_
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import section
 from biopsy.slide_io.mosaic import stitch, stitch_values
-from biopsy.statistics.intervals import measure_groups
 from biopsy.statistics.multiclass import ClassReport
 from biopsy.statistics.resampling import Interval
-from biopsy.training.metrics import AtPrevalence, DecisionCurve, OperatingPoint, Subgroup
+from biopsy.training.metrics import AtPrevalence, DecisionCurve, GroupMetrics, OperatingPoint, Subgroup
 
 
 @section("numbers", order=10)
@@ -238,12 +237,10 @@ SLIDE_SIDE_PX = 640
 @section("patients", order=60)
 def describe_patients(facts: RunFacts) -> Section | None:
     """Return results per patient or slide, and per subgroup."""
-    groups = facts.group_ids
     blocks: list[Block] = []
-    if groups.notna().any():
-        has_group = groups.notna().to_numpy()
+    if facts.metrics.groups:
         describe = _blocks_by_group if facts.is_binary else _classes_by_group
-        blocks += describe(facts, groups[has_group].astype(str).to_numpy(), has_group)
+        blocks += describe(facts, facts.metrics.groups)
     if facts.metrics.subgroups:
         blocks.append(table_of_subgroups(facts.metrics.subgroups, len(facts.class_names), facts.unit))
     if not blocks:
@@ -252,21 +249,21 @@ def describe_patients(facts: RunFacts) -> Section | None:
     return Section("patients", heading, blocks)
 
 
-def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
-    target, prob = facts.is_positive[has_group], facts.predictions["prob"].to_numpy(float)[has_group]
-    names, values = measure_groups(target, prob, group_ids, facts.threshold)
-    counts = pd.Series(target).groupby(group_ids).agg(["size", "sum"]).loc[names]
-    auroc = facts.pooled["auroc"]
+def _blocks_by_group(facts: RunFacts, groups: Sequence[GroupMetrics]) -> list[Block]:
     aurocs = draw_patient_metric(
-        names.tolist(),
-        values["auroc"],
-        counts["size"].to_numpy(),
+        [group.id for group in groups],
+        np.array([group.values["auroc"] for group in groups]),
+        np.array([group.n_patches for group in groups]),
         metric="AUROC",
-        overall=auroc,
+        overall=facts.pooled["auroc"],
     )
-    classes = (facts.negative, facts.positive)
+    has_group = facts.group_ids.notna().to_numpy()
     probs = draw_patient_probs(
-        group_ids.tolist(), target, prob, class_names=classes, threshold=facts.threshold
+        facts.group_ids[has_group].astype(str).tolist(),
+        facts.is_positive[has_group],
+        facts.predictions["prob"].to_numpy(float)[has_group],
+        class_names=(facts.negative, facts.positive),
+        threshold=facts.threshold,
     )
     pictures = [
         Picture(
@@ -282,21 +279,26 @@ def _blocks_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarr
     ]
     metrics = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
     rows = [
-        [str(name), *counts.loc[name], *(values[key][i] for key in metrics)] for i, name in enumerate(names)
+        [
+            group.id,
+            group.n_patches,
+            list(group.per_class.values())[facts.positive_index],
+            *(group.values[key] for key in metrics),
+        ]
+        for group in groups
     ]
     columns = [facts.unit, "patches", facts.positive, *(metric_label(key) for key in metrics)]
     note = "Dash: undefined, because only one class occurs."
     return [Pictures(pictures), table_by_group(facts.unit, columns, rows, note=note)]
 
 
-def _classes_by_group(facts: RunFacts, group_ids: np.ndarray, has_group: np.ndarray) -> list[Block]:
+def _classes_by_group(facts: RunFacts, groups: Sequence[GroupMetrics]) -> list[Block]:
     """Return the table of patients for more than two classes: true classes and accuracy."""
     rows = []
-    for name, part in facts.predictions[has_group].groupby(group_ids):
-        counts = part["target"].value_counts()
-        classes = ", ".join(f"{facts.class_titles[index]} ({n:,})" for index, n in counts.items())
-        correct = part["target"] == part["pred"]
-        rows.append([str(name), classes, len(part), correct.sum(), correct.mean()])
+    for group in groups:
+        counts = sorted(zip(facts.class_titles, group.per_class.values(), strict=True), key=lambda x: -x[1])
+        classes = ", ".join(f"{title} ({n:,})" for title, n in counts if n)
+        rows.append([group.id, classes, group.n_patches, group.n_correct, group.values["accuracy"]])
     columns = [facts.unit, "true classes (patches)", "patches", "correct", "accuracy"]
     return [table_by_group(facts.unit, columns, rows, text_columns=2)]
 

@@ -7,16 +7,17 @@ import pandas as pd
 
 from biopsy.core.files import write_json
 from biopsy.core.text import plural
-from biopsy.data.packs import group_by_unit
+from biopsy.data.packs import group_by_unit, known_groups
 from biopsy.data.predictions import write_predictions
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.statistics.intervals import average, describe_method, estimate_metric, replicate
+from biopsy.statistics.intervals import average, describe_method, estimate_metric, measure_groups, replicate
 from biopsy.statistics.metrics import measure, registry
 from biopsy.statistics.multiclass import classification_report
 from biopsy.statistics.resampling import Resampler
 from biopsy.training.metrics import (
     Confusion,
     FoldMean,
+    GroupSpread,
     Metrics,
     PooledMetrics,
     RecipeSummary,
@@ -85,6 +86,7 @@ def summarise(table: pd.DataFrame, pooled: pd.DataFrame, metrics: Metrics) -> St
         ]
         recipes[str(recipe)] = RecipeSummary(
             folds=_summarise_folds(rows),
+            groups=summarise_groups(pooled[pooled["recipe"] == recipe], rows, metrics),
             pooled=measure_pooled(seeds),
             within_folds=_average_folds(rows),
             over_seeds=_spread([measure(scored.sample().count()) for scored in seeds]),
@@ -154,6 +156,41 @@ def _summarise_folds(rows: pd.DataFrame) -> list[dict[str, object]]:
             }
         )
     return result
+
+
+def summarise_groups(pooled: pd.DataFrame, rows: pd.DataFrame, metrics: Metrics) -> list[GroupSpread]:
+    """Return the AUROC (for more than two classes, the accuracy) of each patient (slide) over seeds."""
+    groups = known_groups(pooled, metrics.unit)
+    part = pooled[groups.notna()].assign(group=groups.dropna().astype(str))
+    by_seed: dict[str, list[float]] = {}
+    for _, frame in part.groupby("seed"):
+        for name, value in _measure_groups(frame, metrics).items():
+            by_seed.setdefault(name, []).append(value)
+    n_patches = part.groupby(["group", "seed"]).size().groupby("group").last()
+    baselines = _baseline_by_group(rows)
+    return [
+        GroupSpread(
+            **vars(Spread.of(value for value in values if np.isfinite(value))),
+            id=name,
+            n_patches=int(n_patches[name]),
+            baseline_auroc=baselines.get(name),
+        )
+        for name, values in by_seed.items()
+    ]
+
+
+def _measure_groups(frame: pd.DataFrame, metrics: Metrics) -> dict[str, float]:
+    if metrics.positive_class is None:
+        return (frame["target"] == frame["pred"]).groupby(frame["group"]).mean().astype(float).to_dict()
+    is_positive = (frame["target"] == metrics.class_names.index(metrics.positive_class)).astype(int)
+    names, values = measure_groups(is_positive, frame["prob"], frame["group"].to_numpy())
+    return dict(zip(names.tolist(), values["auroc"].tolist(), strict=True))
+
+
+def _baseline_by_group(rows: pd.DataFrame) -> dict[str, float]:
+    """Return the colour-only AUROC of each patient that is the only one tested in a fold."""
+    alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
+    return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
 
 
 def _average_folds(rows: pd.DataFrame) -> dict[str, FoldMean]:

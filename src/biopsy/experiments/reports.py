@@ -198,17 +198,11 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
             within_folds=entry.within_folds,
             positive_class=summary.positive_class,
             class_names=entry.pooled.class_names,
-            baselines=_baseline_by_group(rows),
+            groups=entry.groups,
             recipe=recipe,
             recipe_toml=recipe_toml(recipe),
         )
     return facts
-
-
-def _baseline_by_group(rows: Any) -> dict[str, float]:
-    """Return the colour-only AUROC of each patient that is the only one tested in a fold."""
-    alone = rows[~rows["tested"].astype(str).str.contains(" ")].dropna(subset=["baseline_auroc"])
-    return dict(zip(alone["tested"].astype(str), alone["baseline_auroc"].astype(float), strict=True))
 
 
 def compose_study(study: Study, *, hide_ids: bool) -> list[tuple[str, ReportDocument]]:

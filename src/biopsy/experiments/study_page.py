@@ -39,7 +39,6 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import make_table, picture, synthetic_warning, table_of_metrics, written_by
 from biopsy.reporting.facts import StudyFacts, hide_study
-from biopsy.statistics.intervals import measure_groups
 
 RUN_COLUMNS = {
     "fold": "fold",
@@ -213,40 +212,21 @@ def _describe_folds(facts: StudyFacts) -> Section:
 
 def _describe_groups(facts: StudyFacts) -> Section | None:
     """Return results per patient or slide, mean over seeds, with the baseline on the same patches."""
-    groups = facts.group_ids
-    if not groups.notna().any():
+    if not facts.groups:
         return None
-    values: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    for _, part in facts.predictions.assign(_group=groups).dropna(subset=["_group"]).groupby("seed"):
-        group_ids = part["_group"].astype(str)
-        for name, value in _measure_groups(facts, part, group_ids).items():
-            values.setdefault(name, []).append(value)
-            counts[name] = int((group_ids == name).sum())
     rows = []
-    for name, seeds in values.items():
-        defined = [value for value in seeds if np.isfinite(value)]
-        mean = float(np.mean(defined)) if defined else None
-        spread = f"{number(min(defined))} to {number(max(defined))}" if defined else "-"
-        colour = facts.baselines.get(name)
-        gain = None if mean is None or colour is None else mean - colour
+    for group in facts.groups:
+        spread = "-" if group.mean is None else f"{number(group.min)} to {number(group.max)}"
+        colour = group.baseline_auroc
+        gain = None if group.mean is None or colour is None else group.mean - colour
         beside = [colour, signed(gain)] if facts.is_binary else []
-        rows.append([name, counts[name], mean, spread, *beside])
+        rows.append([group.id, group.n_patches, group.mean, spread, *beside])
     unit = "slide" if facts.unit == "slide" else "patient"
     metric = "AUROC" if facts.is_binary else "accuracy"
     columns = [unit, "patches", f"{metric}, mean of seeds", "range over seeds"]
     columns += ["colour-only baseline", "difference"] if facts.is_binary else []
     note = "Dash: undefined, because only one class occurs, or not measured." if facts.is_binary else ""
     return Section("groups", f"Per-{unit} results", [table_by_group(unit, columns, rows, note=note)])
-
-
-def _measure_groups(facts: StudyFacts, part: pd.DataFrame, group_ids: pd.Series) -> dict[str, float]:
-    """Return the AUROC (for more than two classes, the accuracy) within each group."""
-    if not facts.is_binary:
-        return (part["target"] == part["pred"]).groupby(group_ids).mean().astype(float).to_dict()
-    is_positive = (part["target"] == facts.positive_index).astype(int)
-    names, result = measure_groups(is_positive, part["prob"], group_ids.to_numpy())
-    return dict(zip(names.tolist(), result["auroc"].tolist(), strict=True))
 
 
 def _describe_pooled(facts: StudyFacts) -> Section:

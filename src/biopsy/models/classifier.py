@@ -30,7 +30,7 @@ from biopsy.core.version import __version__
 from biopsy.data.coordinates import find_slides, has_coordinates
 from biopsy.data.pack_files import MAX_PATCH_PX
 from biopsy.data.packs import Pack
-from biopsy.data.predictions import FrozenThreshold, decide, tabulate_predictions
+from biopsy.data.predictions import FixedThreshold, decide, tabulate_predictions
 from biopsy.recipes.preprocessing import Preprocessing, Resize
 from biopsy.statistics.abstention import ConformalRecord, abstain, predict_sets
 from biopsy.statistics.calibrators import Calibrator, CalibratorRecord, calibrator_from_dict
@@ -53,7 +53,7 @@ KINDS = ("colour", "feature")
 """Distances used to detect out-of-distribution patches."""
 
 
-class Threshold(FrozenThreshold, total=False):
+class Threshold(FixedThreshold, total=False):
     """A decision threshold, with sensitivity and specificity on the subset where it was chosen."""
 
     sensitivity: float | None
@@ -270,7 +270,7 @@ class Classifier(Output):
             raise RunError(f"positive_class={positive_class!r} is not one of two classes {names}")
         if binary and not 0 <= threshold <= 1:
             raise RunError(f"threshold={threshold!r} is not a probability")
-        frozen = Threshold(value=float(threshold), rule="given", chosen_on=None)
+        given = Threshold(value=float(threshold), rule="given", chosen_on=None)
         try:
             info = ClassifierInfo(
                 network=f"wrapped:{type(module).__module__}.{type(module).__qualname__}",
@@ -279,7 +279,7 @@ class Classifier(Output):
                 patch_px=input_px if patch_px is None else patch_px,
                 mpp=mpp,
                 preprocessing=Preprocessing(input_px=input_px, resize=resize, mean=mean, std=std),
-                thresholds=[frozen] if binary else [],
+                thresholds=[given] if binary else [],
                 conformal={"reason": "a wrapped module is not calibrated"},
                 licence=licence,
             )
@@ -497,14 +497,14 @@ class Classifier(Output):
         return [names[inside].tolist() for inside in predict_sets(probs, quantiles)]
 
     @property
-    def frozen(self) -> FrozenThreshold | None:
+    def decision_threshold(self) -> FixedThreshold | None:
         """The decision threshold with its rule and subset; None if there is none."""
-        return freeze(self.info.thresholds[0]) if self.info.thresholds else None
+        return fix_threshold(self.info.thresholds[0]) if self.info.thresholds else None
 
 
-def freeze(threshold: Threshold) -> FrozenThreshold:
+def fix_threshold(threshold: Threshold) -> FixedThreshold:
     """Return a threshold without the rates where it was chosen."""
-    return FrozenThreshold(value=threshold["value"], rule=threshold["rule"], chosen_on=threshold["chosen_on"])
+    return FixedThreshold(value=threshold["value"], rule=threshold["rule"], chosen_on=threshold["chosen_on"])
 
 
 def _is_extra(name: str) -> bool:

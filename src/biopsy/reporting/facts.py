@@ -10,11 +10,12 @@ import pandas as pd
 from biopsy.core.loaders import Model
 from biopsy.core.text import class_title
 from biopsy.data.audit import Audit
+from biopsy.data.packs import known_groups
 from biopsy.recipes import Recipe
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.figures import Row
-from biopsy.training.metrics import FoldMean, Metrics, PooledMetrics
+from biopsy.training.metrics import FoldMean, GroupMetrics, GroupSpread, Metrics, PooledMetrics
 from biopsy.training.runs import EpochRecord, RunInfo
 from biopsy.training.study import StudyInfo
 
@@ -85,11 +86,8 @@ class EvaluationFacts:
 
     @property
     def group_ids(self) -> pd.Series:
-        """The patient (else slide) of each patch; null if unknown."""
-        for column in (f"{self.unit}_id", "patient_id", "slide_id"):
-            if column in self.predictions and column != "patch_id" and self.predictions[column].notna().any():
-                return self.predictions[column]
-        return pd.Series(None, self.predictions.index, dtype=object)
+        """The patient (slide) of each patch; null if unknown."""
+        return known_groups(self.predictions, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +162,14 @@ class StudyFacts(EvaluationFacts):
         table: One row per run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
             ``tested`` (tested ids), ``n_patches``, ``threshold``, ``chosen_epoch``.
         within_folds: Means over folds by metric.
-        baselines: Colour-only AUROC by patient or slide, the unit of the metrics.
+        groups: Results of each patient (slide) over seeds.
     """
 
     metrics: PooledMetrics
     study: StudyInfo
     table: pd.DataFrame
     within_folds: Mapping[str, FoldMean] = field(default_factory=dict)
-    baselines: Mapping[str, float] = field(default_factory=dict)
+    groups: Sequence[GroupSpread] = ()
 
     @property
     def patients_overlap(self) -> bool:
@@ -181,6 +179,7 @@ class StudyFacts(EvaluationFacts):
 
 
 Facts = TypeVar("Facts", RunFacts, StudyFacts)
+Group = TypeVar("Group", GroupMetrics, GroupSpread)
 
 
 def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], Any]]) -> RunFacts:
@@ -192,9 +191,11 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
     pseudonymizer = make_pseudonymizer(
         facts.predictions, facts.run["pack"]["content_sha256"] if facts.run else ""
     )
-    show = facts.get_patch
+    show, groups = facts.get_patch, facts.metrics.groups
+    hidden = _hide_common(facts, pseudonymizer)
     return replace(
-        _hide_common(facts, pseudonymizer),
+        hidden,
+        metrics=replace(hidden.metrics, groups=groups and _hide_groups(groups, facts.unit, pseudonymizer)),
         run=pseudonymizer.nested(facts.run),
         get_patch=None if show is None else lambda alias: show(pseudonymizer.original("patch", alias)),
         audit=pseudonymizer.nested(facts.audit),
@@ -209,13 +210,18 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
     pseudonymizer = make_pseudonymizer(facts.predictions, facts.study["pack"]["content_sha256"])
-    kind = "slide" if facts.unit == "slide" else "patient"
     return replace(
         _hide_common(facts, pseudonymizer),
         study=pseudonymizer.nested(facts.study),
         table=pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True),
-        baselines={pseudonymizer.of(kind, name): value for name, value in facts.baselines.items()},
+        groups=_hide_groups(facts.groups, facts.unit, pseudonymizer),
     )
+
+
+def _hide_groups(groups: Sequence[Group], unit: str, pseudonymizer: Pseudonymizer) -> list[Group]:
+    """Replace the ids of patients (slides), and order their results by the numbers."""
+    hidden = [replace(group, id=pseudonymizer.of(unit, group.id)) for group in groups]
+    return sorted(hidden, key=lambda group: group.id)
 
 
 def _hide_common(facts: Facts, pseudonymizer: Pseudonymizer) -> Facts:

@@ -73,8 +73,7 @@ class Batches:
         augmentation: Applied after that, cutout after normalisation; None for validation.
         transform: Applied after that; see `augmentation.apply_transform`.
         drop_last: Leave out a last batch that is not full.
-        front: Outputs of a frozen front for these patches, which then take their place; nothing is done to
-            them any more.
+        cached_features: Outputs of the frozen stages for these patches, used unchanged in their place.
         placed: These patches on the device, resized, from where they are then gathered.
         processes: Of which each is given its part of every batch; what is drawn for a patch does not depend
             on their number, except by ``transform``.
@@ -93,7 +92,7 @@ class Batches:
     drop_last: bool = False
     device: torch.device | str = "cpu"
     seed: int = 0
-    front: CachedFeatures | None = None
+    cached_features: CachedFeatures | None = None
     placed: DevicePatches | None = None
     processes: Processes = ALONE
 
@@ -169,8 +168,8 @@ class Batches:
 
     def _gather(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         chosen, n = self.rows(order, number), self.size(len(order), number)
-        if self.front is not None:
-            return self.front.take(chosen), chosen, n
+        if self.cached_features is not None:
+            return self.cached_features.take(chosen), chosen, n
         if self.placed is not None:
             return self.placed.index[chosen], chosen, n
         return self.resize(chosen), chosen, n
@@ -189,7 +188,7 @@ class Batches:
         if torch.device(self.device).type == "cuda":
             target = target.pin_memory()
         target = target.to(self.device, non_blocking=True)
-        if self.front is not None:
+        if self.cached_features is not None:
             return to_batch(patches, self.device), target
         part = self.processes.part(n)
         if self.placed is not None:

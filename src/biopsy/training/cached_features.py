@@ -1,4 +1,4 @@
-"""The frozen front of a network, computed once: its outputs for every patch of a training, in one file.
+"""The frozen stages of a network, computed once: their outputs for every patch of a training, in one file.
 
 Where the first stages are not trained and nothing random is done to a patch before them, every epoch would
 compute the same numbers again.
@@ -53,11 +53,11 @@ def cache_backbone_features(
     ):
         yield network, batches
         return
-    front, trainable = parts
-    front.eval()
+    frozen, trainable = parts
+    frozen.eval()
     processes = batches.processes
     example, _ = next(batches.iterate(rows[:1], stop=1))
-    shape = (len(rows), *engine.predict(front, example).movedim(1, -1).shape[1:])
+    shape = (len(rows), *engine.predict(frozen, example).movedim(1, -1).shape[1:])
     n_bytes, free_bytes = 4 * math.prod(shape), shutil.disk_usage(folder).free
     size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"
     if processes.broadcast(n_bytes > min(LIMIT_BYTES, free_bytes / 2 / processes.world_size)):
@@ -67,24 +67,26 @@ def cache_backbone_features(
     logger.info("outputs of the frozen stages are computed once: %s", size)
     with tempfile.TemporaryFile(dir=folder) as file:
         for number, (batch, _) in enumerate(replace(batches, drop_last=False).iterate(rows)):
-            outputs = engine.predict(front, batch).movedim(1, -1).contiguous().cpu().numpy()
+            outputs = engine.predict(frozen, batch).movedim(1, -1).contiguous().cpu().numpy()
             file.write(processes.gather(outputs, batches.size(len(rows), number)).data)
         file.flush()
         index = np.full(len(batches.patches), -1)
         index[rows] = np.arange(len(rows))
         values = np.memmap(file, np.float32, mode="r", shape=shape)
-        yield trainable, replace(batches, front=CachedFeatures(values, index))
+        yield trainable, replace(batches, cached_features=CachedFeatures(values, index))
 
 
 def predict_rest(
-    trainable: nn.Module, front: CachedFeatures, rows: np.ndarray, *, engine: Engine
+    trainable: nn.Module, features: CachedFeatures, rows: np.ndarray, *, engine: Engine
 ) -> np.ndarray:
     """Return logits from cached features, float32 ``(len(rows), n_classes)``."""
     training = trainable.training
     trainable.eval()
     try:
         chunks = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
-        logits = [engine.predict(trainable, to_batch(front.take(chunk), engine.device)) for chunk in chunks]
+        logits = [
+            engine.predict(trainable, to_batch(features.take(chunk), engine.device)) for chunk in chunks
+        ]
         return torch.cat(logits).cpu().numpy()
     finally:
         trainable.train(training)

@@ -28,7 +28,7 @@ def place_patches(batches: Batches, rows: np.ndarray, n_visits: int) -> Batches:
         n_visits: Number of patches in all epochs of the training.
     """
     free_bytes = count_free_bytes(torch.device(batches.device))
-    if free_bytes is None or batches.front is not None or n_visits <= len(rows):
+    if free_bytes is None or batches.cached_features is not None or n_visits <= len(rows):
         return batches
     n_bytes = len(rows) * 3 * batches.preprocessing.input_px**2
     size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"

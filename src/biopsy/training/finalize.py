@@ -103,7 +103,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         batch_norm=normalisation,
         warnings=[message for message in warnings if message],
         stopped_early=progress.epoch < recipe.train.epochs,
-        threshold=classifier.frozen,
+        threshold=classifier.decision_threshold,
         classifier_sha256=classifier.sha256,
         files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "log.jsonl"),
     )

@@ -90,11 +90,11 @@ def fit(network: torch.nn.Module, task: Task, folder: Path, on_epoch: OnEpoch) -
     steps = settings.steps_per_epoch or batches.count(len(_order(task, 1)))
     rows = np.union1d(task.train, task.val)
     n_visits = (settings.epochs - progress.epoch) * (steps * settings.batch_size + len(task.val))
-    front = cache_backbone_features(
+    cache = cache_backbone_features(
         network, batches, rows, n_visits, engine=task.engine, folder=folder.parent
     )
     devices = [task.engine.device] if task.engine.device.type == "cuda" else []
-    with front as (rest, batches), torch.random.fork_rng(devices=devices):
+    with cache as (rest, batches), torch.random.fork_rng(devices=devices):
         n_trained = (settings.epochs - progress.epoch) * steps * settings.batch_size
         batches = place_patches(batches, task.train, n_trained)
         learner = task.processes.wrap(rest)
@@ -246,8 +246,8 @@ def _validate(
     pack, rows, outputs = task.pack, task.val, outputs_of(task.recipe.train.loss)
     own = rows[task.processes.part(len(rows))]
     task.processes.copy_state(network)  # running statistics of batch normalisation are each process's own
-    if batches.front is not None:
-        logits = predict_rest(network, batches.front, own, engine=task.engine)
+    if batches.cached_features is not None:
+        logits = predict_rest(network, batches.cached_features, own, engine=task.engine)
     else:
         logits = predict_logits(
             network, task.preprocessing, pack.patches, pack.sizes, own, engine=task.engine

@@ -1,13 +1,14 @@
 """Records of ``metrics.json``: `biopsy.evaluation` writes them, reports, cards and studies read them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import NonNegativeInt
 
+from biopsy.core.loaders import FloatOrNan
 from biopsy.data.ledger import OpeningCount
-from biopsy.data.predictions import FrozenThreshold
+from biopsy.data.predictions import FixedThreshold
 from biopsy.statistics.calibrators import CalibratorRecord
 from biopsy.statistics.intervals import IntervalMethod, PatientSummary
 from biopsy.statistics.multiclass import ClassReport
@@ -126,6 +127,24 @@ class Subgroup:
     patch: dict[str, Interval]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupMetrics:
+    """Results within one patient (slide).
+
+    Attributes:
+        id: The patient (slide).
+        per_class: Patches by true class.
+        n_correct: Patches predicted correctly.
+        values: Metrics of two classes, or the accuracy of more; NaN where undefined.
+    """
+
+    id: str
+    n_patches: NonNegativeInt
+    per_class: dict[str, NonNegativeInt]
+    n_correct: NonNegativeInt
+    values: dict[str, FloatOrNan]
+
+
 @dataclass(frozen=True)
 class SubgroupIntervals:
     """Number of subgroups; their intervals are not simultaneous."""
@@ -182,12 +201,16 @@ class Shares:
 
 @dataclass(frozen=True)
 class SetShares:
-    """Shares reached by sets of given quantiles: patients weighted equally, patches equally, by class."""
+    """Shares reached by sets of given quantiles: patients weighted equally, patches equally, by class.
+
+    ``coverage_by_group`` is the coverage of each patient, lowest first; None if the unit is the patch.
+    """
 
     quantiles: list[float]
     patient: Shares
     patch: Shares
     by_class: dict[str, Shares]
+    coverage_by_group: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +240,8 @@ class Abstention:
         alpha, guarantee, reason, n_calibration_patients, n_calibration_patches, unit, method, chosen_on: From
             the classifier.
         target_coverage: ``1 - alpha``.
-        quantiles, patient, patch, by_class: Of the classifier's sets, as in `SetShares`; None without sets.
+        quantiles, patient, patch, by_class, coverage_by_group: Of the classifier's sets, as in `SetShares`;
+            None without sets.
         sets: Their counts.
         verdict: ``met``, ``violated`` or ``inconclusive``: whether the mean coverage over patients reaches
             the target, for each class or for all patches.
@@ -238,6 +262,7 @@ class Abstention:
     patient: Shares | None = None
     patch: Shares | None = None
     by_class: dict[str, Shares] | None = None
+    coverage_by_group: list[float] | None = None
     sets: SetCounts | None
     verdict: str | None
     per_patch: SetShares | None
@@ -248,7 +273,7 @@ class Abstention:
         """Shares of the classifier's sets; None without sets."""
         if self.quantiles is None or self.patient is None or self.patch is None or self.by_class is None:
             return None
-        return SetShares(self.quantiles, self.patient, self.patch, self.by_class)
+        return SetShares(self.quantiles, self.patient, self.patch, self.by_class, self.coverage_by_group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,12 +311,13 @@ class Metrics(Performance, Decisions):
     n_patients: NonNegativeInt
     unit: str
     split: SplitUse = SplitUse()
-    threshold: FrozenThreshold | None
+    threshold: FixedThreshold | None
     classifier_sha256: str | None = None
     calibration: Calibration
     abstention: Abstention | None = None
     interval: IntervalMethod
     baseline: ColourBaseline | None = None
+    groups: list[GroupMetrics] | None = None
     subgroups: dict[str, dict[str, Subgroup]]
     subgroup_intervals: SubgroupIntervals | None
     warnings: list[str]
@@ -350,16 +376,33 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupSpread(Spread):
+    """AUROC (for more than two classes, accuracy) within one patient (slide) over seeds.
+
+    Attributes:
+        id: The patient (slide).
+        n_patches: Its patches per seed.
+        baseline_auroc: AUROC of the colour-only baseline, if it is the only one tested in a fold.
+    """
+
+    id: str
+    n_patches: int
+    baseline_auroc: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeSummary:
     """Results of a recipe of a study.
 
     Attributes:
+        groups: Results of each patient (slide); empty without ids.
         folds: Mean and SD over seeds of each metric, and gain over the colour-only baseline, by fold.
         within_folds: Metrics within folds; pooled ones rank predictions of different models together.
         over_seeds: Variability of the pooled metrics.
     """
 
     folds: list[dict[str, object]]
+    groups: list[GroupSpread] = field(default_factory=list)
     pooled: PooledMetrics
     within_folds: dict[str, FoldMean]
     over_seeds: dict[str, Spread]

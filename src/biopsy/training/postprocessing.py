@@ -224,5 +224,9 @@ def write_validation(
         metadata: ``pack_sha256`` and ``split``.
     """
     frame = classifier.tabulate(patches, logits)
-    full_metadata = {**metadata, "classifier_sha256": classifier.sha256, "threshold": classifier.frozen}
+    full_metadata = {
+        **metadata,
+        "classifier_sha256": classifier.sha256,
+        "threshold": classifier.decision_threshold,
+    }
     write_predictions(run.path / "predictions" / "validation.parquet", frame, full_metadata)

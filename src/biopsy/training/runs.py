@@ -22,7 +22,7 @@ from biopsy.core.results import Written
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.version import __version__
 from biopsy.data.packs import Pack, Unit, is_pack
-from biopsy.data.predictions import FrozenThreshold, PredictionsInfo, read_predictions
+from biopsy.data.predictions import FixedThreshold, PredictionsInfo, read_predictions
 from biopsy.models.classifier import Classifier, StartWeights
 from biopsy.models.hardware import Precision
 from biopsy.recipes import DEFINING_TABLES, Recipe, load_recipe, recipe_toml
@@ -183,7 +183,7 @@ class RunInfo(TypedDict, total=False):
     stopped_early: bool
     batch_norm: NormalisationRecord | None
     warnings: list[str]
-    threshold: FrozenThreshold | None
+    threshold: FixedThreshold | None
     classifier_sha256: str
     recalibrated: dict[str, str]
     files: dict[str, str]
@@ -280,7 +280,7 @@ class Run(Written):
         classifier = Classifier.load(self.path / "classifier")
         for name in ("classifier/classifier.json", "classifier/weights.safetensors"):
             self.require_unchanged(name)
-        if classifier.frozen != self.info.get("threshold"):
+        if classifier.decision_threshold != self.info.get("threshold"):
             raise RunError(
                 f"{self.path / 'classifier'} has another threshold than {DOCUMENT} records: "
                 f"choose it again with `biopsy calibrate {self.path}`"

@@ -95,7 +95,10 @@ def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:
         return Shares(**shares)
 
     everything = np.ones(len(target), bool)
-    patch = measure(everything, False)
+    patch, coverage_by_group = measure(everything, False), None
+    if scored.unit != "patch":
+        groups = np.unique(scored.group_ids.astype(str), return_inverse=True)[1]
+        coverage_by_group = np.sort(np.bincount(groups, parts["coverage"]) / np.bincount(groups)).tolist()
     return SetShares(
         quantiles=quantiles,
         patient=patch if scored.unit == "patch" else measure(everything, True),  # each patch its own patient
@@ -105,6 +108,7 @@ def _measure_sets(quantiles: list[float], scored: ScoredPatches) -> SetShares:
             for k, name in enumerate(scored.class_names)
             if (target == k).any()
         },
+        coverage_by_group=coverage_by_group,
     )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 from biopsy.core.errors import MetricError
@@ -158,16 +157,9 @@ def _draw(facts: RunFacts, entry: Abstention) -> list[Picture]:
             svg(figure, "risk"),
         )
     ]
-    groups = facts.group_ids
-    if entry.per_patch and facts.unit != "patch" and groups.notna().all():
-        scores = 1 - probs[np.arange(len(target)), target]
-        ours, plain = (
-            None
-            if quantiles is None
-            else pd.Series(scores <= np.array(quantiles)[target]).groupby(groups.to_numpy()).mean()
-            for quantiles in (entry.quantiles, entry.per_patch.quantiles)
-        )
-        drawn = draw_coverage(ours, plain, entry.target_coverage or 0, unit=facts.unit)
+    plain = entry.per_patch and entry.per_patch.coverage_by_group
+    if plain:
+        drawn = draw_coverage(entry.coverage_by_group, plain, entry.target_coverage or 0, unit=facts.unit)
         caption = (
             f"Coverage of each {facts.unit}, all classes. The guarantee is about the mean over "
             f"{plural(facts.unit)}."
@@ -220,7 +212,7 @@ def draw_risk_coverage(
 
 @styled
 def draw_coverage(
-    ours: np.ndarray | None, plain: np.ndarray | None, target: float, *, unit: str = "patient"
+    ours: Sequence[float] | None, plain: Sequence[float] | None, target: float, *, unit: str = "patient"
 ) -> Figure:
     """Draw the coverage of each patient, lowest first.
 

@@ -124,7 +124,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
     write_validation(run, classifier, frame[[*IDENTITY, "subset", "fold", "target"]], logits, metadata)
     write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
     run.update(
-        threshold=classifier.frozen,
+        threshold=classifier.decision_threshold,
         classifier_sha256=classifier.sha256,
         files=run.hash_files("classifier/classifier.json", "classifier/weights.safetensors", "recipe.toml"),
         config_sha256=config_sha256,

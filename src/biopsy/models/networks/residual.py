@@ -62,10 +62,10 @@ class ResidualNet(StagedNetwork):
         return self.head(self.drop(self.features(patches)))
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        *front, last = self.blocks
+        *first, last = self.blocks
         return [
             ("stem", self.stem),
-            *((f"stage{number}", block) for number, block in enumerate(front, start=1)),
+            *((f"stage{number}", block) for number, block in enumerate(first, start=1)),
             (f"stage{len(self.blocks)}", nn.Sequential(last, self.pool, nn.Flatten())),
             ("head", nn.Sequential(self.drop, self.head)),
         ]

@@ -216,10 +216,10 @@ def _measure(run: Run, frame: pd.DataFrame, key: ResultKey, device: str) -> Hypo
     pack, classifier, engine = run.open_pack(verify=False), run.classifier.single_patch(), Engine(device)
     rows = pack.rows_of(frame["patch_id"])
     truth, groups = (pack.target[rows] == pack.positive_index).astype(int), pack.group_ids[rows]
-    frozen = run.info["threshold"]
-    assert frozen is not None and pack.info.positive_class is not None  # of two classes
+    fixed = run.info["threshold"]
+    assert fixed is not None and pack.info.positive_class is not None  # of two classes
     seed = run.info["seed"]
-    prob, threshold = frame["prob"].to_numpy(float), frozen["value"]
+    prob, threshold = frame["prob"].to_numpy(float), fixed["value"]
     options: Resampling = {"seed": seed, "unit": pack.unit}
 
     measured = draw_rows(len(rows), MAX_MEASURED, seed)

@@ -1,4 +1,4 @@
-"""A frozen front computed once: the same results as without, bounded, resumable, and nothing left behind."""
+"""Outputs of frozen stages computed once: equal results, bounded, resumable, and no file left."""
 
 import logging
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import biopsy.training.cached_features as frozen
 import biopsy.training.train as training
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
@@ -14,6 +13,7 @@ from biopsy.models.networks import build_network
 from biopsy.models.networks.stages import freeze
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.recipes.schema import Augmentation
+from biopsy.training import cached_features
 from biopsy.training.batches import Batches
 from biopsy.training.cached_features import cache_backbone_features, predict_rest
 from conftest import write_pack
@@ -70,7 +70,7 @@ def test_the_rest_gives_the_logits_of_the_whole(pack, tmp_path, name, trainable)
     rows, order = np.arange(5, 60), np.random.default_rng(0).permutation(np.arange(5, 60))
     network.eval()
     with cache_backbone_features(network, batches, rows, 999, engine=ENGINE, folder=tmp_path) as (rest, fed):
-        assert fed.front is not None and fed.front.values.dtype == np.float32
+        assert fed.cached_features is not None and fed.cached_features.values.dtype == np.float32
         for (patches, target), (outputs, same) in zip(
             batches.iterate(order), fed.iterate(order), strict=True
         ):
@@ -78,7 +78,9 @@ def test_the_rest_gives_the_logits_of_the_whole(pack, tmp_path, name, trainable)
             wanted = ENGINE.predict(network, patches)
             assert torch.allclose(ENGINE.predict(rest, outputs), wanted, atol=1e-5)
         wanted = predict_logits(network, batches.preprocessing, pack.patches, index=order, engine=ENGINE)
-        np.testing.assert_allclose(predict_rest(rest, fed.front, order, engine=ENGINE), wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            predict_rest(rest, fed.cached_features, order, engine=ENGINE), wanted, atol=1e-5
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,10 +124,10 @@ def test_what_would_take_too_much_room_is_not_kept(pack, tmp_path, caplog, monke
     network, batches = make_network(), make_batches(pack)
     n_bytes = 47 * 128 * 8 * 8 * 4  # two poolings of 32 px
     if bound == "bytes":
-        monkeypatch.setattr(frozen, "LIMIT_BYTES", n_bytes - 1)
+        monkeypatch.setattr(cached_features, "LIMIT_BYTES", n_bytes - 1)
     else:
         usage = type("Usage", (), {"free": 2 * n_bytes - 2})
-        monkeypatch.setattr(frozen.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(cached_features.shutil, "disk_usage", lambda folder: usage)
     with (
         caplog.at_level(logging.INFO),
         cache_backbone_features(
@@ -139,14 +141,14 @@ def test_what_would_take_too_much_room_is_not_kept(pack, tmp_path, caplog, monke
         _,
         fed,
     ):
-        assert fed.front.values.nbytes == n_bytes
+        assert fed.cached_features.values.nbytes == n_bytes
 
 
 def test_a_training_comes_out_as_without(pack, tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         once = train_tiny(pack, tmp_path / "once", *FROZEN)
     assert "outputs of the frozen stages are computed once" in caplog.text
-    monkeypatch.setattr(frozen, "LIMIT_BYTES", 0)
+    monkeypatch.setattr(cached_features, "LIMIT_BYTES", 0)
     each = train_tiny(pack, tmp_path / "each", *FROZEN)
     for one, other in zip(once.log(), each.log(), strict=True):
         for name in ("loss", "accuracy", "val_loss", "val_auroc"):
