@@ -18,7 +18,6 @@ Finished runs are not trained again, interrupted ones are gone on with. Writes a
 ``results/idc-loso.csv`` as soon as it is there.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from biopsy.models.inference import predict_logits
 from biopsy.recipes import load_recipe
 from biopsy.training.checkpoints import LAST, _read, _tensors_of
 from biopsy.training.runs import Run
-from training_runs import train_once
+from training_runs import make_parser, parse_arguments, train_once
 
 RESULTS = Path(__file__).parent / "results" / "idc-loso.csv"
 SLIDES = ("8863", "8865", "8867")
@@ -100,17 +99,9 @@ def measure(run: Run, name: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pack", type=Path)
-    parser.add_argument("--recipe", default="idc-small")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--name", help="name of the rows (default: that of the recipe)")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = make_parser(__doc__.partition("\n")[0], "idc-small", "runs/idc")
     parser.add_argument("--slides", default=",".join(SLIDES))
-    parser.add_argument("--out", type=Path, default=Path("runs/idc"))
-    arguments = parser.parse_args()
-    if arguments.set and not arguments.name:
-        parser.error("--set needs --name: rows of changed settings must not replace those of the recipe")
+    arguments = parse_arguments(parser)
     recipe, pack = load_recipe(arguments.recipe, arguments.set), Pack.open(arguments.pack)
     name = arguments.name or recipe.name
     for seed in map(int, arguments.seeds.split(",")):

@@ -18,7 +18,6 @@ Finished runs are not trained again, interrupted ones are gone on with. Writes a
 ``results/pcam-runs.csv`` as soon as it is there. Intervals are over patches, so they are too narrow.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.splits import Split, find_split, list_splits, save_split, with_subsets
 from biopsy.recipes import load_recipe
 from biopsy.training.runs import Run
-from training_runs import train_once
+from training_runs import make_parser, parse_arguments, train_once
 
 RESULTS = Path(__file__).parent / "results" / "pcam-runs.csv"
 TESTED = "validation"  # PCam's own subset
@@ -89,12 +88,7 @@ def record(row: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pack", type=Path)
-    parser.add_argument("--recipe", default="pcam-small")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--name", help="name of the rows (default: that of the recipe)")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = make_parser(__doc__.partition("\n")[0], "pcam-small", "runs/pcam")
     parser.add_argument("--validation", choices=["pseudo-slides", "random"], default="pseudo-slides")
     parser.add_argument("--n-groups", type=int, default=24, help="number of pseudo-slides (default: 24)")
     parser.add_argument("--split-seed", type=int, default=0)
@@ -102,10 +96,7 @@ def main() -> None:
     size.add_argument("--fraction", type=float, help="fraction of the training patches (default: all)")
     size.add_argument("--patches", type=int, help="number of training patches (default: all)")
     parser.add_argument("--no-test", action="store_true", help="leave the test subset closed")
-    parser.add_argument("--out", type=Path, default=Path("runs/pcam"))
-    arguments = parser.parse_args()
-    if arguments.set and not arguments.name:
-        parser.error("--set needs --name: rows of changed settings must not replace those of the recipe")
+    arguments = parse_arguments(parser)
     pack = Pack.open(arguments.pack)
     split = find_or_make_split(pack, arguments.validation, arguments.split_seed, arguments.n_groups)
     fraction = arguments.fraction

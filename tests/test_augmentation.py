@@ -11,6 +11,7 @@ from biopsy.recipes.schema import Augmentation
 from biopsy.slide_io.stain import combine_stains, separate_stains
 from biopsy.training.augmentation import _draw_matrix, augment, cut_out
 from biopsy.training.batches import Batches
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import (
     affine_matrix,
     blur,
@@ -30,6 +31,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draws(n, seed=0):
+    return Draws(generator(seed), n)
+
+
 def make_batch(n=6, height=12, width=12):
     return torch.rand(n, 3, height, width, generator=generator(99)).contiguous(
         memory_format=torch.channels_last
@@ -45,7 +50,7 @@ def draw_parameters(n, seed=0):
 
 def test_everything_off_is_the_identity_bit_for_bit():
     batch = make_batch()
-    assert torch.equal(augment(Augmentation(), batch, generator()), batch)
+    assert torch.equal(augment(Augmentation(), batch, draws(len(batch))), batch)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ def test_everything_off_is_the_identity_bit_for_bit():
 )
 def test_the_same_generator_gives_the_same_batch_and_another_gives_another(settings):
     batch = make_batch(16)
-    first, same, other = (augment(settings, batch, generator(seed)) for seed in (1, 1, 2))
+    first, same, other = (augment(settings, batch, draws(len(batch), seed)) for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert first.dtype == batch.dtype and first.shape == batch.shape
@@ -69,7 +74,7 @@ def test_the_same_generator_gives_the_same_batch_and_another_gives_another(setti
 @pytest.mark.parametrize("settings", [POST, Augmentation(hed_jitter=0.2), Augmentation(blur_px=2)])
 def test_each_patch_draws_for_itself(settings):
     batch = make_batch(1).expand(8, -1, -1, -1)
-    changed = augment(settings, batch, generator())
+    changed = augment(settings, batch, draws(len(batch)))
     for i in range(8):
         assert sum(torch.equal(changed[i], other) for other in changed) == 1
 
@@ -77,14 +82,14 @@ def test_each_patch_draws_for_itself(settings):
 def test_global_randomness_is_left_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    augment(POST, make_batch(), generator())
+    augment(POST, make_batch(), draws(6))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_quarter_turns_and_flips_only_move_pixels():
     batch = make_batch(200, 9, 9)
     settings = Augmentation(rot90=True, flip_horizontal=True, flip_vertical=True)
-    moved = augment(settings, batch, generator())
+    moved = augment(settings, batch, draws(len(batch)))
     assert moved.is_contiguous(memory_format=torch.channels_last)
     seen = set()
     for before, after in zip(batch, moved, strict=True):
@@ -98,7 +103,7 @@ def test_quarter_turns_and_flips_only_move_pixels():
 @pytest.mark.parametrize(("settings", "dim"), [({"flip_horizontal": True}, 3), ({"flip_vertical": True}, 2)])
 def test_a_flip_mirrors_half_of_the_patches_of_any_shape(settings, dim):
     batch = make_batch(400, 6, 8)
-    moved = augment(Augmentation(**settings), batch, generator())
+    moved = augment(Augmentation(**settings), batch, draws(len(batch)))
     mirrored = batch.flip(dim)
     flipped = [torch.equal(a, b) for a, b in zip(moved, mirrored, strict=True)]
     kept = [torch.equal(a, b) for a, b in zip(moved, batch, strict=True)]
@@ -156,7 +161,7 @@ def test_directions_by_hand():
 
 def test_draws_stay_within_their_ranges_and_use_them():
     batch = make_batch(4000, 4, 4)
-    matrix = _draw_matrix(POST, len(batch), batch.shape[2:], generator())
+    matrix = _draw_matrix(POST, batch.shape[2:], draws(len(batch)))
     angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
     assert 19 < angle.max() <= 20 and -20 <= angle.min() < -19
     assert angle.std().item() == pytest.approx(20 / 3**0.5, rel=0.05)
@@ -169,7 +174,7 @@ def test_draws_stay_within_their_ranges_and_use_them():
 
 def test_values_stay_within_those_of_the_patch():
     batch = make_batch(32)
-    warped = augment(POST, batch, generator())
+    warped = augment(POST, batch, draws(len(batch)))
     assert (warped.amax((1, 2, 3)) <= batch.amax((1, 2, 3)) + 1e-6).all()
     assert (warped.amin((1, 2, 3)) >= batch.amin((1, 2, 3)) - 1e-6).all()
 
@@ -194,14 +199,14 @@ def test_stain_jitter_keeps_colours_possible():
     batch = torch.stack(
         [torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.rand(3, 8, 8, generator=generator())]
     )
-    changed = augment(Augmentation(hed_jitter=0.5, hed_offset=0.5), batch, generator())
+    changed = augment(Augmentation(hed_jitter=0.5, hed_offset=0.5), batch, draws(len(batch)))
     assert changed.isfinite().all() and changed.min() >= 0 and changed.max() <= 1
 
 
 def test_jitter_of_stain_leaves_glass_white_and_an_offset_colours_it():
     glass = torch.ones(4, 3, 8, 8)
-    assert (augment(Augmentation(hed_jitter=0.5), glass, generator()) - 1).abs().max() < 1e-5
-    offset = augment(Augmentation(hed_offset=0.2), glass, generator())
+    assert (augment(Augmentation(hed_jitter=0.5), glass, draws(len(glass))) - 1).abs().max() < 1e-5
+    offset = augment(Augmentation(hed_offset=0.2), glass, draws(len(glass)))
     assert len(offset[:, :, 0, 0].unique(dim=0)) > 1 and offset.min() < 0.95
 
 
@@ -220,7 +225,7 @@ def test_blur_agrees_with_scipy_away_from_the_border_and_keeps_constants():
 def test_blur_draws_up_to_its_maximum():
     impulse = torch.zeros(500, 3, 41, 41)
     impulse[:, :, 20, 20] = 1
-    blurred = augment(Augmentation(blur_px=3), impulse, generator())
+    blurred = augment(Augmentation(blur_px=3), impulse, draws(len(impulse)))
     square = (torch.arange(41) - 20.0) ** 2
     sigma = (blurred[:, 0].sum(1) * square).sum(1).sqrt()
     assert 2.9 < sigma.max() < 3 and sigma.min() < 0.1
@@ -230,7 +235,7 @@ def test_blur_draws_up_to_its_maximum():
 @pytest.mark.parametrize("side", [20, 21])
 def test_cutout_sets_one_square_of_every_patch_to_zero(side):
     batch = torch.rand(300, 3, side, side, generator=generator()) + 0.1
-    covered = cut_out(Augmentation(cutout=0.4), batch, generator())
+    covered = cut_out(Augmentation(cutout=0.4), batch, draws(len(batch)))
     hidden = covered == 0
     assert torch.equal(covered[~hidden], batch[~hidden])
     assert torch.equal(hidden[:, 0], hidden[:, 2])
@@ -244,8 +249,8 @@ def test_cutout_sets_one_square_of_every_patch_to_zero(side):
 
 def test_cutout_off_is_the_identity_and_whole_hides_most():
     batch = make_batch()
-    assert cut_out(Augmentation(), batch, generator()) is batch
-    assert (cut_out(Augmentation(cutout=1), batch, generator()) == 0).float().mean() > 0.25
+    assert cut_out(Augmentation(), batch, draws(len(batch))) is batch
+    assert (cut_out(Augmentation(cutout=1), batch, draws(len(batch))) == 0).float().mean() > 0.25
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
@@ -293,4 +298,4 @@ def test_settings_out_of_range_or_unknown_are_refused(setting):
 
 def test_quarter_turns_of_a_patch_that_is_not_square_are_refused():
     with refuses(RecipeError, "square"):
-        augment(Augmentation(rot90=True), make_batch(2, 6, 8), generator())
+        augment(Augmentation(rot90=True), make_batch(2, 6, 8), draws(2))

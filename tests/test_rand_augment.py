@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from biopsy.recipes.schema import Augmentation
 from biopsy.training import rand_augment as module
 from biopsy.training.augmentation import augment
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import change_stain
 from biopsy.training.rand_augment import OPERATIONS, rand_augment
 
@@ -18,6 +19,10 @@ MOVES = ("translate_x", "translate_y", "shear_x", "shear_y", "rotate")
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(n, seed=0):
+    return Draws(generator(seed), n)
 
 
 @pytest.fixture
@@ -119,7 +124,7 @@ def test_operations_are_drawn_equally_often_and_levels_up_to_the_magnitude(monke
     }
     monkeypatch.setattr(module, "OPERATIONS", marks)
     settings = Augmentation(rand_augment_n=1, rand_augment_magnitude=4)
-    changed = rand_augment(settings, torch.zeros(6500, 3, 1, 1), generator(), 6500, slice(None))[:, 0, 0, 0]
+    changed = rand_augment(settings, torch.zeros(6500, 3, 1, 1), draws(6500))[:, 0, 0, 0]
     counts = torch.bincount((changed / 100).long(), minlength=len(names))
     assert len(counts) == len(names) == 13 and counts.min() > 420 and counts.max() < 580
     level = changed % 100
@@ -130,19 +135,22 @@ def test_operations_are_drawn_equally_often_and_levels_up_to_the_magnitude(monke
 def test_as_many_operations_as_asked_for_each_on_the_result_of_the_last(monkeypatch):
     monkeypatch.setattr(module, "OPERATIONS", {"double": lambda patches, level, draws: 2 * patches})
     settings = Augmentation(rand_augment_n=3)
-    assert torch.equal(augment(settings, torch.ones(4, 3, 2, 2), generator()), torch.full((4, 3, 2, 2), 8.0))
+    assert torch.equal(
+        augment(settings, torch.ones(4, 3, 2, 2), draws(4)),
+        torch.full((4, 3, 2, 2), 8.0),
+    )
 
 
 def test_off_leaves_other_draws_as_they_are(patches):
     settings = {"hed_jitter": 0.2, "flip_vertical": True}
-    plain = augment(Augmentation(**settings), patches, generator())
-    idle = augment(Augmentation(**settings, rand_augment_magnitude=9), patches, generator())
+    plain = augment(Augmentation(**settings), patches, draws(len(patches)))
+    idle = augment(Augmentation(**settings, rand_augment_magnitude=9), patches, draws(len(patches)))
     assert torch.equal(plain, idle)
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 4)])
 def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(part, patches):
     settings = Augmentation(rand_augment_n=3, rand_augment_magnitude=10)
-    whole = augment(settings, patches, generator())
-    own = augment(settings, patches[part], generator(), n=4, part=part)
+    whole = augment(settings, patches, draws(len(patches)))
+    own = augment(settings, patches[part], Draws(generator(), 4, part))
     assert torch.allclose(own, whole[part], atol=1e-5)

@@ -8,6 +8,7 @@ from biopsy.recipes import load_recipe
 from biopsy.recipes.preprocessing import Preprocessing
 from biopsy.training.batches import Batches
 from biopsy.training.colour_spaces import lab_to_rgb, rgb_to_lab
+from biopsy.training.draws import Draws
 from biopsy.training.stain_augmentation import fit_rand_stain_na
 from biopsy.training.train import train
 from tiny_runs import assert_same_run, interrupt_at, train_tiny
@@ -40,6 +41,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draws(n, seed=0):
+    return Draws(generator(seed), n)
+
+
 def fit(pack, probability=1.0, rows=None):
     return fit_rand_stain_na(pack, np.arange(len(pack.target)) if rows is None else rows, probability, 0)
 
@@ -66,7 +71,7 @@ def test_only_training_patches_are_measured(pack):
 def test_patches_get_the_statistics_of_templates(pack):
     fitted = fit(pack)
     batch = as_batch(pack)[:1].expand(600, -1, -1, -1)
-    lab = rgb_to_lab(fitted.apply(batch, generator()))
+    lab = rgb_to_lab(fitted.apply(batch, draws(len(batch))))
     sd, mean = torch.std_mean(lab, (2, 3))
     for statistic, centre, spread in zip((mean, sd), fitted.centre, fitted.spread, strict=True):
         assert torch.allclose(statistic.mean(0), centre, atol=0.5)
@@ -75,7 +80,7 @@ def test_patches_get_the_statistics_of_templates(pack):
 
 
 def test_structure_stays(pack):
-    changed = fit(pack).apply(as_batch(pack), generator())
+    changed = fit(pack).apply(as_batch(pack), draws(len(as_batch(pack))))
     for before, after in zip(rgb_to_lab(as_batch(pack)), rgb_to_lab(changed), strict=True):
         assert torch.corrcoef(torch.stack([before[0].flatten(), after[0].flatten()]))[0, 1] > 0.99
 
@@ -83,24 +88,24 @@ def test_structure_stays(pack):
 def test_glass_is_not_stretched_to_noise(pack):
     glass = torch.full((4, 3, 24, 24), 0.95)
     glass[:, :, ::2] += 1 / 255
-    changed = fit(pack).apply(glass, generator())
+    changed = fit(pack).apply(glass, draws(len(glass)))
     assert (changed.amax((2, 3)) - changed.amin((2, 3))).max() < 0.05
 
 
 def test_the_probability_is_that_of_a_change_and_none_is_no_fit(pack):
     assert fit(pack, 0.0) is None
     batch = as_batch(pack)[:1].expand(500, -1, -1, -1)
-    changed = fit(pack, 0.3).apply(batch, generator())
+    changed = fit(pack, 0.3).apply(batch, draws(len(batch)))
     moved = (changed != batch).flatten(1).any(1)
     assert moved.float().mean().item() == pytest.approx(0.3, abs=0.06)
-    assert torch.equal(fit(pack, 1e-9).apply(batch, generator()), batch)
+    assert torch.equal(fit(pack, 1e-9).apply(batch, draws(len(batch))), batch)
 
 
 @pytest.mark.parametrize("part", [slice(0, 5), slice(5, 36)])
 def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(pack, part):
     fitted, batch = fit(pack, 0.5), as_batch(pack)
-    whole = fitted.apply(batch, generator())
-    own = fitted.apply(batch[part], generator(), n=len(batch), part=part)
+    whole = fitted.apply(batch, draws(len(batch)))
+    own = fitted.apply(batch[part], Draws(generator(), len(batch), part))
     assert torch.allclose(own, whole[part], atol=1e-5)
 
 

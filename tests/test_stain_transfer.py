@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from biopsy.training.batches import Batches
+from biopsy.training.draws import Draws
 from biopsy.training.stain_augmentation import density, fit_stain_transfer
 
 STAINS = {"a": 0.3, "b": 0.5, "c": 0.9}  # optical density of each patient's patches
@@ -34,7 +35,8 @@ def recolour(pack, probability=1.0, seed=0):
     transfer = fit_stain_transfer(pack, rows, probability, 0)
     batch = torch.from_numpy(pack.patches).permute(0, 3, 1, 2).float() / 255
     target = torch.from_numpy(pack.target).long()
-    return transfer, batch, transfer.apply(batch, rows, target, torch.Generator().manual_seed(seed))
+    draws = Draws(torch.Generator().manual_seed(seed), len(rows))
+    return transfer, batch, transfer.apply(batch, rows, target, draws)
 
 
 def test_each_class_takes_the_density_it_has_in_a_patient_with_both(pack):

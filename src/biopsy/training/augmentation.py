@@ -10,10 +10,11 @@ device sees the same ones.
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from biopsy.core.errors import RecipeError
 from biopsy.recipes.schema import Augmentation
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import (
     affine_matrix,
     blur,
@@ -26,21 +27,12 @@ from biopsy.training.patch_operations import (
 from biopsy.training.rand_augment import rand_augment
 
 
-def augment(
-    settings: Augmentation,
-    batch: Tensor,
-    generator: Generator,
-    *,
-    n: int | None = None,
-    part: slice = slice(None),
-) -> Tensor:
+def augment(settings: Augmentation, batch: Tensor, draws: Draws) -> Tensor:
     """Augment every patch of a batch independently, within the ranges of a recipe.
 
     Args:
         batch: ``(B, 3, H, W)`` float RGB in 0-1, on any device.
-        generator: A CPU generator; the same state gives the same batch.
-        n: Patches that are drawn for, of which ``batch`` is a part; None for those of the batch.
-        part: Which of them the batch is.
+        draws: Random numbers of its patches.
 
     Returns:
         A new batch, or the same one where nothing is to be done.
@@ -49,56 +41,47 @@ def augment(
     moved = settings.flip_horizontal or settings.flip_vertical or settings.rot90
     if settings.rot90 and batch.shape[2] != batch.shape[3]:
         raise RecipeError(f"rot90 needs square patches, these are {tuple(batch.shape[2:])}", "data")
-    n = len(batch) if n is None else n
-    move = (_draw_moves(settings, n, generator) if moved else torch.zeros(n, dtype=torch.long))[part]
+    move = _draw_moves(settings, draws) if moved else torch.zeros(len(batch), dtype=torch.long)
     if warped:
-        matrix = _draw_matrix(settings, n, batch.shape[2:], generator)[part]
+        matrix = _draw_matrix(settings, batch.shape[2:], draws)
         matrix[:, :, :2] = matrix[:, :, :2] @ move_matrices()[move]
         batch = warp(batch, matrix)
     elif moved:
         batch = move_pixels(batch, move)
     if settings.hed_jitter or settings.hed_offset:
-        draws = torch.rand(2, n, 2, generator=generator)[:, part] * 2 - 1
-        scale, offset = 1 + draws[0] * settings.hed_jitter, draws[1] * settings.hed_offset
+        change = draws.uniform_sets(2, 2) * 2 - 1
+        scale, offset = 1 + change[0] * settings.hed_jitter, change[1] * settings.hed_offset
         batch = change_stain(batch, scale=scale, offset=offset)
     if settings.rand_augment_n:
-        batch = rand_augment(settings, batch, generator, n, part)
+        batch = rand_augment(settings, batch, draws)
     if settings.blur_px:
-        batch = blur(batch, (torch.rand(n, generator=generator) * settings.blur_px)[part])
+        batch = blur(batch, draws.uniform() * settings.blur_px)
     return batch
 
 
-def cut_out(
-    settings: Augmentation,
-    batch: Tensor,
-    generator: Generator,
-    *,
-    n: int | None = None,
-    part: slice = slice(None),
-) -> Tensor:
+def cut_out(settings: Augmentation, batch: Tensor, draws: Draws) -> Tensor:
     """Set a square of every patch to zero, around a random place in the patch (DeVries & Taylor 2017).
 
     Args:
         batch: ``(B, 3, H, W)``, normalised: zero is the mean colour.
-        generator, n, part: As of `augment`.
+        draws: Random numbers of its patches.
     """
     if not settings.cutout:
         return batch
-    centre = torch.rand(len(batch) if n is None else n, 2, generator=generator)[part]
-    return cover(batch, centre=centre, side=settings.cutout)
+    return cover(batch, centre=draws.uniform(2), side=settings.cutout)
 
 
-def _draw_moves(settings: Augmentation, n: int, generator: Generator) -> Tensor:
-    coins = torch.rand(3, n, generator=generator)
+def _draw_moves(settings: Augmentation, draws: Draws) -> Tensor:
+    coins = draws.uniform_sets(3)
     across = (coins[0] < 0.5) & settings.flip_horizontal
     down = (coins[1] < 0.5) & settings.flip_vertical
     turns = (coins[2] * 4).long() * settings.rot90
     return turns * 4 + across * 2 + down
 
 
-def _draw_matrix(settings: Augmentation, n: int, shape: torch.Size, generator: Generator) -> Tensor:
+def _draw_matrix(settings: Augmentation, shape: torch.Size, draws: Draws) -> Tensor:
     height, width = shape
-    draw = torch.rand(6, n, generator=generator, dtype=torch.float64) * 2 - 1
+    draw = draws.uniform_sets(6, dtype=torch.float64) * 2 - 1
     return affine_matrix(
         rotation_deg=draw[0] * settings.rotation_deg,
         shift_x_px=draw[1] * settings.shift * width,

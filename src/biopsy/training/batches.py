@@ -16,6 +16,7 @@ from biopsy.recipes.preprocessing import Preprocessing, scale_to_unit, to_unit
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.augmentation import Transform, apply_transform, augment, cut_out
 from biopsy.training.distributed import ALONE, Processes
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import send
 from biopsy.training.stain_augmentation import (
     RandStainNA,
@@ -190,28 +191,27 @@ class Batches:
         target = target.to(self.device, non_blocking=True)
         if self.cached_features is not None:
             return to_batch(patches, self.device), target
-        part = self.processes.part(n)
         if self.placed is not None:
             batch = scale_to_unit(self.placed.take(patches))
         else:
             batch = to_unit(patches, self.device)
 
-        def generator(purpose: str) -> torch.Generator:
-            return torch.Generator().manual_seed(derive(self.seed, purpose, epoch, number))
+        def draws(purpose: str) -> Draws:
+            generator = torch.Generator().manual_seed(derive(self.seed, purpose, epoch, number))
+            return Draws(generator, n, self.processes.part(n))
 
         if self.stain_transfer is not None:
-            draws = generator("stain-transfer")
-            batch = self.stain_transfer.apply(batch, chosen, labels, draws, n=n, part=part)
+            batch = self.stain_transfer.apply(batch, chosen, labels, draws("stain-transfer"))
         if self.rand_stain_na is not None:
-            batch = self.rand_stain_na.apply(batch, generator("rand-stain-na"), n=n, part=part)
+            batch = self.rand_stain_na.apply(batch, draws("rand-stain-na"))
         if self.augmentation is not None:
-            batch = augment(self.augmentation, batch, generator("augmentation"), n=n, part=part)
+            batch = augment(self.augmentation, batch, draws("augmentation"))
         if self.transform is not None:
             seed = derive(self.seed, "transform", epoch, number) + self.processes.rank
             batch = apply_transform(self.transform, batch, seed)
         batch = self.preprocessing.normalise(batch)
         if self.augmentation is not None:
-            batch = cut_out(self.augmentation, batch, generator("cutout"), n=n, part=part)
+            batch = cut_out(self.augmentation, batch, draws("cutout"))
         return batch, target
 
 

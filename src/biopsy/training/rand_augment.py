@@ -17,29 +17,30 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional
 
 from biopsy.recipes.schema import Augmentation
 from biopsy.training.colour_spaces import hsv_to_rgb, rgb_to_hsv
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import change_stain, send, warp
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Takes patches ``(B, 3, H, W)``, on the CPU their levels ``(B,)`` and draws in -1 to 1 ``(B, 4)``."""
 
 
-def rand_augment(settings: Augmentation, batch: Tensor, generator: Generator, n: int, part: slice) -> Tensor:
+def rand_augment(settings: Augmentation, batch: Tensor, draws: Draws) -> Tensor:
     """Change every patch by operations of its own; arguments as of `augmentation.augment`."""
     batch = batch.clone()
     for _ in range(settings.rand_augment_n):
-        operation = torch.randint(len(OPERATIONS), (n,), generator=generator)[part]
-        level = torch.rand(n, generator=generator)[part] * settings.rand_augment_magnitude
-        draws = torch.rand(n, 4, generator=generator)[part] * 2 - 1
+        operation = draws.integers(len(OPERATIONS))
+        level = draws.uniform() * settings.rand_augment_magnitude
+        details = draws.uniform(4) * 2 - 1
         for number, change in enumerate(OPERATIONS.values()):
             rows = torch.nonzero(operation == number).ravel()
             if len(rows):
                 index = send(rows, batch)
-                batch.index_copy_(0, index, change(batch.index_select(0, index), level[rows], draws[rows]))
+                batch.index_copy_(0, index, change(batch.index_select(0, index), level[rows], details[rows]))
     return batch
 
 

@@ -8,9 +8,9 @@ another patient, who is drawn among the patients with more than one class; after
 set of stains. The statistics are the mean and standard deviation of optical density in each channel
 (Reinhard et al. 2001 match them in another colour space and without regard to class).
 
-*RandStainNA* (Shen et al. 2022) gives a patch the mean and standard deviation of L*, a* and b* of a template
-that does not exist: each of the six numbers is drawn from a normal distribution, that of the number over
-training patches, without regard to class.
+*RandStainNA* (Shen et al. 2022) recolours a patch to the mean and standard deviation of L*, a* and b* of a
+virtual template: each of the six numbers is drawn from the normal distribution fitted to it over training
+patches, without regard to class.
 """
 
 import logging
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.recipes.preprocessing import to_unit
 from biopsy.training.colour_spaces import lab_to_rgb, rgb_to_lab
+from biopsy.training.draws import Draws
 from biopsy.training.patch_operations import send
 
 logger = logging.getLogger(__name__)
@@ -56,10 +57,7 @@ class StainTransfer:
         batch: Tensor,
         rows: np.ndarray,
         target: Tensor,
-        generator: Generator,
-        *,
-        n: int | None = None,
-        part: slice = slice(None),
+        draws: Draws,
     ) -> Tensor:
         """Recolour each patch with the given probability.
 
@@ -67,10 +65,10 @@ class StainTransfer:
             batch: ``(B, 3, H, W)`` RGB in 0-1, on any device.
             rows: Rows of the pack, ``(B,)``.
             target: Class of each patch, ``(B,)`` on the CPU.
-            generator, n, part: As of `augmentation.augment`.
+            draws: Random numbers of the patches.
         """
         group = torch.from_numpy(self.group[rows])
-        draw, chosen = torch.rand(2, len(rows) if n is None else n, generator=generator)[:, part]
+        draw, chosen = draws.uniform_sets(2)
         to = group.clone()
         for label, lenders in enumerate(self.lenders):
             if len(lenders):
@@ -155,17 +153,15 @@ class RandStainNA:
     spread: Tensor
     probability: float
 
-    def apply(
-        self, batch: Tensor, generator: Generator, *, n: int | None = None, part: slice = slice(None)
-    ) -> Tensor:
+    def apply(self, batch: Tensor, draws: Draws) -> Tensor:
         """Recolour each patch with the given probability, by a template of its own.
 
         Args:
-            batch, generator, n, part: As of `augmentation.augment`.
+            batch: ``(B, 3, H, W)`` RGB in 0-1, on any device.
+            draws: Random numbers of the patches.
         """
-        n = len(batch) if n is None else n
-        chosen = torch.rand(n, generator=generator)[part] < self.probability
-        draw = torch.randn(2, n, 3, generator=generator)[:, part][:, chosen]
+        chosen = draws.uniform() < self.probability
+        draw = draws.normal_sets(2, 3)[:, chosen]
         if not chosen.any():
             return batch
         mean, sd = send(self.centre[:, None] + self.spread[:, None] * draw, batch)[..., None, None]
