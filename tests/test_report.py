@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from biopsy.data.packs import known_groups
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.provenance_sections import describe_data
 from biopsy.evaluation.scored import ScoredPatches
@@ -294,7 +295,7 @@ def test_no_ids_at_all_still_make_a_report():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     metrics = make_metrics(table.assign(patient_id=np.arange(len(table)) // 10))
     interval = replace(metrics.interval, unit="patch")
-    metrics = replace(metrics, patient=None, interval=interval, subgroups={})
+    metrics = replace(metrics, patient=None, groups=[], interval=interval, subgroups={})
     facts = make_small_facts(predictions=table, metrics=metrics, get_patch=lambda _: PATCH)
     for hide_ids in (False, True):
         text = Page(render_report(report_of_run(facts, hide_ids=hide_ids))).text
@@ -313,7 +314,7 @@ def test_three_classes_are_reported_under_their_usual_names():
     for k, name in enumerate(names):
         table[f"prob_{name}"] = probs[:, k]
     scored = ScoredPatches.of_predictions(table, names, None, "patient")
-    metrics = measure(scored, pd.DataFrame(index=table.index), [])
+    metrics = measure(scored, pd.DataFrame(index=table.index), [], groups=known_groups(table, "patient"))
     facts = make_small_facts(predictions=table, metrics=metrics, positive_class=None, class_names=names)
     text = Page(render_report(report_of_run(facts))).text
     shown = {name: metrics.patch[name] for name in ("accuracy", "balanced_accuracy")}
@@ -323,6 +324,8 @@ def test_three_classes_are_reported_under_their_usual_names():
     one = metrics.one_vs_rest["in situ"]["auroc"]
     assert f"in situ {number(one.value)} ({number(one.low)} to {number(one.high)})" in text
     assert "macro average" in text and "3 classes" in text and "highest probability" in text
+    first = metrics.groups[0]
+    assert f"{first.id} in situ (22), benign (21), invasive (21) 64 {first.n_correct}" in text
 
 
 @pytest.mark.slow
