@@ -11,7 +11,7 @@ Command (about five minutes on one core)::
 
     python benchmarks/breakhis.py breakhis_100x_subset.zip --out studies/breakhis
 
-Finished runs are kept. Writes ``results/breakhis.csv``: a row a task, level (``run``, ``class``, ``fold``,
+Finished runs are kept. Writes ``results/breakhis.csv``: a row per task, level (``run``, ``class``, ``fold``,
 ``pooled`` ...) and metric, with how many numbers were compared, how many are undefined here, the largest
 difference, and the mean over runs.
 """
@@ -272,7 +272,7 @@ def compare_folds(
 
 
 def tabulate(task: str, compared: list[Comparison]) -> pd.DataFrame:
-    """Return a row a level and metric."""
+    """Return a row per level and metric."""
     frame = pd.DataFrame(compared, columns=["level", "metric", "ours", "sklearn"])
     frame["ours"] = frame["ours"].astype(float)
     frame["difference"] = (frame["ours"] - frame["sklearn"]).abs()

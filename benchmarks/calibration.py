@@ -8,7 +8,7 @@ Command (a minute on one core):
 
     uv run python benchmarks/calibration.py studies/cancernet-2020-loso studies/transfer-imagenet
 
-It writes `results/calibration.csv`, which `docs/concepts/calibration.md` shows: one row a run and method,
+It writes `results/calibration.csv`, which `docs/concepts/calibration.md` shows: one row per run and method,
 with ECE, its floor, Brier, slope and intercept before and after, and for every operating point sensitivity
 and specificity where it was chosen and on test.
 """

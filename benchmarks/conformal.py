@@ -7,7 +7,7 @@
 * ``phantom``: a phantom cohort of 60 patients, 100 patches each on average. The small residual network learns
   from 20 of them for few epochs, the last of which is taken, so that nothing is chosen on the other 40. Those
   are divided at random, many times, into patients to calibrate on (temperature, Youden's threshold, conformal
-  sets) and patients to test. One row a guarantee, error rate, number of patients and method:
+  sets) and patients to test. One row per guarantee, error rate, number of patients and method:
   ``results/conformal-phantom.csv``. Before that the run is calibrated on its own 20 validation patients and
   judged on its 20 test patients as any run is, which is printed.
 
@@ -74,7 +74,7 @@ def both(prob: np.ndarray) -> np.ndarray:
 
 
 def simulate(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Return one row a population, error rate, number of patients and method."""
+    """Return one row per population, error rate, number of patients and method."""
     for population, alpha, n in (
         (name, alpha, n) for name in POPULATIONS for alpha in ALPHAS for n in options.patients
     ):

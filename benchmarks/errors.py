@@ -1,6 +1,6 @@
 """What goes with errors, where they lie, and whether doubted labels are the wrong ones.
 
-* ``properties`` and ``border``: what `biopsy errors` records of finished runs, a row a contrast or zone;
+* ``properties`` and ``border``: what `biopsy errors` records of finished runs, a row per contrast or zone;
 * ``flipped``: labels of a study's tested slides are flipped on purpose, each with the same chance, and ranked
   by `evaluation.neighbours.rank_label_issues`;
   how many of them come first, by which witness. The models are as they

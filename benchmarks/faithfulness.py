@@ -11,7 +11,7 @@ Commands, as they were run for ``results/faithfulness.csv``::
     python benchmarks/faithfulness.py --phantom --seed 100
 
 The runs are of the studies in ``docs/recipes/cancernet.md`` and ``docs/recipes/squeezenet-pcam.md``. Each
-appends one row a method with sizes, seed, machine and time. Two cores; a minute or two of each for a run,
+appends one row per method with sizes, seed, machine and time. Two cores; a minute or two of each for a run,
 five for phantom.
 """
 
@@ -89,7 +89,7 @@ def measure_pointing(run: Run, n_patches: int, seed: int) -> dict[str, dict[str,
 
 
 def tabulate(run: Run, found: dict[str, Any], data: str, seconds: float) -> list[dict[str, object]]:
-    """Return one row a method, and print what it says."""
+    """Return one row per method, and print what it says."""
     rows = []
     for each in [*found["methods"], *found["baselines"]]:
         print(each.get("answer", ""))

@@ -41,7 +41,7 @@ before anything else runs (if an input was altered or removed before it was firs
 this gives); the second run succeeded; and its files are those of an undisturbed one, with no temporary file
 left. The count of openings in a pack's ledger may be higher: each was one.
 
-Results: `results/faults.csv`, one row a command and fault, shown in `docs/reliability.md`.
+Results: `results/faults.csv`, one row per command and fault, shown in `docs/reliability.md`.
 """
 
 import argparse

@@ -20,7 +20,7 @@ Command (minutes on one core)::
 
     python benchmarks/full_protocols.py --out /tmp/protocols
 
-Writes ``results/full-protocols.csv``, a row a protocol.
+Writes ``results/full-protocols.csv``, a row per protocol.
 """
 
 import argparse

@@ -15,7 +15,7 @@ For each parser, small valid files are written by the package itself. Each mutat
 
 ``--only N`` repeats one mutation and prints its traceback. ``--minutes`` goes on until that time is over.
 
-Results: `results/fuzzing.csv`, one row a parser, shown in `docs/reliability.md`.
+Results: `results/fuzzing.csv`, one row per parser, shown in `docs/reliability.md`.
 """
 
 import argparse

@@ -10,7 +10,7 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --small    # tries the script without a GPU, in seconds
 
-Results: ``results/gpu.csv``, a row a task.
+Results: ``results/gpu.csv``, a row per task.
 """
 
 import argparse

@@ -14,7 +14,7 @@ Command::
 
 The second one changes settings of the recipe, and NAME is what the rows are called.
 
-Finished runs are not trained again, interrupted ones are gone on with. Writes a row a run to
+Finished runs are not trained again, interrupted ones are gone on with. Writes a row per run to
 ``results/idc-loso.csv`` as soon as it is there.
 """
 

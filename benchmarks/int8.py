@@ -7,7 +7,7 @@ float32, the share of calls that change and the share of patches out of distribu
 
     python benchmarks/int8.py pcam=PCAM_PACK idc=IDC_PACK RUN=IDC_PACK
 
-Results: ``results/int8.csv``, a row a classifier and precision.
+Results: ``results/int8.csv``, a row per classifier and precision.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def choose_rows(pack: Pack, patch_px: int, n_patches: int) -> np.ndarray:
 
 
 def measure(model: str, pack: Pack, n_patches: int, turns: int, folder: Path) -> list[dict[str, Any]]:
-    """Export, predict in turns, and return a row a precision."""
+    """Export, predict in turns, and return a row per precision."""
     about = {} if open_classifier(model).info.mpp else {"mpp": 1.0}
     bundle = export(model, folder / "bundle", data=pack, int8=True, **about)
     whole = Classifier.load(bundle.path)

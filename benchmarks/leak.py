@@ -13,8 +13,8 @@ Command (about two minutes on one core)::
 
     python benchmarks/leak.py idc.pack --weights squeezenet_v1.1_imagenet_notop_tf.h5
 
-Writes ``results/leak-arms.csv`` (a row a model, arm, slide and seed) and ``results/leak.csv`` (differences
-between arms: a row a model, comparison and slide, with mean, standard deviation and range over seeds; the row
+Writes ``results/leak-arms.csv`` (a row per model, arm, slide and seed) and ``results/leak.csv`` (differences
+between arms: a row per model, comparison and slide, with mean, standard deviation and range over seeds; the row
 ``all`` has the mean over slides of each seed).
 """
 
@@ -62,7 +62,7 @@ def compute_features(pack: Pack, weights: Path) -> dict[str, np.ndarray]:
 
 
 def measure_arms(pack: Pack, features: dict[str, np.ndarray], seeds: int) -> pd.DataFrame:
-    """Return a row a model, arm, slide and seed."""
+    """Return a row per model, arm, slide and seed."""
     rows = []
     for place, tested in enumerate(SLIDES):
         validates, placebo = (SLIDES[(place + step) % len(SLIDES)] for step in (1, 2))

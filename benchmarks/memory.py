@@ -9,7 +9,7 @@ talk to servers on this machine, one of which holds the cohort, packed, as the d
 
     python benchmarks/memory.py [--patches 40000] [--slide-px 30000] [--commands train evaluate]
 
-A command needs the results of those before it. Results: ``results/memory.csv``, a row a command, shown in
+A command needs the results of those before it. Results: ``results/memory.csv``, a row per command, shown in
 ``docs/scaling.md``; ``tests/test_memory.py`` does the same with smaller inputs.
 """
 

@@ -14,7 +14,7 @@ Command::
 The second one changes settings of the recipe and calls its rows NAME; the test subset stays closed. The third
 one trains on 4,000 patches.
 
-Finished runs are not trained again, interrupted ones are gone on with. Writes a row a run to
+Finished runs are not trained again, interrupted ones are gone on with. Writes a row per run to
 ``results/pcam-runs.csv`` as soon as it is there. Intervals are over patches, so they are too narrow.
 """
 

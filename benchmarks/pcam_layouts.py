@@ -15,7 +15,7 @@ Command::
 
     python benchmarks/pcam_layouts.py ../shared/data/pcam/pcam_train_valid.zip --out DIR
 
-Writes ``results/pcam-layouts.csv``, a row a layout. Times are of one pass, to see that none takes minutes.
+Writes ``results/pcam-layouts.csv``, a row per layout. Times are of one pass, to see that none takes minutes.
 """
 
 import argparse

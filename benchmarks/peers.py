@@ -17,7 +17,7 @@ left out with a word (fastai: ``uv run --with fastai``).
 
     python benchmarks/peers.py ../shared/data/idc/idc_kaggle_subset.zip --turns 5
 
-Results: `results/peers.csv`, one row a task, peer and arm of ours.
+Results: `results/peers.csv`, one row per task, peer and arm of ours.
 """
 
 import argparse

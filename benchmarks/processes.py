@@ -10,7 +10,7 @@ Command::
     python benchmarks/processes.py idc.pack --split lo-8863 [--processes 1,2,4] [--seeds 0,1,2,3,4]
 
 The cores are divided among the processes. Finished runs are not trained again. Results:
-``results/processes.csv``, a row a run; the comparison is printed.
+``results/processes.csv``, a row per run; the comparison is printed.
 """
 
 import argparse

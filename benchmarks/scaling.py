@@ -9,7 +9,7 @@ the highest value seen; both are read 20 times a second.
 
     python benchmarks/scaling.py ../shared/data/idc/idc_kaggle_subset.zip
 
-Results: ``results/scaling.csv``, a row a command and size.
+Results: ``results/scaling.csv``, a row per command and size.
 """
 
 import argparse

@@ -57,7 +57,7 @@ class Learner(NamedTuple):
 
 
 def open_data(source: Path, work: Path) -> Data:
-    """Prepare the archive, draw the validation patches, and unpack its files into a folder a subset."""
+    """Prepare the archive, draw the validation patches, and unpack its files into a folder per subset."""
     from biopsy.data.packs import Pack
     from biopsy.data.prepare import prepare
 

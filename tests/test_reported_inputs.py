@@ -698,7 +698,7 @@ def to_deep(pixels: np.ndarray, bits: int) -> np.ndarray:
         pytest.param(
             lambda a: np.moveaxis(a, 2, 0),
             {"photometric": "minisblack", "planarconfig": None},
-            id="a channel a page",
+            id="a channel per page",
         ),
         pytest.param(lambda a: np.stack([a, a, a]), {}, id="three focal planes"),
     ],

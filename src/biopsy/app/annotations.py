@@ -162,7 +162,7 @@ def combine(records: list[Annotation]) -> tuple[str | None, str]:
 def label_sheet(
     pack: Pack, slides: Iterable[tuple[str, np.ndarray]], by_target: dict[str, list[Annotation]]
 ) -> pd.DataFrame:
-    """Return the sheet that ``prepare --labels`` reads: one row an annotated patch of a pack.
+    """Return the sheet that ``prepare --labels`` reads: one row per annotated patch of a pack.
 
     Regions give their class to every patch whose centre lies in them; a verdict on the patch itself comes
     before that. Patches on which reviewers disagree or are unsure have no decision.

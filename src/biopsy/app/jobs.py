@@ -74,7 +74,7 @@ class Jobs:
     """The queue of slides.
 
     Args:
-        folder: One folder a job; jobs that were not finished when the server ended are queued again.
+        folder: One folder per job; jobs that were not finished when the server ended are queued again.
         root: Folder below which slides may be named by path; None for nowhere.
         max_waiting: Jobs that may wait; more are refused.
     """

@@ -406,7 +406,7 @@ def _draw_ranks(
     metric: str,
     best: tuple[str, ...] | None,
 ) -> Figure:
-    """A row a combination, the highest mean on validation first (the lowest, for a loss)."""
+    """A row per combination, the highest mean on validation first (the lowest, for a loss)."""
     means = _means(points, subsets["validation"])
     sign = 1 if metric == "loss" else -1
     order = sorted(means, key=lambda point: (not np.isfinite(means[point]), sign * means[point]))
