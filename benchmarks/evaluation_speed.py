@@ -8,7 +8,7 @@ pixels are mapped from the pack's file, and what the system holds of it counts a
 
     python benchmarks/evaluation_speed.py --patches 50000 --patients 50 --cores 2
 
-Results: `results/evaluation-speed.csv`, one row per measurement. The aim is 20 s and 1 GB at 50,000 patches of
+Results: `results/evaluation-speed.csv`, one row per measurement. Aim: 20 s and 1 GB at 50,000 patches of
 50 patients on two cores.
 """
 

@@ -13,9 +13,9 @@ Command (about two minutes on one core)::
 
     python benchmarks/leak.py idc.pack --weights squeezenet_v1.1_imagenet_notop_tf.h5
 
-Writes ``results/leak-arms.csv`` (a row per model, arm, slide and seed) and ``results/leak.csv`` (differences
-between arms: a row per model, comparison and slide, with mean, standard deviation and range over seeds; the row
-``all`` has the mean over slides of each seed).
+Writes ``results/leak-arms.csv`` (a row per model, arm, slide and seed) and ``results/leak.csv``
+(differences between arms: a row per model, comparison and slide, with mean, standard deviation and range over
+seeds; the row ``all`` has the mean over slides of each seed).
 """
 
 import argparse

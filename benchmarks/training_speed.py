@@ -240,7 +240,7 @@ def work(stack: str, source: Path) -> None:
 
 
 def draw_files(source: Path, n_patches: int, folder: Path) -> tuple[Path, Path]:
-    """Write some files of an IDC archive as the post's tree, one folder per class, and as a smaller archive."""
+    """Write files of an IDC archive as the post's tree, one folder per class, and as a smaller archive."""
     tree, archive_path = folder / "tree", folder / "subset.zip"
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(archive_path, "w") as subset:
         names = sorted(name for name in archive.namelist() if name.endswith(".png"))

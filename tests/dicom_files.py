@@ -1,4 +1,4 @@
-"""A whole-slide image as DICOM, one file per level, uncompressed: enough of the standard for OpenSlide to read.
+"""A whole-slide image as DICOM, one file per level, uncompressed: enough of the standard for OpenSlide.
 
 Explicit VR little endian (PS3.5, 7.1); VL Whole Slide Microscopy Image, TILED_FULL (PS3.3, A.32.8, C.8.12).
 """

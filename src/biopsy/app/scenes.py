@@ -213,7 +213,7 @@ class Sheet:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row per patch: the pack's columns and ``label, pred, prob, error, abstained, subset, doubt``."""
+        """One row per patch: the pack's columns, ``label, pred, prob, error, abstained, subset, doubt``."""
         pack, names = self.pack, np.array([*self.labels.names, None], object)
         frame = pack.table.drop(columns=["sha256"], errors="ignore").assign(label=names[pack.target])
         probs = self.patches.probs
