@@ -26,13 +26,13 @@ def view(
 ) -> None:
     """Open a page in the browser that shows slides, their maps and patches, and records corrections.
 
-    The page is served to this machine only, until Ctrl-C. What is said about patches and regions is appended
-    at once to the file of annotations, and exported from the page as GeoJSON for QuPath and as a label sheet
-    for ``biopsy prepare --labels``.
+    The page is served to this machine only, until Ctrl-C. Reviews of patches and regions are appended at once
+    to the file of annotations, and exported from the page as GeoJSON for QuPath and as a label sheet for
+    ``biopsy prepare --labels``.
 
     Args:
         paths: Slides, maps (``map.parquet``, a slide's folder, or the folder of ``biopsy slide``), runs,
-            folders of slides and packs. A map is joined with its slide where that is found.
+            folders of slides and packs. A map is shown over its slide if the slide is found.
         model: Run, classifier or bundle that explains patches (default: the run's).
         mpp: Pixel size at level 0 in µm. Required for slides that do not record it.
         annotations: File of annotations (default: ``NAME.annotations.jsonl`` beside the first path).
@@ -84,15 +84,15 @@ def serve(
         models: Runs, classifiers, bundles or names of shipped classifiers; each is named as its folder.
         host: Address to listen on. One that other machines reach needs a token.
         port: Port (default: the first free one from 8780).
-        token: Token that requests must bear, ``Authorization: Bearer TOKEN`` (default: the environment
+        token: Token that every request must send, ``Authorization: Bearer TOKEN`` (default: the environment
             variable ``BIOPSY_TOKEN``, which other users of this machine cannot read off the command line).
         root: Folder below which clients may name slides by path; without it they can only upload.
         out: Folder of the slide jobs and their results.
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         tta: Test-time augmentation: ``none`` predicts one view of each patch, ``d4`` averages its eight
             symmetries in eight times the time (default: the classifier's own, with which it was calibrated).
-        mcp: Be a server of the Model Context Protocol instead: an assistant starts this command, and speaks
-            over stdin and stdout (extra "mcp"). Patches and slides are named by paths below ``root``.
+        mcp: Run a server of the Model Context Protocol over stdin and stdout instead, which an assistant
+            starts (extra "mcp"). Patches and slides are named by paths below ``root``.
 
     Raises:
         RunError: If a model is none of these.

@@ -67,12 +67,12 @@ def next(
 ) -> LabelQueue:
     """Choose patches to label, and write them as a queue.
 
-    Patches are drawn at random unless ``strategy`` says otherwise, since informative patches did not teach
-    more than random ones on the data tried. Informative patches rank by the mean of two percentiles: how near
-    their probability is to the threshold, and how far they are from training (if the model knows). Patients
-    take turns, and patches beside each other on a slide are not chosen together while there are others.
-    Patches that the run was trained on are left out. ``biopsy view PACK --queue FILE`` shows the queue; its
-    file is also a label sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
+    Patches are drawn at random by default: the informative ranking has not been shown to need fewer labels.
+    Informative patches rank by the mean of two percentiles: how near their probability is to the
+    threshold, and how far they are from training (if the model has a reference). Patients take turns, and
+    patches beside each other on a slide are not chosen together while there are others. Patches that the
+    run was trained on are left out. ``biopsy view PACK --queue FILE`` shows the queue; its file is also a
+    label sheet for ``biopsy prepare --labels`` once the column ``decision`` is filled in.
 
     Args:
         model: Run, classifier or bundle.

@@ -61,11 +61,11 @@ def prepare(
     files are skipped, named and counted.
 
     The tree of ``export_tree`` holds the source's files, unchanged, as
-    ``training|validation|testing/<class>/<file>``. Class folders are the numbers of the classes in the pack,
-    so that Keras, which sorts folders by name, numbers them alike. Files of the same name are named by their
-    path with ``__`` for ``/``. Patches in no subset are left out and counted; if a published split validates
-    on the test subset, its files are in both folders. The folder must not exist. HDF5 sources (PCam) have no
-    image files and cannot be exported.
+    ``training|validation|testing/<class>/<file>``. Class folders are named by the index of the class in the
+    pack, so that Keras, which sorts folders by name, assigns the same indices. Files of the same name are
+    named by their path with ``__`` for ``/``. Patches in no subset are left out and counted; if a published
+    split validates on the test subset, its files are in both folders. The folder must not exist. HDF5 sources
+    (PCam) have no image files and cannot be exported.
 
     Args:
         source: Zip or folder of patches, or folder of slides with annotations beside them.
@@ -90,8 +90,8 @@ def prepare(
             (default: beside the slides).
         crop: Whether QuPath cropped slides to their scanned bounds on export.
         export_tree: Output folder of a tree of the original files, sorted by subset and class.
-        split: Split of the tree: one of the pack, or a protocol without further options.
-        recipe: Recipe whose published split the tree has, without a split (default: ``cancernet-2020``).
+        split: Split that divides the tree: one of the pack, or a protocol without further options.
+        recipe: Recipe whose published split divides the tree, without a split (default: ``cancernet-2020``).
         on_progress: Called with the numbers of patches done and in all.
 
     Returns:

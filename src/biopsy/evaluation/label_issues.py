@@ -70,10 +70,11 @@ class _Models:
 def label_issues(run: Run | Study | Path | str, *, out: Path | str, n: int = 100) -> LabelIssues:
     """List probable label errors; write a sheet and a page of pictures for expert review.
 
-    A label is compared with the labels of its eight neighbours on the slide and with the models that were not
-    trained on the patch, one vote each. Labels are never changed: an expert fills in the column ``decision``
-    (``yes`` for the suggested class, ``no`` for the current label, or a class), and ``prepare --labels``
-    reads the sheet. Rows without a decision keep their label; a sheet with decisions is never overwritten.
+    A label is compared with the labels of its eight neighbours on the slide, one vote each, and with the
+    models that were not trained on the patch, one vote together. Labels are never changed: an expert fills in
+    the column ``decision`` (``yes`` for the suggested class, ``no`` for the current label, or a class), and
+    ``prepare --labels`` reads the sheet. Rows without a decision keep their label; a sheet with decisions is
+    never overwritten.
 
     ``weights.csv`` has the probability of the current label of every patch, by the models that were not
     trained on it, for training with ``--set train.patch_weights=weights.csv``.

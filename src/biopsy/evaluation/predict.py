@@ -145,9 +145,9 @@ def predict(
 ) -> Prediction:
     """Predict patches from images, folders, zips and packs, and write one table.
 
-    Files that are not images, or larger than the classifier's patches, are skipped and listed. Patches unlike
-    training are marked in ``out_of_distribution``. The column ``subset`` gives the subset of patches that
-    the run was trained, validated or tested on, recognised by their pixels.
+    Files that are not images, or larger than the classifier's patches, are skipped and listed.
+    Out-of-distribution patches are marked in ``out_of_distribution``. The column ``subset`` states the subset
+    of patches that the run was trained, validated or tested on, which are recognised by their pixels.
 
     Args:
         model: Finished run, classifier, bundle, folder of a WSInfer model, name of a shipped classifier, or

@@ -246,7 +246,7 @@ def reproduce(
         name: Name of the study in ``studies/``; the same name continues it.
         out: Output folder of the study (default: ``studies/NAME``).
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run per core or a GPU; all nodes
+        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run per core or GPU; all nodes
             must see the pack and the study's folder under the same paths.
         address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
             one that is started for this command).

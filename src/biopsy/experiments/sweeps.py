@@ -321,7 +321,7 @@ def sweep(
         shard: ``I/N``: process I of N that share the study's folder, on one machine or many. It begins with
             its share of the runs, continues with any that no other process has finished or claimed, takes
             over those of processes that died, and ends when all runs are done.
-        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run per core or a GPU; all nodes
+        engine: ``ray`` trains the runs on a Ray cluster (extra ``ray``), one run per core or GPU; all nodes
             must see the pack and the study's folder under the same paths.
         address: Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else one that runs here, else
             one that is started for this command).

@@ -114,8 +114,8 @@ def pretrain(
     """Pre-train a recipe's network on patches of a pack, without labels (VICReg, Bardes et al. 2022).
 
     The patches are those of the training subset and of patients in no subset, never of test or validation
-    patients. Optimiser, schedule, batch size, precision and augmentation are the recipe's; the views are
-    also cropped and, every fifth, grey. Weights are of the last epoch, for training with ``model.weights``.
+    patients. Optimiser, schedule, batch size, precision and augmentation are the recipe's; the views are also
+    cropped, and a fifth of them are grey. Weights are of the last epoch, for training with ``model.weights``.
     The same command continues an interrupted pre-training.
 
     Args:

@@ -109,8 +109,9 @@ def train(
         device: Device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; of several processes each takes its own.
         plot: Output file of the training curves: loss, accuracy and AUROC (.png, .svg or .pdf).
         tensorboard: Also write TensorBoard events into the run.
-        mlflow: Also log settings and epochs to MLflow, where ``MLFLOW_TRACKING_URI`` says.
-        wandb: Also log settings and epochs to Weights & Biases (``WANDB_MODE=offline`` keeps them here).
+        mlflow: Also log settings and epochs to MLflow, at ``MLFLOW_TRACKING_URI``.
+        wandb: Also log settings and epochs to Weights & Biases (``WANDB_MODE=offline`` keeps them on this
+            machine).
         resume: Run to resume; recipe, split and seed are its own.
         transform: Transform of training patches after the recipe's augmentation: a transform of
             ``torchvision.transforms.v2``, applied per patch, or any function of a batch ``(B, 3, input_px,

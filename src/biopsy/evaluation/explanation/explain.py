@@ -111,7 +111,7 @@ def explain(
         random: Number of patches drawn at random instead, of that subset or of ``data``.
         seed: Random seed of that draw.
         method: Explanation methods: saliency, smoothgrad, grad_cam, integrated_gradients, occlusion or
-            activations (default: saliency, activations, and grad_cam or, where the network allows none,
+            activations (default: saliency, activations, and grad_cam or, if the network does not allow it,
             integrated_gradients).
         layer: Layers of activations (default: the first convolution) or grad_cam (default: the last
             feature maps).

@@ -198,8 +198,8 @@ def import_keras(
     """Convert a model saved by Keras (.h5, .weights.h5, .keras) into a classifier.
 
     The probabilities are Keras's own (two sigmoids become ``p1 / (p0 + p1)``). Nothing is calibrated: the
-    most probable class is predicted. The file says nothing about its training patches, so out-of-distribution
-    patches are not flagged.
+    most probable class is predicted. The file has no statistics of the training patches, so
+    out-of-distribution patches are not flagged.
 
     Args:
         file: ``.h5``, ``.weights.h5`` or ``.keras``; read as data, no code in it is executed.
