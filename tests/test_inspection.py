@@ -137,7 +137,7 @@ def test_where_nothing_is_known_less_is_drawn(make_pack):
 def test_slide_ids_never_become_paths(make_pack):
     pack = make_pack(n_patients=1, columns={"slide_id": "../../out of/here"})
     (picture,) = [path for path in inspect(pack)["paths"]["pictures"] if path.name.startswith("slide")]
-    assert picture == pack.path / "inspection" / "slide-01-------out-of-here.png"
+    assert picture == pack.path / "inspection" / "slide-01-.._.._out_of_here.png"
 
 
 def test_slides_with_most_patches_come_first_and_the_rest_is_counted(make_pack, monkeypatch, caplog):

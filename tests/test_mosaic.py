@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.slide_io.mosaic import stitch, stitch_values
+from biopsy.slide_io.mosaic import paste, stitch, stitch_values
 from refusals import refuses
 
 
@@ -87,3 +87,12 @@ def test_a_far_place_is_refused_and_named_before_memory_is_asked_for():
     with refuses(DataError, "x=5000001, y=5000001"):
         stitch_values([1, 2, 3], x, y, patch_px=50)
     assert stitch_values([1, 2], [0, 450_000], [0, 0], patch_px=50).shape == (1, 9001)
+
+
+def test_an_image_is_pasted_cropped_to_the_canvas():
+    image = np.arange(1, 13).reshape(3, 4)
+    for left, top in ((-2, -1), (0, 0), (3, 2), (5, 0), (-4, 0)):
+        canvas, large = np.zeros((4, 5), int), np.zeros((24, 25), int)
+        paste(canvas, image, left, top)
+        large[10 + top : 13 + top, 10 + left : 14 + left] = image
+        assert (canvas == large[10:14, 10:15]).all()

@@ -14,6 +14,7 @@ import simplejpeg
 
 from biopsy.core.errors import SlideError
 from biopsy.data.packs import Pack
+from biopsy.slide_io.mosaic import paste
 from biopsy.slide_io.reader import Slide, open_slide
 from biopsy.slide_io.tissue import THUMBNAIL_PX
 from biopsy.slides.grids import PatchGrid
@@ -107,11 +108,8 @@ class StitchedPicture:
         image = np.full((bottom - y, right - x, 3), 255, np.uint8)
         for index in np.flatnonzero(near):
             row = self._index[index]
-            w, h = self._pack.sizes[row]
             left, top = int(self._x[index]) - x, int(self._y[index]) - y
-            patch = self._pack.patches[row][max(0, -top) : h, max(0, -left) : w]
-            window = image[max(0, top) : max(0, top + h), max(0, left) : max(0, left + w)]
-            window[:] = patch[: window.shape[0], : window.shape[1]]
+            paste(image, self._pack.pixels(row), left, top)
         if downsample == 1:
             return image
         return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from biopsy.core.files import check_outputs, refuse_inputs, update_directory, wr
 from biopsy.core.results import FAILED, Result, Table
 from biopsy.core.seeds import make_rng
 from biopsy.core.storage import stage
-from biopsy.core.text import class_title, plural
+from biopsy.core.text import class_title, file_name, plural
 from biopsy.data.audit import Audit, PaddedPatches, SplitAudit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
@@ -225,8 +224,7 @@ def _draw_slides(pack: Pack, folder: Path) -> list[Path]:
     paths = []
     for number, slide_id in enumerate(slides.index[:MAX_SLIDES], start=1):
         rows = np.flatnonzero(placed & (pack.table["slide_id"] == slide_id))
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", str(slide_id))[:40]  # an id is not a path
-        path = folder / f"slide-{number:02d}-{name}.png"
+        path = folder / f"slide-{number:02d}-{file_name(str(slide_id))}.png"
         try:
             write_atomic(path, _render_slide(pack, rows))
         except DataError as error:

@@ -12,6 +12,14 @@ MAX_CELLS = 10_000_000
 """Largest number of cells of a grid: a slide of 75 mm x 25 mm in cells of 14 um."""
 
 
+def paste(canvas: np.ndarray, image: np.ndarray, left: int, top: int) -> None:
+    """Copy an image onto a canvas, cropped to the canvas; ``left`` and ``top`` may be negative."""
+    image = image[max(0, -top) :, max(0, -left) :]
+    left, top = max(0, left), max(0, top)
+    window = canvas[top : top + image.shape[0], left : left + image.shape[1]]
+    window[:] = image[: window.shape[0], : window.shape[1]]
+
+
 def stitch(
     patches: Iterable[np.ndarray],
     x: Sequence[float] | np.ndarray,
@@ -47,17 +55,15 @@ def stitch(
     for index, patch in enumerate(patches):
         if index >= len(x):
             raise DataError(f"more patches than the {len(x)} coordinates were given")
-        h, w = patch.shape[:2]
         if scale == 1:
-            image[top[index] : top[index] + h, left[index] : left[index] + w] = patch[
-                : height - top[index], : width - left[index]
-            ]
+            paste(image, patch, left[index], top[index])
         else:
+            h, w = patch.shape[:2]
             # edges are rounded, not sizes, to avoid gaps
             w = max(1, round((right[index] - left[index]) * min(w / patch_px, 1)))
             h = max(1, round((bottom[index] - top[index]) * min(h / patch_px, 1)))
             small = cv2.resize(np.ascontiguousarray(patch), (w, h), interpolation=cv2.INTER_AREA)
-            image[top[index] : top[index] + h, left[index] : left[index] + w] = small
+            paste(image, small, left[index], top[index])
         n_laid += 1
     if n_laid != len(x):
         raise DataError(f"{n_laid} patches have {len(x)} coordinates; one pair per patch is needed")
@@ -71,7 +77,7 @@ def stitch_values(
     *,
     patch_px: int,
 ) -> np.ndarray:
-    """Lay one number a patch out on the slide's grid, a cell a patch.
+    """Return the values of patches on the grid of the slide, one cell per patch.
 
     Returns:
         Grid ``(rows, columns)`` float64, NaN without a patch; patches in one cell are averaged.

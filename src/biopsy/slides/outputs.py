@@ -18,6 +18,7 @@ from biopsy.core.loaders import validate
 from biopsy.core.plugins import Registry
 from biopsy.core.text import class_title
 from biopsy.models.out_of_distribution import ood_warning
+from biopsy.slide_io.mosaic import paste
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.maps import (
     Region,
@@ -405,7 +406,6 @@ def _write_heatmap(path: Path, mapped: MappedSlide) -> None:
     image = np.full((round(grid.height / step), round(grid.width / step), 3), 255, np.uint8)
     left, top = (round(offset * grid.scale / step) for offset in grid.origin_px)
     cells = cv2.resize(colours, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-    window = image[top : top + cells.shape[0], left : left + cells.shape[1]]
-    window[:] = cells[: window.shape[0], : window.shape[1]]
+    paste(image, cells, left, top)
     height, width = image.shape[:2]
     write_pyramid(path, image, width=width, height=height, mpp=grid.slide_mpp * step, compression="deflate")

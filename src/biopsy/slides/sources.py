@@ -21,7 +21,7 @@ from biopsy.core.text import normalize_name
 from biopsy.data.pack_files import DOCUMENT as PACK_DOCUMENT
 from biopsy.data.packs import Pack, is_pack
 from biopsy.slide_io.backends import SLIDE_SUFFIXES, list_slide_files
-from biopsy.slide_io.mosaic import check_extent, stitch
+from biopsy.slide_io.mosaic import check_extent, paste, stitch
 from biopsy.slide_io.tissue import THUMBNAIL_PX
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.outputs import MAP
@@ -295,8 +295,7 @@ def stitch_slide(
     image = stitch(patches, x, y, patch_px=patch_px, scale=scale)
     picture = np.full((round(height * scale), round(width * scale), 3), 255, np.uint8)
     left, top = round(origin[0] * scale), round(origin[1] * scale)
-    window = picture[top : top + image.shape[0], left : left + image.shape[1]]
-    window[:] = image[: window.shape[0], : window.shape[1]]
+    paste(picture, image, left, top)
     return grid, picture
 
 
