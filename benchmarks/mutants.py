@@ -39,12 +39,13 @@ FEATURES = {
         "statistics/metrics statistics/intervals statistics/resampling statistics/paired statistics/power "
         "statistics/weighted_counts statistics/multiclass statistics/decisions "
         "statistics/contrasts",
-        "metrics intervals paired planning multiclass thresholds decisions contrasts means model_comparison",
+        "metrics intervals paired planning multiclass thresholds decisions contrasts clustered_mean "
+        "model_comparison",
     ),
     "calibration": (
         "statistics/calibration statistics/calibrators statistics/reliability "
         "evaluation/calibration/recalibrate training/postprocessing",
-        "calibrators calibration calibration_chapters",
+        "calibrators calibration calibration_section",
     ),
     "splits": ("data/splits data/protocols", "splits protocols leakage"),
     "leakage": (

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 pytest_plugins = ["local_server"]
 
 FAST = frozenset(
-    "annotation_xml averaging columns decisions geojson grids labels means metrics multiclass optimisers "
-    "paired recipes resolution tables text thresholds".split()
+    "annotation_xml averaging clustered_mean columns decisions geojson grids labels metrics multiclass "
+    "optimisers paired recipes resolution tables text thresholds".split()
 )
 """Files of tests, without ``test_``, that ``-m fast`` runs: statistics, recipes, names and geometry."""
 

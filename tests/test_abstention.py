@@ -265,7 +265,7 @@ def test_patients_on_several_subsets_guarantee_nothing():
     )
 
 
-def test_a_classifier_from_before_says_so():
+def test_a_classifier_from_before_reports_it():
     entry = judge({}, NEW)
     assert entry.alpha is None and entry.reason == BEFORE
     assert entry.per_patch is None and entry.risk_coverage.area.value > 0
@@ -387,7 +387,7 @@ def test_the_chapter_holds_the_guarantee_to_account():
     assert columns["IDC", MEASURES["coverage"]] == "-"
 
 
-def test_the_chapter_of_a_refusal_says_why_and_what_the_plain_version_would_guarantee():
+def test_the_chapter_of_a_refusal_states_why_and_what_the_plain_version_would_guarantee():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
     assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
     assert "there is 1." in text and "its target and the coverage that it reached" in text

@@ -37,7 +37,7 @@ def promising(trained_run, tmp_path):
     return Run.open(run.path)
 
 
-def test_a_run_with_few_validation_patients_promises_nothing_and_says_so(trained_run, tmp_path):
+def test_a_run_with_few_validation_patients_has_no_guarantee_and_states_why(trained_run, tmp_path):
     known = trained_run.classifier.info.conformal
     assert known["quantiles"] is None and known["reason"] == FEW and known["per_patch_quantiles"] is not None
     run = copy_run(trained_run, tmp_path)
@@ -67,7 +67,7 @@ def test_calibrating_again_fits_the_sets_again(promising):
     assert Classifier.load(promising.path / "classifier").info.conformal == info.conformal
 
 
-def test_what_is_judged_is_what_is_predicted(promising, tmp_path):
+def test_what_is_evaluated_is_what_is_predicted(promising, tmp_path):
     entry, classifier = evaluate(promising)["abstention"], promising.classifier
     test, _ = promising.predictions("test")
     probs = test[[f"prob_{name}" for name in classifier.info.class_names]].to_numpy()

@@ -143,7 +143,7 @@ def test_annotations_that_overlap_are_measured_and_their_patches_left_out(slides
     assert record["left_out"]["more than one class covers enough"] > 0
 
 
-def test_a_larger_share_can_be_asked_for(slides):
+def test_a_larger_share_can_be_requested(slides):
     folder = slides()
     half, most = cut(folder), prepare(folder, folder.with_name("most.pack"), **CUT, label_frac=0.9)
     assert len(most) < len(half) and most.table["label_share"].min() >= 0.9 - 1e-6
@@ -264,7 +264,7 @@ def test_options_for_slides_are_refused_for_patches(make_idc_zip, tmp_path):
         prepare(make_idc_zip(), tmp_path / "x.pack", **CUT, dataset="annotated-slides")
 
 
-def test_a_repaired_outline_is_recorded_and_said(slides, caplog):
+def test_a_repaired_outline_is_recorded_and_reported(slides, caplog):
     bow = [[300, 60], [500, 300], [500, 60], [300, 300], [300, 60]]
     folder = slides()
     document = json.loads((folder / "case.geojson").read_text())

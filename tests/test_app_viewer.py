@@ -390,14 +390,14 @@ def test_a_line_cut_off_by_a_crash_costs_only_itself(make_pack, tmp_path):
     assert [item["verdict"] for item in last] == ["right", "unsure"]
 
 
-def test_a_foreign_file_is_no_file_of_annotations(make_pack, tmp_path):
+def test_another_file_is_no_file_of_annotations(make_pack, tmp_path):
     (tmp_path / "mine.txt").write_text("my notes\n")
     with pytest.raises(UserFileError):
         make_viewer(make_pack().path, annotations=tmp_path / "mine.txt")
     assert (tmp_path / "mine.txt").read_text() == "my notes\n"
 
 
-def test_where_nothing_can_be_written_it_is_said(make_pack, tmp_path):
+def test_where_nothing_can_be_written_it_is_reported(make_pack, tmp_path):
     pack = make_pack()
     client = open_page(pack.path, annotations=tmp_path / "missing" / "a.jsonl")
     [sheet] = client.get("/api/state").json()["sheets"]

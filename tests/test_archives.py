@@ -243,7 +243,7 @@ def test_a_name_that_is_not_utf8_in_a_folder_is_escaped_and_read(tmp_path):
     assert archive.fingerprint()
 
 
-def test_a_name_that_is_not_the_utf8_it_is_said_to_be_is_refused(tmp_path):
+def test_a_name_that_is_not_the_utf8_that_it_is_declared_to_be_is_refused(tmp_path):
     refuse(raw_zip(tmp_path / "x.zip", [b"a/\xff\xfe.png"], flags=0x800), "UTF-8")
 
 

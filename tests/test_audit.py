@@ -164,7 +164,7 @@ def test_a_named_patient_on_two_subsets_spoils_whatever_others_lack(make_pack: M
     assert len(find_blocking_issues(audit)) == 1
 
 
-def test_patches_that_name_nobody(make_pack: MakePack) -> None:
+def test_patches_without_ids(make_pack: MakePack) -> None:
     nobody = {"patient_id": None, "slide_id": None, "x": None, "y": None}
     pack = make_pack(n_patients=4, columns=nobody)
     audit = audit_pack(pack, make_split(pack, protocol="patients", save=False))

@@ -15,7 +15,7 @@ from biopsy.training.batch_norm import reestimate_batch_norm
 from biopsy.training.postprocessing import warn_of_spread
 from biopsy.training.train import train
 from report_facts import make_small_facts
-from test_calibration import settle_stub
+from test_calibration import calibrate_stub
 from tiny_runs import assert_same_run, train_tiny, weights
 
 PREPROCESSING = Preprocessing(input_px=8)
@@ -65,7 +65,7 @@ def test_a_network_without_batch_normalisation_has_nothing_to_settle(pack):
     assert fit_postprocessing(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), pack) is None
 
 
-def test_a_short_run_says_so_everywhere_and_is_the_same_when_resumed(pack, tmp_path, monkeypatch):
+def test_a_short_run_is_reported_everywhere_and_is_the_same_when_resumed(pack, tmp_path, monkeypatch):
     run = train_tiny(pack, tmp_path / "run")
     assert run.info["batch_norm"]["reestimated"]
     (said,) = (text for text in run.info["warnings"] if "batch normalisation" in text)
@@ -103,8 +103,8 @@ def test_scores_that_barely_differ_are_recognised():
     target, groups = rng.integers(0, 2, 400), np.repeat(np.arange(8), 50)
     logits = np.stack([np.zeros(400), rng.normal(target, 1)], axis=1)
     flat = (logits * 1e-4 + [0.3, 0.8]).astype(np.float32)
-    assert warn_of_spread(settle_stub(logits, target, groups, "platt"), logits, "validation") is None
-    classifier = settle_stub(flat, target, groups, "platt")
+    assert warn_of_spread(calibrate_stub(logits, target, groups, "platt"), logits, "validation") is None
+    classifier = calibrate_stub(flat, target, groups, "platt")
     assert warn_of_spread(classifier, flat, "validation")
     assert classifier.info.calibrator["method"] == "platt"  # and are calibrated all the same
     assert np.ptp(classifier.probs(flat)[:, 1]) > 0.5

@@ -77,7 +77,7 @@ def test_nothing_runs_off_the_page_and_nothing_is_asked_of_a_network(page):
     assert outside == [] and page.failures == []
 
 
-def test_a_table_that_scrolls_says_so(page):
+def test_a_table_that_scrolls_reports_it(page):
     tables = page.evaluate(
         "[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibility()).map(e =>"
         " [e.scrollWidth > e.clientWidth + 1, !e.previousElementSibling.hidden, e.tabIndex === 0])"

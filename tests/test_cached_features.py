@@ -84,7 +84,7 @@ def test_the_rest_gives_the_logits_of_the_whole(pack, tmp_path, name, trainable)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_front_sees_every_patch_once(pack, tmp_path):
+def test_the_frozen_part_sees_every_patch_once(pack, tmp_path):
     network, seen = make_network(), []
     hook = network.body[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     rows = np.arange(3, 50)

@@ -57,7 +57,7 @@ def stub(class_names=("non_idc", "idc"), outputs="softmax"):
     return Classifier(info, torch.nn.Identity())
 
 
-def settle_stub(logits, target, groups, method="temperature", **options):
+def calibrate_stub(logits, target, groups, method="temperature", **options):
     classifier = stub(**options)
     fit_postprocessing(
         classifier, logits, target, groups, method=method, rules=RULES, chosen_on="validation", unit="patient"
@@ -108,7 +108,7 @@ def test_calibrated_scores_are_what_an_export_puts_out(trained_run):
     for method in ("temperature", "platt", "isotonic", "none"):
         logits, target, groups = draw(200)
         for outputs in ("softmax", "sigmoid"):
-            classifier = settle_stub(logits, target, groups, method, outputs=outputs)
+            classifier = calibrate_stub(logits, target, groups, method, outputs=outputs)
             scores = classifier.calibrated_scores(logits)
             np.testing.assert_allclose(softmax(scores, axis=1), classifier.probs(logits), atol=1e-14)
             record = classifier.info.calibrator
@@ -168,7 +168,7 @@ def test_more_than_two_classes_are_calibrated(make_pack, tmp_path):
 @pytest.mark.parametrize("method", ["temperature", "platt", "isotonic"])
 def test_one_class_in_validation_is_recorded_and_the_run_goes_on(method):
     logits, _, groups = draw()
-    classifier = settle_stub(logits, np.zeros(60, int), groups, method)
+    classifier = calibrate_stub(logits, np.zeros(60, int), groups, method)
     record = classifier.info.calibrator
     assert record["method"] == "intercept" and record["asked"] == method and record["reason"]
     before, after = softmax(logits, axis=1)[:, 1].mean(), classifier.probs(logits)[:, 1].mean()
@@ -179,7 +179,7 @@ def test_one_class_in_validation_is_recorded_and_the_run_goes_on(method):
 @pytest.mark.parametrize(("n_groups", "text"), [(1, "1 patient only"), (2, "2 patients only")])
 def test_one_or_two_patients_calibrate_with_a_warning(n_groups, text):
     logits, target, groups = draw(n_groups=n_groups)
-    classifier = settle_stub(logits, target, groups, "platt")
+    classifier = calibrate_stub(logits, target, groups, "platt")
     record = classifier.info.calibrator
     assert record["method"] == "intercept" and record["n_patients"] == n_groups and record["reason"]
     assert text in record["warning"]
@@ -197,11 +197,12 @@ def test_a_training_with_neighbours_warns_of_its_calibration_once(make_pack, tmp
 def test_constant_and_nan_logits():
     logits, target, groups = draw()
     assert (
-        "all predictions are equal" in settle_stub(0 * logits + 1, target, groups).info.calibrator["reason"]
+        "all predictions are equal"
+        in calibrate_stub(0 * logits + 1, target, groups).info.calibrator["reason"]
     )
     logits[4, 0] = np.nan
     with refuses(MetricError, "finite", "row 4"):
-        settle_stub(logits, target, groups)
+        calibrate_stub(logits, target, groups)
 
 
 def test_patches_without_patients_are_their_own_unit():

@@ -280,7 +280,7 @@ def test_a_slope_that_does_not_exist_leaves_the_intercept(method, sign):
             assert fitted.method == "intercept" and fitted.reason
 
 
-def test_classes_told_apart_without_a_mistake_have_no_slope():
+def test_perfectly_separated_classes_have_no_slope():
     target = np.arange(30) % 3
     fitted = fit_calibrator(3 * np.eye(3)[target] + 0.01 * np.arange(30)[:, None] % 0.07, target)
     assert fitted.method == "intercept" and fitted.reason
@@ -352,7 +352,7 @@ def test_nothing_is_exactly_nothing():
     assert calibrator_from_dict({"method": "none"}).scale(scores) is scores
 
 
-def test_isotonic_promises_no_more_than_it_has_seen():
+def test_isotonic_is_no_more_certain_than_its_data():
     x = np.linspace(-2, 2, 40)
     fitted = fit_calibrator(np.stack([0 * x, x], axis=1), (x > 0).astype(int), "isotonic")
     ends = (min(expit(-2), 1 / 22), max(expit(2), 21 / 22))

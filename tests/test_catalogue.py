@@ -21,7 +21,7 @@ def test_list_names_what_is_shipped(kind):
     assert all(name in shown for name in names)
 
 
-def test_list_says_how_a_pack_is_made_of_each_data_set(make_idc_zip, tmp_path):
+def test_list_states_how_a_pack_is_made_of_each_data_set(make_idc_zip, tmp_path):
     rows = {row["name"]: row for row in biopsy.list("datasets")}
     assert all(row["looks_for"] and row["prepare"].startswith("biopsy prepare ") for row in rows.values())
     make_phantom_slide(tmp_path / "slides" / "a.tiff", seed=3, width=320, height=240, mpp=2.0, drawn_mpp=4.0)

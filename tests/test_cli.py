@@ -138,7 +138,7 @@ def test_errors_of_the_installed_command_are_one_line(tmp_path):
 # --- Ctrl-C
 
 
-def test_interrupted_training_says_how_to_go_on(replace):
+def test_interrupted_training_states_how_to_go_on(replace):
     replace("train", KeyboardInterrupt("runs/one"))
     result = call("train", "--data", "x.pack", "cancernet-2020")
     assert result.exit_code == 130 and result.stdout == ""
@@ -322,7 +322,7 @@ def fetch_and_log(name, out, **options):
     return FetchResult("pcam", Path("there"), (), ())
 
 
-def test_what_the_library_logs_is_on_stderr_and_said_once(replace):
+def test_what_the_library_logs_is_on_stderr_and_reported_once(replace):
     replace("fetch", fetch_and_log)
     result = call("fetch", "pcam", "--out", "there")
     assert result.stdout == "there\n"

@@ -325,7 +325,7 @@ def test_csv_files_that_say_nothing_are_refused(tmp_path, text, facts, reason):
         slide(make_classifier(), [tmp_path / "s.csv"], out=tmp_path / "out")
 
 
-def test_slides_of_one_name_are_told_apart(tmp_path, make_slide):
+def test_slides_of_one_name_are_distinguished(tmp_path, make_slide):
     path = make_slide("x.tiff")
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -381,7 +381,7 @@ def test_more_than_two_classes_and_abstention(make_slide, tmp_path):
     assert slide_map.abstained.all() and set(slide_map.cells_pred().ravel()) <= {-1, -2}
 
 
-def test_labels_and_macro_images_are_never_asked_for():
+def test_labels_and_macro_images_are_never_requested():
     import ast
 
     for module in Path(inspect.getfile(slide)).parent.glob("*.py"):

@@ -61,7 +61,7 @@ def test_a_pattern_can_name_slides_and_sites(table):
     assert found["patient_id"].isna().all()
 
 
-def test_patches_of_nobody_are_counted(table, csv):
+def test_patches_without_a_patient_are_counted(table, csv):
     found, record = add_people(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
     assert (record["without_patient_id"], record["without_slide_id"]) == (2, 0)
     assert found["slide_id"].tolist() == ["s1", "s1", "s9"]  # what the table does not say stays as it was
@@ -87,7 +87,7 @@ def test_people_are_read_in_one_spelling(table, csv, cells, patients):
     assert checked["patient_id"].notna().tolist() == [True] * 3 or patients[0] is None
 
 
-def test_rows_of_nobody_are_counted_and_named_with_the_likely_patch(table, csv, caplog):
+def test_rows_without_a_patch_are_counted_and_named_with_the_likely_patch(table, csv, caplog):
     add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,1\nB/P2_1,2\n"))
     assert "1 of 3 rows match no patch of the data set: 'B/P2_1' (perhaps 'b/p2_1')" in caplog.text
     table["patient_id"] = ["03", "03", "04"]

@@ -101,7 +101,7 @@ def test_few_patients_have_values_and_a_reason():
     assert np.isnan(found.by_group["g002"]["auroc"])
 
 
-def test_nothing_to_compare_is_said():
+def test_nothing_to_compare_is_reported():
     values, chosen, groups = draw(n_groups=6)
     none = contrast_groups(values, np.zeros_like(chosen), groups, seed=0, names=("missed", "found"))
     assert none.auroc.reason == "undefined: no missed patches" and np.isnan(none.mean_chosen)
@@ -115,7 +115,7 @@ def test_nothing_to_compare_is_said():
     assert np.isnan(flat.difference_sd.value)
 
 
-def test_patches_of_nobody_have_no_list_of_patients():
+def test_patches_without_a_patient_have_no_list_of_patients():
     values, chosen, _ = draw(n_groups=1, each=150, shift=1.0)
     found = contrast_groups(values, chosen, np.arange(150), seed=0, unit="patch", draws=200)
     assert found.within is None and found.by_group == {} and found.auroc.low > 0.5

@@ -423,7 +423,7 @@ def test_patients_and_folds_are_not_taken_for_classes(tmp_path, tops, classes):
     "tops",
     [("train_set", "val_set", "test_set"), ("Training Data", "Validation Data"), ("TRAIN", "valid-images")],
 )
-def test_folders_named_like_subsets_are_subsets_and_said(tmp_path, tops, caplog):
+def test_folders_named_like_subsets_are_subsets_and_reported(tmp_path, tops, caplog):
     pack = prepare(make_tree(tmp_path / "x", tops, ("benign", "malignant")), tmp_path / "x.pack")
     assert pack.class_names == ["benign", "malignant"]
     assert set(pack.table["official_subset"]) == {"train", "validation", "test"} - (
@@ -432,7 +432,7 @@ def test_folders_named_like_subsets_are_subsets_and_said(tmp_path, tops, caplog)
     assert "interpreted as official subsets" in caplog.text
 
 
-def test_folders_below_classes_that_may_be_classes_are_said(tmp_path, caplog):
+def test_folders_below_classes_that_may_be_classes_are_reported(tmp_path, caplog):
     prepare(make_tree(tmp_path / "x", ("A", "B"), ("k1", "k2", "k3")), tmp_path / "x.pack", positive="B")
     assert "several contain the folders k1, k2, k3" in caplog.text
     caplog.clear()

@@ -164,7 +164,7 @@ def test_tiff_of_signed_numbers_or_many_channels_is_refused(picture, compression
 
 
 @pytest.mark.parametrize("n_px", [2000, 8000])
-def test_a_header_that_promises_more_pixels_than_there_are_is_refused(picture, n_px):
+def test_a_header_that_declares_more_pixels_than_there_are_is_refused(picture, n_px):
     png = encode(picture, "PNG")
     jpeg = bytearray(encode(picture, "JPEG"))
     frame = jpeg.index(b"\xff\xc0")

@@ -164,7 +164,7 @@ def test_a_partial_file_longer_than_the_file_starts_again(server, tmp_path, know
     assert (tmp_path / "data.bin").read_bytes() == BODY
 
 
-def test_another_part_than_asked_for_is_refused(server, tmp_path):
+def test_another_part_than_requested_is_refused(server, tmp_path):
     base, does = server
     does.wrong_range = True
     (tmp_path / "data.bin.biopsy-partial").write_bytes(BODY[:1000])
@@ -173,7 +173,7 @@ def test_another_part_than_asked_for_is_refused(server, tmp_path):
     assert (tmp_path / "data.bin.biopsy-partial").read_bytes() == BODY[:1000]
 
 
-def test_a_foreign_beginning_is_found_out(server, tmp_path):
+def test_another_beginning_is_detected(server, tmp_path):
     base, _ = server
     (tmp_path / "data.bin.biopsy-partial").write_bytes(b"x" * 1000)
     with refuses(DownloadError, "sha256", "discarded", reason="changed"):
@@ -182,7 +182,7 @@ def test_a_foreign_beginning_is_found_out(server, tmp_path):
     assert (tmp_path / "data.bin").read_bytes() == BODY
 
 
-def test_too_little_room_is_said_before_anything_starts(server, tmp_path, monkeypatch):
+def test_too_little_room_is_reported_before_anything_starts(server, tmp_path, monkeypatch):
     base, does = server
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**9, 10**9, 2_999_999))
     with refuses(DownloadError, "0.0 GB", tmp_path, reason="disk"):

@@ -107,7 +107,7 @@ def test_patches_are_brought_to_the_encoders_resolution():
 @pytest.mark.parametrize(
     ("mpp", "word"), [(4.0, "lack detail"), (0.1, "the field is smaller"), (None, "unknown")]
 )
-def test_a_resolution_far_from_the_encoders_is_said(mpp, word, caplog):
+def test_a_resolution_far_from_the_encoders_is_reported(mpp, word, caplog):
     caplog.set_level("INFO", "biopsy")
     recipe = load_recipe("probe", {"model.name": ALL["kaiko-s16"].tag})
     fed = feed_as_encoder(recipe, 50, mpp)

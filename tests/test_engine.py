@@ -139,7 +139,7 @@ def test_batches_are_the_patches_in_order():
     assert np.array_equal(torch.cat([target for _, target in got]), order % 2)
 
 
-def test_a_last_batch_that_is_not_full_is_dropped_where_asked():
+def test_a_last_batch_that_is_not_full_is_dropped_on_request():
     batches = make_batches(drop_last=True)
     assert batches.count(20) == len(list(batches.iterate(np.arange(20)))) == 3
     assert list(batches.iterate(np.arange(5))) == []
@@ -176,7 +176,7 @@ def test_padded_patches_are_stretched_from_their_true_size():
     assert torch.equal(batch, wanted)
 
 
-def test_the_device_is_picked_and_said(caplog):
+def test_the_device_is_picked_and_reported(caplog):
     with caplog.at_level(logging.INFO):
         engine = Engine("auto")
     assert engine.device.type == ("cuda" if torch.cuda.is_available() else "cpu")

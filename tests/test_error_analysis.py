@@ -90,7 +90,7 @@ def test_patients_that_differ_do_not_make_a_contrast():
 
 
 @pytest.mark.parametrize("kinds", ["fn", "tp", "tn"])
-def test_nothing_to_compare_says_so(kinds):
+def test_nothing_to_compare_reports_it(kinds):
     sample, groups = make_sample(n_patients=5, each=10)
     found = contrast_errors(sample.assign(kind=kinds), groups, seed=0, unit="patient")
     assert found["n_comparisons"] == 0
@@ -125,7 +125,7 @@ def test_galleries_are_the_surest_and_the_nearest_to_the_threshold():
     assert pick_galleries(table.assign(kind="tp"), 0.4, 2)["fn"] == []
 
 
-def test_unusual_is_said_of_the_ends_only():
+def test_unusual_is_reported_of_the_ends_only():
     n = 101
     sample = pd.DataFrame({name: np.arange(n, dtype=float) for name in PROPERTIES})
     sample = sample.assign(kind="tp", patch_id=[f"p{i}" for i in range(n)])

@@ -171,7 +171,7 @@ def test_probabilities_follow_from_the_logits(judged):
     assert set(frame["subset"]) == {"test"} and frame["patch_id"].is_unique
 
 
-def test_the_threshold_was_chosen_on_validation_and_is_frozen(judged):
+def test_the_threshold_was_chosen_on_validation_and_is_fixed(judged):
     target, prob, *_ = read(judged, "validation")
     chosen = choose_threshold(target, prob, "youden")
     wanted = {"value": chosen.value, "rule": "youden", "chosen_on": "validation"}
@@ -192,7 +192,7 @@ def test_validation_is_predicted_as_training_left_it(trained_run, judged):
     )
 
 
-def test_colour_alone_stands_beside_it(judged):
+def test_colour_alone_is_shown_beside_it(judged):
     pack = judged.open_pack()
     baseline = plain(judged.metrics().baseline)
     assert baseline["auroc"] == colour_baseline(pack, judged.subsets(pack))[0].auroc
@@ -241,7 +241,7 @@ def test_a_ledger_without_the_last_evaluation_is_named(copied, caplog, change):
     assert "entries are missing" in caplog.text
 
 
-def test_a_pack_that_cannot_be_written_is_judged_all_the_same(copied, monkeypatch):
+def test_a_pack_that_cannot_be_written_is_evaluated_all_the_same(copied, monkeypatch):
     pack = copied.open_pack()
     monkeypatch.setattr("biopsy.data.ledger.os.access", lambda path, _: path != pack.path)
     assert evaluate(copied)["ledger"] == {
@@ -266,7 +266,7 @@ def test_a_pack_that_moved_is_known_by_its_content(judged, copied, tmp_path):
         evaluate(copied, data=moved, split="patients")
 
 
-def test_a_test_subset_that_validated_is_said(copied):
+def test_a_test_subset_that_validated_is_reported(copied):
     assert evaluate(copied)["split"]["test_is_validation"] is False
     edit(copied.path / "run.json", split={**copied.info["split"], "test_is_validation": True})
     assert evaluate(copied.path)["split"]["test_is_validation"] is True
@@ -274,7 +274,7 @@ def test_a_test_subset_that_validated_is_said(copied):
         evaluate(copied.path, subset="validation")
 
 
-def test_another_pack_is_judged_apart(copied, make_pack, caplog):
+def test_another_pack_is_evaluated_separately(copied, make_pack, caplog):
     other = make_pack("other.pack", n_patients=5, patches_per_patient=6, seed=1)
     metrics = evaluate(copied, data=other.path)
     assert (metrics["n_patches"], metrics["n_patients"], metrics["times_opened"]) == (30, 5, 1)
@@ -301,7 +301,7 @@ def test_patients_of_another_pack_are_compared_within_a_data_set(copied, make_pa
     assert evaluate(copied, data=other.path)["split"]["patients_overlap"] is overlap
 
 
-def test_a_subset_of_another_packs_split_is_judged(copied, make_pack):
+def test_a_subset_of_another_packs_split_is_evaluated(copied, make_pack):
     other = make_pack(n_patients=8, patches_per_patient=6, seed=1)
     split = make_split(other, protocol="patients", save=False)
     metrics = evaluate(copied, data=other, split="patients")
@@ -382,7 +382,7 @@ def test_three_classes_from_training_to_report(make_pack, tmp_path):
     assert all(class_title(name) in page for name in pack.class_names)
 
 
-def test_patches_that_name_nobody_are_their_own_unit(make_pack, tmp_path):
+def test_patches_without_ids_are_their_own_unit(make_pack, tmp_path):
     columns = {"patient_id": None, "slide_id": None}
     pack = make_pack(n_patients=5, patches_per_patient=12, columns=columns)
     run = train_tiny(Pack.open(pack.path), tmp_path / "run", "train.epochs=1")

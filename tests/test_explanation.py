@@ -81,7 +81,7 @@ def test_the_score_is_taken_before_the_softmax():
     assert found.probs[0, 1] == 1 and found.maps.min() > 0
 
 
-def test_the_class_explained_is_the_positive_one_or_the_likeliest():
+def test_the_class_explained_is_the_positive_or_the_most_probable_one():
     patches = draw_patches(12, 8)
     binary = explain_patches(make_classifier(make_linear(), input_px=8), patches, engine=CPU)
     assert (binary.class_index == 1).all() and len(set(binary.probs.argmax(axis=1))) == 2

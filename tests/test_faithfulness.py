@@ -300,7 +300,7 @@ def test_tumour_cells_of_phantom_lie_in_the_tumour_and_are_darker():
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(0.1, 0.2, "higher"), (-0.2, -0.1, "lower"), (-0.1, 0.1, "not different")]
 )
-def test_a_gain_is_judged_by_its_interval(low, high, verdict):
+def test_a_gain_is_classified_by_its_interval(low, high, verdict):
     assert Interval(0.0, low, high).compare(0.0) == verdict
     assert Interval(0.0).compare(0.0) == "inconclusive"
 

@@ -99,7 +99,7 @@ def test_confusion_names_the_quadrants_where_they_stand():
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["IDC", "not IDC"]
 
 
-def test_confusion_without_one_class_says_so():
+def test_confusion_without_one_class_reports_it():
     assert "no IDC patch" in words(draw_confusion(0, 3, 0, 4, negative="not IDC", positive="IDC"))
 
 

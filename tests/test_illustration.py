@@ -89,7 +89,7 @@ def test_until_it_is_opened_the_test_subset_is_left_alone(unopened):
 
 
 @pytest.mark.slow
-def test_three_classes_are_explained_by_the_likeliest(make_pack, tmp_path):
+def test_three_classes_are_explained_by_the_most_probable_class(make_pack, tmp_path):
     pack = make_pack(
         n_patients=6, patches_per_patient=9, n_classes=3, official_subsets=("train", "validation", "test")
     )

@@ -54,7 +54,7 @@ def ask(network, patches, sizes=None, index=None, **options):
     return predict_logits(network, preprocessing, patches, sizes, index, engine=ENGINE, **options)
 
 
-def test_rows_come_in_the_order_asked_for(network, patches):
+def test_rows_come_in_the_order_requested(network, patches):
     whole = ask(network, patches)
     assert whole.shape == (18, 2) and whole.dtype == np.float32
     assert np.ptp(whole[:, 0]) > 0.1

@@ -84,7 +84,7 @@ def test_jackknife_by_hand():
     assert ours.high == pytest.approx(1 / (1 + math.exp(-half) / odds), abs=1e-6)
 
 
-def test_metrics_without_bounds_are_judged_on_the_plain_scale_and_losses_on_the_logarithm():
+def test_metrics_without_bounds_are_evaluated_on_the_plain_scale_and_losses_on_the_logarithm():
     cohort = Population().draw(8, 40, seed=1)
     ours = estimate_patch_metrics(cohort.target, cohort.prob, cohort.patient_ids, seed=0)
 
@@ -125,7 +125,7 @@ def many():
     return Population().draw(120, 15, seed=1)
 
 
-def test_a_metric_that_lacks_no_patches_says_why_it_is_undefined():
+def test_a_metric_that_lacks_no_patches_states_why_it_is_undefined():
     """Equal probabilities have no slope, though no positive or negative patches are missing."""
     ours = estimate_patch_metrics(TARGET, np.full(15, 0.3), PATIENTS)["calibration_slope"]
     assert np.isnan(ours.value) and METRICS["calibration_slope"].undefined in ours.reason
@@ -252,7 +252,7 @@ def test_a_share_at_its_bound_gets_the_exact_limit_over_patients():
     assert (never.low, never.high) == pytest.approx((0, 1 - exact.low))
 
 
-def test_undefined_values_say_why_and_become_null():
+def test_undefined_values_state_why_and_become_null():
     ours = estimate_patch_metrics(np.zeros(10, int), np.full(10, 0.2), np.arange(10), seed=0)
     assert plain(ours["auroc"]) == {
         "value": None,

@@ -162,7 +162,7 @@ def test_every_checksum_is_one_and_none_is_used_twice():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_licence_credentials_and_room_are_said_beforehand(name, tmp_path):
+def test_licence_credentials_and_room_are_reported_beforehand(name, tmp_path):
     source = find_source(name)
     assert source.terms and source.credentials
     assert 5e9 < needed_bytes(source, tmp_path) < 20e9

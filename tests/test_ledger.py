@@ -101,7 +101,7 @@ def test_a_line_that_is_no_opening_is_counted_apart(make_pack: MakePack, tmp_pat
     assert count_openings(pack, split="patients") == COUNTED | {"times": 1, "runs": 1, "unreadable": 1}
 
 
-def test_nobody_writes_while_another_holds_the_lock(make_pack: MakePack, tmp_path: Path) -> None:
+def test_no_one_writes_while_another_holds_the_lock(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=1)
     with ThreadPoolExecutor(1) as pool:
         with FileLock(pack.path / f".{FILE}.lock"):

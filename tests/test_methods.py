@@ -153,7 +153,7 @@ def test_integrated_gradients_add_up_to_the_difference_from_white():
     assert difference[:2].abs().min() > 0.01 and found[2].abs().max() == 0
 
 
-def test_steps_are_doubled_until_it_adds_up_and_it_is_said_where_it_does_not(monkeypatch, caplog):
+def test_steps_are_doubled_until_it_adds_up_and_it_is_reported_where_it_does_not(monkeypatch, caplog):
     class Step(nn.Module):  # its gradient is nearly everywhere 0: the hardest to integrate
         def forward(self, batch):
             score = 100 * torch.sigmoid(400 * (batch.mean(dim=(1, 2, 3)) - 0.83))

@@ -448,7 +448,7 @@ def test_a_sweep_or_reproduction_is_refused_with_its_runs_named(pack, tmp_path):
         biopsy.compare([made, made])
 
 
-def test_a_difference_there_is_is_found_and_said():
+def test_a_difference_there_is_is_found_and_reported():
     target, first, second, groups = draw_pair(np.random.default_rng(8), 30, gain=2.0)
     scores = [sort_scores(target, p, group_ids=groups) for p in (first, second)]
     samples = [sample_seeds([one], Resampler(len(one.groups))) for one in scores]

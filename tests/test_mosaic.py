@@ -82,7 +82,7 @@ def test_refusals_name_the_fault():
         stitch_values([], [], [], patch_px=50)
 
 
-def test_a_far_place_is_refused_and_named_before_memory_is_asked_for():
+def test_a_far_place_is_refused_and_named_before_memory_is_requested():
     x, y = np.array([0, 50, 5_000_001]), np.array([0, 0, 5_000_001])
     with refuses(DataError, "x=5000001, y=5000001"):
         stitch_values([1, 2, 3], x, y, patch_px=50)

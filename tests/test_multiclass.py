@@ -137,7 +137,7 @@ def test_bootstrap_draws_whole_patients():
             assert result.replicates[name][i] == pytest.approx(theirs[name], abs=1e-12)
 
 
-def test_each_class_against_the_rest_stands_beside_the_pooled_numbers():
+def test_each_class_against_the_rest_is_shown_beside_the_pooled_numbers():
     target, probs, groups = draw()
     sample = class_sample(target, probs, NAMES, group_ids=groups)
     pooled, per_class = estimate_metrics(sample, seed=0), estimate_one_vs_rest(sample, seed=0)

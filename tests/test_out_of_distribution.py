@@ -65,7 +65,7 @@ def test_one_in_a_hundred_validation_patches_is_beyond_each_limit(classifier):
     ],
     ids=["noise", "inverted", "green stain", "half the light", "empty glass"],
 )
-def test_foreign_patches_are_flagged(classifier, alter):
+def test_out_of_distribution_patches_are_flagged(classifier, alter):
     assert measure(classifier, alter(PATCHES[VAL[:50]]))["out_of_distribution"].all()
 
 
@@ -85,7 +85,7 @@ def test_it_is_kept_with_the_classifier(classifier, tmp_path):
     assert again.equals(measure(make_classifier(), PATCHES[VAL]))
 
 
-def test_without_a_reference_nothing_is_said(classifier):
+def test_without_a_reference_nothing_is_reported(classifier):
     info = classifier.info.model_copy(update={"out_of_distribution": None})
     found = measure(Classifier(info, classifier.network), PATCHES[:4])
     assert found.shape == (4, 0)

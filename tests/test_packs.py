@@ -128,7 +128,7 @@ def test_a_document_that_contradicts_itself_or_the_files_is_refused(make_pack, c
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_changed_by_hand_is_refused_and_one_without_a_hash_is_said(make_pack, caplog):
+def test_a_document_changed_by_hand_is_refused_and_one_without_a_hash_is_reported(make_pack, caplog):
     pack = make_pack()
     path = pack.path / "pack.json"
     document = json.loads(path.read_text())

@@ -101,7 +101,7 @@ def test_no_interval_without_a_spread_or_with_few_patients():
     assert same.value == 0 and same.low is None and "identical" in same.reason
 
 
-def test_an_undefined_metric_says_why():
+def test_an_undefined_metric_states_why():
     groups = np.repeat(np.arange(6), 5)
     prob = np.linspace(0.1, 0.9, 30)
     found = estimate_differences(np.zeros(30, int), prob, prob[::-1], groups, names=["auroc"], seed=0)[

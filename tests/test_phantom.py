@@ -149,7 +149,7 @@ def test_the_same_tissue_at_a_finer_pixel_size(slide):
 
 
 @pytest.mark.slow
-def test_cohort_has_the_promised_size_and_idc_balance(cohort):
+def test_cohort_has_the_requested_size_and_idc_balance(cohort):
     assert len(cohort) == 480
     targets = np.array([patch.target for patch in cohort])
     assert 0.2 <= targets.mean() <= 0.36

@@ -77,7 +77,7 @@ def test_what_is_asked_moves_the_number():
     assert needed().power >= 0.8 > comparison_power(0.5, needed().n_patients - 1)
 
 
-def test_the_promised_power_is_reached():
+def test_the_planned_power_is_reached():
     """Plan on 300 patients for the difference that is there; see how often cohorts of that size show it."""
     rng = np.random.default_rng(1)
     target, first, second, _ = draw_pair(rng, 4000, gain=0.5)

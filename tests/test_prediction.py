@@ -226,7 +226,7 @@ def test_patches_of_the_run_are_recognised_by_their_pixels(trained_run, tmp_path
     assert named.to_dict() == {f"{number}.png": subsets[number] for number in index} | {"new.png": ""}
 
 
-def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path):
+def test_more_than_two_classes_take_the_most_probable_class(trained_run, folder, tmp_path):
     from biopsy.models.networks import build_network
 
     info = trained_run.classifier.info.model_copy(
@@ -250,7 +250,7 @@ def test_more_than_two_classes_take_the_likeliest(trained_run, folder, tmp_path)
         ask(tmp_path / "three", folder, format="kaggle")
 
 
-def test_labels_of_other_classes_are_left_out_and_said(trained_run, make_pack, tmp_path, caplog):
+def test_labels_of_other_classes_are_left_out_and_reported(trained_run, make_pack, tmp_path, caplog):
     pack = make_pack(n_classes=3)
     predicted = biopsy.predict(trained_run, pack.path, out=tmp_path / "p.csv", device="cpu")
     assert predicted.frame["target"].isna().all()

@@ -64,7 +64,7 @@ def test_threshold_belongs_to_the_positive_class_wherever_it_stands() -> None:
     assert likeliest["pred"].tolist() == [1, 1, 0]
 
 
-def test_three_classes_take_the_likeliest(make_pack: MakePack) -> None:
+def test_three_classes_take_the_most_probable_class(make_pack: MakePack) -> None:
     frame = predict(make_pack(n_patients=2, n_classes=3), np.arange(24))
     assert class_columns(frame) == ["class_0", "class_1", "class_2"]
     assert "prob" not in frame

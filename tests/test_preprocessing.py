@@ -49,7 +49,7 @@ def test_other_filters_are_opencvs(name, flag, width, height):
     assert np.array_equal(resized[0], cv2.resize(patch, (48, 48), interpolation=flag))
 
 
-def test_padding_is_kept_where_asked():
+def test_padding_is_kept_on_request():
     _, kept = padded(12, 50)
     preprocessing = Preprocessing(input_px=50, resize_mode="pad")
     assert np.array_equal(preprocessing.resize_patches(kept, np.array([12]), np.array([50])), kept)

@@ -212,7 +212,7 @@ def test_patches_alone_or_without_coordinates_are_their_own_positives():
     assert Positives.find(table.iloc[:4], 1.0).n_with_neighbours == 0
 
 
-def test_a_pack_without_coordinates_takes_the_same_patch_and_says_so(tmp_path, caplog):
+def test_a_pack_without_coordinates_takes_the_same_patch_and_reports_it(tmp_path, caplog):
     pack = write(tmp_path / "p", columns={"x": None, "y": None})
     with caplog.at_level(logging.WARNING, "biopsy"):
         result = run(pack, tmp_path / "out", epochs=1)

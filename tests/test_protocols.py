@@ -115,7 +115,7 @@ def test_official_subsets(make_pack: MakePack) -> None:
     assert (split.subsets(pack) == pack.table["official_subset"]).all()
 
 
-def test_own_subsets_with_no_test_subset_are_kept_and_said(make_pack: MakePack) -> None:
+def test_own_subsets_with_no_test_subset_are_kept_and_reported(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4, official_subsets=("train", "validation"))
     assert "test has no patches" in make_split(pack, protocol="official", save=False).parameters["warnings"]
 
@@ -156,7 +156,7 @@ def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: P
         assert split.parameters["left_out"] == {"patients": 2, "patches": 24}
 
 
-def test_listed_cases_that_are_nobody_are_named_with_the_likely_patient(
+def test_listed_cases_that_do_not_exist_are_named_with_the_likely_patient(
     make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=8, columns={"patient_id": np.repeat([f"0{n}" for n in range(8)], 12)})

@@ -92,7 +92,7 @@ def test_same_bytes_whatever_the_threads(tmp_path):
     assert len(digests) == 1
 
 
-def test_levels_as_asked(tmp_path):
+def test_levels_as_requested(tmp_path):
     assert len(pages(write(tmp_path / "a.tiff", draw_slide(), levels=1))) == 1
     assert len(pages(write(tmp_path / "b.tiff", draw_slide(), levels=3))) == 3
 

@@ -132,7 +132,7 @@ def test_operations_are_drawn_equally_often_and_levels_up_to_the_magnitude(monke
     assert level.mean().item() == pytest.approx(2, abs=0.1)
 
 
-def test_as_many_operations_as_asked_for_each_on_the_result_of_the_last(monkeypatch):
+def test_as_many_operations_as_requested_each_on_the_result_of_the_last(monkeypatch):
     monkeypatch.setattr(module, "OPERATIONS", {"double": lambda patches, level, draws: 2 * patches})
     settings = Augmentation(rand_augment_n=3)
     assert torch.equal(

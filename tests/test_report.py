@@ -236,7 +236,7 @@ def test_the_classes_of_the_subsets_are_drawn(report):
     assert len(drawn) == len(plain) + 1 and ">49 (" not in text
 
 
-def test_missing_intervals_and_values_say_why():
+def test_missing_intervals_and_values_state_why():
     facts = make_small_facts(("8863", "8865", "8867"))
     patch = {**facts.metrics.patch, "auroc": Interval(np.nan, reason="one class only")}
     changed = replace(facts, metrics=replace(facts.metrics, patch=patch))
@@ -397,7 +397,7 @@ def test_tables_are_made_of_values():
     assert (long.caption, long.fold) == ("", "Table")
 
 
-def test_openings_are_said():
+def test_openings_are_reported():
     assert describe_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
         "This test subset has been evaluated 1 time, by 1 run"
     )

@@ -262,7 +262,7 @@ def test_an_interrupted_reproduction_goes_on(finished, paper, pack, tmp_path):
     assert whole["apart"] == uninterrupted["apart"] and whole["published"] == uninterrupted["published"]
 
 
-def test_a_budget_that_is_too_short_is_said(paper, pack, tmp_path, monkeypatch, caplog):
+def test_a_budget_that_is_too_short_is_reported(paper, pack, tmp_path, monkeypatch, caplog):
     speed = Speed(update_s=1.0, patch_s=0.0, fixed_s=30.0)
     monkeypatch.setattr(reproduction, "measure_speed", lambda *args, **options: speed)
     monkeypatch.setattr(reproduction, "run_all", lambda study, *args, **options: study)

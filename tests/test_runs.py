@@ -46,7 +46,7 @@ def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
     assert {str(path.relative_to(trained_run.path)) for path in files} == FILES | {best}
 
 
-def test_run_json_says_what_was_asked_and_what_came_of_it(trained_run):
+def test_run_json_says_what_was_requested_and_the_outcome(trained_run):
     info, pack = trained_run.info, trained_run.open_pack()
     assert info["format"] == "biopsy-run/1" and info["status"] == "finished"
     assert re.fullmatch(r"idc-small-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])

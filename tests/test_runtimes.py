@@ -181,7 +181,7 @@ def bundle(compiled, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bundle_is_asked_without_pytorch(bundle):
+def test_a_bundle_predicts_without_pytorch(bundle):
     wanted = by_torch(Classifier.load(bundle), PATCHES)
     np.save(bundle / "patches.npy", PATCHES)
     code = f"""
@@ -198,7 +198,7 @@ with open_runtime(open_classifier({str(bundle)!r}), "cpu", "fp32", n_threads=2) 
     assert off_by(np.load(bundle / "logits.npy"), wanted) < 1e-4
 
 
-def test_a_damaged_or_foreign_network_is_refused(bundle, tmp_path):
+def test_a_damaged_or_another_network_is_refused(bundle, tmp_path):
     other = tmp_path / "other"
     classifier_of(build_network("cancernet", n_classes=2, input_px=32, seed=5)).save(other)
     shutil.copytree(bundle / "openvino", other / "openvino")
@@ -255,7 +255,7 @@ def test_int8_without_a_quantised_network_is_refused(bundle):
             ask(classifier, PATCHES, "int8")
 
 
-def test_nothing_is_told_to_the_makers(monkeypatch):
+def test_telemetry_is_disabled(monkeypatch):
     import openvino_telemetry
 
     def tell(*_, **__):

@@ -202,7 +202,7 @@ def test_errors_of_other_processes_keep_message_and_attributes(error):
     assert type(copy) is type(error) and str(copy) == str(error) and vars(copy) == vars(error)
 
 
-def test_missing_extra_says_how_to_install_it():
+def test_missing_extra_states_how_to_install_it():
     assert str(MissingExtra("fetch", "biopsy fetch idc")) == (
         "biopsy fetch idc needs the extra 'fetch': install it with "
         "`pip install 'biopsy[fetch]'` or, in a checkout, `uv sync --extra fetch`"

@@ -207,7 +207,7 @@ def test_a_pack_of_another_resolution_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(PX))
-def test_input_that_is_no_such_patch_is_said_to_be(name, patch, tmp_path, caplog):
+def test_input_that_is_no_such_patch_is_reported(name, patch, tmp_path, caplog):
     px, image = PX[name], cv2.imread(str(patch))
     grey = cv2.cvtColor(cv2.cvtColor(cv2.resize(image, (px, px)), cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2RGB)
     folder = tmp_path / "odd"
@@ -224,7 +224,7 @@ def test_input_that_is_no_such_patch_is_said_to_be(name, patch, tmp_path, caplog
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", sorted(PX))
-def test_skin_is_said_to_be_out_of_distribution(name, data_dir, tmp_path):
+def test_skin_is_reported_to_be_out_of_distribution(name, data_dir, tmp_path):
     called = call("slide", name, data_dir / "wsi" / "CMU-1-Small-Region.svs", "--out", tmp_path / "maps")
     assert called.exit_code == 0, called.stderr
     [slide] = pd.read_csv(tmp_path / "maps" / "status.csv").to_dict("records")

@@ -48,7 +48,7 @@ def touch(folder, *names):
     return folder
 
 
-def test_slides_of_one_name_are_told_apart_and_one_named_twice_is_listed_once(tmp_path):
+def test_slides_of_one_name_are_distinguished_and_one_named_twice_is_listed_once(tmp_path):
     one, two = touch(tmp_path / "one", "x.tif"), touch(tmp_path / "two", "x.tif")
     assert names_of(one, two) == ["one_x", "two_x"]
     assert names_of(one, one / "x.tif", one) == ["x"]

@@ -251,7 +251,7 @@ def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) ->
     assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
-def test_patches_that_name_nobody_are_split_by_patch(make_pack: MakePack) -> None:
+def test_patches_without_ids_are_split_by_patch(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
     split = make_split(pack, protocol="patients", save=False)
     assert (split.unit, split.overlap) == ("patch", None)
@@ -270,7 +270,7 @@ def name_all_but(*rows: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("protocol", ["patients", "folds", "leave-one-out"])
 @pytest.mark.parametrize("rows", [(0,), (0, 13, 30), tuple(range(20))])
-def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
+def test_a_patch_without_a_patient_is_left_out_and_patients_stay_whole(
     make_pack: MakePack, caplog: pytest.LogCaptureFixture, protocol: str, rows: tuple[int, ...]
 ) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*rows))
@@ -287,7 +287,7 @@ def test_a_patch_of_nobody_is_left_out_and_patients_stay_whole(
     assert pack.table["patch_id"][0] in caplog.text
 
 
-def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePack) -> None:
+def test_what_others_get_does_not_depend_on_patches_without_a_patient(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
     known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
     for seed in range(3):
@@ -297,7 +297,7 @@ def test_what_others_get_does_not_depend_on_patches_of_nobody(make_pack: MakePac
         ).all()
 
 
-def test_patches_of_nobody_may_be_counted_each_alone(make_pack: MakePack) -> None:
+def test_patches_without_a_patient_may_be_counted_each_alone(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*range(12)))
     split = make_split(pack, protocol="patients", unknown_patients="alone", save=False)
     subsets = split.subsets(pack)
@@ -309,7 +309,7 @@ def test_patches_of_nobody_may_be_counted_each_alone(make_pack: MakePack) -> Non
     assert (round_trip.subsets(pack) == subsets).all()
 
 
-def test_own_subsets_keep_patches_of_nobody_and_say_so(
+def test_own_subsets_keep_patches_without_a_patient_and_report_it(
     make_pack: MakePack, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = {"official_subset": np.repeat(["train", "validation", "test"], 24)}
@@ -320,7 +320,7 @@ def test_own_subsets_keep_patches_of_nobody_and_say_so(
     assert "1 of 72 patches have no patient_id and are as given" in caplog.text
 
 
-def test_a_slide_of_nobody_stays_whole(make_pack: MakePack) -> None:
+def test_a_slide_without_a_patient_stays_whole(make_pack: MakePack) -> None:
     columns = name_all_but(*range(24)) | {"slide_id": np.repeat(["s0", "s1", "s2", "s3", "s4", "s5"], 12)}
     pack = make_pack(n_patients=6, columns=columns)
     assert len(set(pack.group_ids[:24])) == 2

@@ -17,7 +17,7 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_front_and_the_rest_are_the_network(name):
+def test_the_frozen_and_the_trainable_part_are_the_network(name):
     network = build(name).eval()
     names = list_stages(network)
     assert names[-1] == "head" and len(set(names)) == len(names) >= 4

@@ -82,7 +82,7 @@ def test_a_group_of_one_patient_is_shown_without_interval_and_with_the_reason(me
     assert all(others["patch"][name]["low"] is not None for name in SHOWN)
 
 
-def test_a_group_of_one_class_says_why_it_has_no_ranking(measure):
+def test_a_group_of_one_class_states_why_it_has_no_ranking(measure):
     pack, _, found = measure(tissue=np.tile(np.arange(EACH) * 2 // EACH, N_PATIENTS))
     assert pack.target.tolist() == pack.table["tissue"].tolist()
     for group in found["tissue"].values():

@@ -78,7 +78,7 @@ def test_outermost_cuts_lie_midway_to_0_and_1():
     assert below.value == pytest.approx(0.1) and (below.sensitivity, below.specificity) == (1, 0)
 
 
-def test_neighbouring_floats_are_still_told_apart():
+def test_neighbouring_floats_are_still_distinguished():
     low = 0.3
     high = float(np.nextafter(low, 1))
     chosen = choose_threshold([0, 1], [low, high])
@@ -93,7 +93,7 @@ def test_a_specificity_that_ties_put_out_of_reach_calls_nothing_positive():
 
 
 @pytest.mark.parametrize(("target", "missing"), [([0, 0], "positive"), ([1, 1], "negative")])
-def test_one_class_only_falls_back_to_a_half_and_says_so(target, missing):
+def test_one_class_only_falls_back_to_a_half_and_reports_it(target, missing):
     chosen = choose_threshold(target, [0.2, 0.7], "youden")
     assert chosen.value == 0.5
     assert chosen.rule == f"argmax, because youden needs both classes and validation has no {missing} patch"

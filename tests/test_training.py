@@ -336,7 +336,7 @@ def test_featurewise_statistics_come_from_training_patches(pack, tmp_path):
     np.testing.assert_allclose(found.std, patches.std(axis=0), rtol=1e-6)
 
 
-def test_curves_are_drawn_where_asked(pack, tmp_path):
+def test_curves_are_drawn_on_request(pack, tmp_path):
     run = train_tiny(pack, tmp_path / "run", plot=tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     lines = (run.path / "log.jsonl").read_text().splitlines()

@@ -64,7 +64,7 @@ def test_a_changed_file_is_named(run, name):
     assert all(row["remedy"] for row in report["checks"] if row["status"] == "FAIL")
 
 
-def test_a_changed_record_is_all_that_is_said(run):
+def test_a_changed_record_is_all_that_is_reported(run):
     path = run.path / "run.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     assert statuses(verify(run.path)) == {"run.json": "FAIL"}
@@ -137,7 +137,7 @@ def test_a_pack_passes_with_its_splits(make_pack):
 
 
 @pytest.mark.slow
-def test_a_bundle_passes_and_code_is_not_run_unasked(trained_run, tmp_path):
+def test_a_bundle_passes_and_code_is_not_run_without_consent(trained_run, tmp_path):
     bundle = export(trained_run, tmp_path / "bundle").path
     found = statuses(verify(bundle))
     assert found.pop("TorchScript") == "WARN" and set(found.values()) == {"PASS"}

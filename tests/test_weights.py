@@ -103,7 +103,7 @@ def test_a_file_of_this_package_fills_everything(tmp_path):
     assert record["licence"] == "not stated"
 
 
-def test_a_head_of_other_classes_is_left_random_and_said(tmp_path):
+def test_a_head_of_other_classes_is_left_random_and_reported(tmp_path):
     source = build_network("residual", n_classes=2, input_px=64, seed=9)
     torch.save(source.state_dict(), tmp_path / "mine.pth")
     network, record = make_network(recipe_with(f"model.weights={tmp_path / 'mine.pth'}"), 3, seed=0)

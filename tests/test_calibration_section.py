@@ -128,7 +128,7 @@ def test_without_operating_points_there_is_no_chapter():
         ({"method": "none"}, "The probabilities are those of the network."),
     ],
 )  # fmt: skip
-def test_what_is_said_of_a_calibrator(change, text):
+def test_what_is_reported_of_a_calibrator(change, text):
     assert text in describe_calibrator({**FITTED, **change})
 
 
@@ -153,7 +153,7 @@ def slope(value, low, high, intercept=(0, -1, 1)):
         (slope(1.0, 0.9, 1.1, (-1, -2, -0.5)), "overestimate the frequency of IDC"),
     ],
 )
-def test_what_is_said_of_a_slope(after, text):
+def test_what_is_reported_of_a_slope(after, text):
     assert text in describe_slope(after, "IDC")
 
 

@@ -124,7 +124,7 @@ def test_ids_are_hidden_in_sheets_and_tables():
     assert "stain, false negatives patient-" in Page(text).text
 
 
-def test_a_report_without_them_has_no_such_chapters():
+def test_a_report_without_them_has_no_such_sections():
     page = Page(render_report(report_of_run(make_small_facts())))
     assert not {"explanation", "hypotheses"} & set(page.sections)
 

@@ -68,7 +68,7 @@ def test_the_table_holds_the_record(facts):
         assert f"{name} {group['n_chosen']} {group['n_others']} " in text
 
 
-def test_the_conjectures_are_answered_by_name(facts):
+def test_the_hypotheses_are_tested_by_name(facts):
     names = ("less stained", "heterogeneous", "blue and yellow")
     answer = {"source": "the VGG16 post", "among": "", "verdict": "", "note": ""}
     tested = [
@@ -131,7 +131,7 @@ def test_a_run_without_the_record_has_no_such_chapter():
     assert describe_errors(make_facts(get_patch=None)) is None
 
 
-def test_no_id_of_judged_or_training_patients_gets_through(facts):
+def test_no_id_of_evaluated_or_training_patients_gets_through(facts):
     hidden = hide_run(facts, {"errors": hide_errors})
     document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_errors(hidden)])
     text = render_report(document)
