@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from biopsy.checks.results import Checklist, CheckReport, Status, describe_differences
 from biopsy.core.errors import BiopsyError, DataError, RunError
@@ -24,7 +25,7 @@ from biopsy.evaluation.scored import ScoredPatches
 from biopsy.exporting import hub
 from biopsy.exporting.formats import FORMATS
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
-from biopsy.models.classifier import Classifier, score_classes, softmax
+from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_classifier, predict_logits
 from biopsy.slides import outputs
@@ -224,7 +225,9 @@ def _recompute_sample(frame: pd.DataFrame, classifier: Classifier, pack: Pack, p
     logits = classifier.for_patches(table).add_context(logits, table)
     columns = [f"logit_{name}" for name in classifier.info.class_names]
     stored = frame[columns].iloc[chosen].to_numpy()
-    ours, theirs = (softmax(score_classes(values, classifier.info.outputs)) for values in (logits, stored))
+    ours, theirs = (
+        softmax(score_classes(values, classifier.info.outputs), axis=1) for values in (logits, stored)
+    )
     difference = np.abs(ours - theirs).max()
     if not difference <= TOLERANCE[precision]:
         raise RunError(
@@ -258,7 +261,7 @@ def _retrain(checks: Checklist, run: Run, pack: Pack, on_epoch: OnEpoch | None) 
         frames = [one.predictions("validation")[0] for one in (run, again)]
     columns = [f"logit_{name}" for name in classifier.info.class_names]
     outputs = classifier.info.outputs
-    probs = [softmax(score_classes(frame[columns].to_numpy(), outputs)) for frame in frames]
+    probs = [softmax(score_classes(frame[columns].to_numpy(), outputs), axis=1) for frame in frames]
     difference, tolerance = np.abs(probs[0] - probs[1]).max(), TOLERANCE[run.info.get("precision", "fp32")]
     if is_identical:
         checks.add("training again", "PASS", "the weights are the same, bit for bit")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Required
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+from scipy.special import softmax
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import DataError, RunError, raising
@@ -461,7 +462,7 @@ class Classifier(Output):
 
         Two sigmoid outputs are normalised as p1 / (p0 + p1), which preserves the argmax.
         """
-        return softmax(self.calibrated_scores(logits))
+        return np.asarray(softmax(self.calibrated_scores(logits), axis=1))
 
     @property
     def threshold(self) -> float | None:
@@ -522,12 +523,6 @@ def score_classes(logits: np.ndarray, outputs: str) -> np.ndarray:
     """Return scores ``(N, n_classes)`` whose softmax is the probabilities: for sigmoid, their logarithms."""
     logits = logits.astype(np.float64)
     return -np.logaddexp(0, -logits) if outputs == "sigmoid" else logits
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Return the probabilities ``(N, n_classes)`` of scores."""
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 CELLS = 4

@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from scipy.special import softmax
 
 from biopsy.core.errors import DataError, RunError
 from biopsy.data.packs import Pack
-from biopsy.models.classifier import Classifier, score_classes, softmax
+from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
 from biopsy.models.hub import is_on_hub
 from biopsy.models.inference import predict_logits
@@ -97,5 +98,5 @@ def predict_teachers(
         scores = score_classes(logits, classifier.info.outputs) / temperature
         if not np.isfinite(scores).all():
             raise DataError(f"teacher {name} predicts values that are not finite")
-        probs[rows] += softmax(scores) / len(names)
+        probs[rows] += softmax(scores, axis=1) / len(names)
     return probs.astype(np.float32)
