@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from biopsy.core.files import sha256_file
 from biopsy.evaluation.provenance_sections import describe_training
 from biopsy.experiments.catalogue import list as list_
 from biopsy.models import weights as weights_module
-from biopsy.models.networks import build_network
+from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.weight_files import fill_network
 from biopsy.models.weights import (
     KNOWN_WEIGHTS,
@@ -261,6 +262,17 @@ def test_a_run_starts_from_weights_and_goes_on_without_the_file(make_pack, tmp_p
     assert same_states(classifier.base_network.stem, source.stem)
     assert not same_states(classifier.base_network.blocks[-1], source.blocks[-1])
     assert classifier.info.licence.endswith("the weights it began with: not stated")
+
+
+def test_only_trained_parameters_are_counted_apart():
+    network, record = make_network(load_recipe("idc-small"), 2, seed=0)
+    total, _ = count_parameters(network)
+    assert re.findall(r"[\d,]+(?= parameters)|[\d,]+(?= are trained)", describe_weights(network, record)) == [
+        f"{total:,}"
+    ]
+    network, record = make_network(load_recipe("idc-small", ["model.trainable=head"]), 2, seed=0)
+    trained = sum(weight.numel() for weight in network.head.parameters())
+    assert f"{trained:,} are trained" in describe_weights(network, record)
 
 
 def test_the_folder_of_a_run_is_no_file_and_its_file_is_named(trained_run):

@@ -347,11 +347,13 @@ def title_recipe(recipe: Recipe) -> str:
 
 
 def describe_weights(network: nn.Module, record: StartWeights) -> str:
-    """Return one line on the initial weights and the number of trainable parameters."""
+    """Return one line on the initial weights and the numbers of parameters."""
     total, trainable = count_parameters(network)
     licence = f", licence {record['licence']}" if record["pretrained"] else ""
     note = f" ({record['note']})" if record["note"] else ""
-    counts = f"{total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen"
+    counts = f"{total:,} parameters"
+    if record["trainable"] != "all":
+        counts += f", of which {trainable:,} are trained and the others kept"
     return f"{name_weights(record)}{licence}{note}; {counts}"
 
 
@@ -371,7 +373,7 @@ def is_shipped_start(record: StartWeights) -> bool:
 def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
     """Return the file of a recipe's weights and its entry among the known weights, if any."""
     model = recipe.model
-    path = Path(model.weights).expanduser()
+    path = Path(os.path.expanduser(model.weights))
     is_path = not model.weights.startswith(PREFIX) and (
         path.suffix.lower() in SUFFIXES or len(path.parts) > 1
     )

@@ -163,20 +163,20 @@ def cached_features(
     Returns:
         float32 ``(n, n_features)``, and the cached file.
     """
-    metadata = {"pack": pack.info.content_sha256, **identity}
+    metadata, name = {"pack": pack.info.content_sha256, **identity}, identity["network"]
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True, default=list).encode()).hexdigest()
     path = pack.path / FOLDER / f"{digest[:16]}.npy"
     try:
         about = path.with_suffix(".json")
         cached = validate(about, _CachedFeatures, read_json(about, format=FORMAT))
         if cached["sha256"] == sha256_file(path):
-            logger.info("features of %s are kept in the pack: %s", identity["network"], path.name)
+            logger.info("outputs (features) of the network %s are in the pack: %s", name, path.name)
             return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, cached["seconds"])
         logger.warning("features are computed again: %s was changed", path)
     except FileFormatError as error:
         if error.reason != "missing":
             logger.warning("features are computed again: %s", error)
-    logger.info("features of %s are computed for %s patches", identity["network"], f"{len(pack):,}")
+    logger.info("the network %s computes its outputs (features) of %s patches", name, f"{len(pack):,}")
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine)
     seconds = time.perf_counter() - started
