@@ -13,7 +13,7 @@ from biopsy.data.packs import Pack
 from biopsy.data.splits import split
 from biopsy.models.engine import Engine, make_loss
 from biopsy.recipes import load_recipe
-from biopsy.training.distillation import check_teachers, identify_teachers, predict_teachers
+from biopsy.training.distillation import check_teachers, identify_teachers, list_teachers, predict_teachers
 from biopsy.training.distributed import ALONE
 from biopsy.training.probe import check_probe
 from biopsy.training.seen_patients import check_start
@@ -28,6 +28,11 @@ def pack(tmp_path_factory):
     pack = write_pack(tmp_path_factory.mktemp("distillation"), n_patients=8, patches_per_patient=8)
     split(pack, protocol="folds", folds=4, name="folds")
     return pack
+
+
+def test_teachers_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list_teachers("~/runs/a, idc") == [str(tmp_path / "runs" / "a"), "idc"]
 
 
 def learn(pack, out, *settings, fold=0, **options):
@@ -188,6 +193,8 @@ def test_initial_weights_without_a_record_of_their_patients(pack, teacher, tmp_p
 def test_teachers_that_cannot_teach_are_refused(pack, teacher, tmp_path):
     with refuses(RunError, "nowhere"):
         learn(pack, tmp_path / "a", "train.teacher=nowhere")
+    with refuses(RecipeError, "train.teacher", "','", reason="value"):
+        load_recipe("idc-small", ["train.teacher=','"])
     three = write_pack(tmp_path, "three.pack", n_patients=8, n_classes=3)
     with refuses(RunError, teacher.path, "classes"):
         train_tiny(three, tmp_path / "b", f"train.teacher={teacher.path}")

@@ -111,9 +111,11 @@ def test_patch_weights_scale_to_a_mean_of_one_over_training(pack, tmp_path):
     assert weights[[0, 1, 2, 60]] / weights[2] == pytest.approx([0.5, 0, 1, 2])
 
 
-def test_equal_patch_weights_change_nothing_and_zero_weights_leave_out(pack, whole, tmp_path):
-    setting = write_weights(pack, tmp_path / "equal.csv", 0.25)
-    assert_same_run(whole, train_tiny(pack, tmp_path / "equal", THREE, setting))
+def test_equal_patch_weights_change_nothing_and_zero_weights_leave_out(pack, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_weights(pack, tmp_path / "equal.csv", 0.25)
+    equal = train_tiny(pack, tmp_path / "equal", THREE, "train.patch_weights=~/equal.csv")
+    assert_same_run(whole, equal)
     chosen = np.flatnonzero(whole.subsets(pack) == "train")
     kept = chosen[np.arange(len(chosen)) % 2 == 0]
     setting = write_weights(pack, tmp_path / "half.csv", np.isin(chosen, kept).astype(int), rows=chosen)

@@ -207,6 +207,13 @@ class Train(_Table):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """``auto``: ``bf16`` if the device computes it in hardware, else ``fp32``; a run keeps the one used."""
 
+    @field_validator("teacher")
+    @classmethod
+    def _names_models(cls, teachers: str) -> str:
+        if teachers and not teachers.replace(",", " ").strip():
+            raise ValueError("names no run and no classifier")
+        return teachers
+
 
 class Decision(_Table):
     """Calibration, decision thresholds and abstention."""

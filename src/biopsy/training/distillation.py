@@ -1,6 +1,7 @@
 """Distillation (Hinton et al. 2015): ``train.teacher``, whose probabilities are learned beside the labels."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def list_teachers(teachers: str) -> list[str]:
     """Return the teachers of ``train.teacher``, separated by commas, paths as absolute ones."""
     names = [name.strip() for name in teachers.split(",")]
     return [
-        name if is_shipped(name) or is_on_hub(name) else str(Path(name).resolve()) for name in names if name
+        name if is_shipped(name) or is_on_hub(name) else str(Path(os.path.expanduser(name)).resolve())
+        for name in names
+        if name
     ]
 
 

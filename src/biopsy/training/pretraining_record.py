@@ -1,5 +1,6 @@
 """Record of a self-supervised pre-training, and what it says of the patients of a split."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +83,7 @@ def require_unseen(recipe: Recipe, pack: Pack, split: Split, fold: int | None) -
     Raises:
         SplitError: With the first such patient, or the other split.
     """
-    weights = Path(recipe.model.weights).expanduser()
+    weights = Path(os.path.expanduser(recipe.model.weights))
     if not (recipe.model.pretrained and weights.is_file() and weights.with_name(DOCUMENT).is_file()):
         return
     info = read_pretraining(weights.with_name(DOCUMENT))

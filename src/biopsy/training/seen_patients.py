@@ -1,6 +1,7 @@
 """Patients of a pack whom a model knows from its own training: of teachers and of initial weights."""
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def check_start(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> str | None:
         return None
     if weights in list_shipped():
         folder, run = FOLDER / weights, None
-    elif (path := Path(weights).expanduser()).is_file():
+    elif (path := Path(os.path.expanduser(weights))).is_file():
         folder, run = path.parent, find_run(path.parent)
     else:
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -353,8 +354,9 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
 def _find_inputs(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> dict[str, RunInput]:
     """Return the files and classifiers that settings of ``[train]`` name, with their hashes."""
     inputs: dict[str, RunInput] = {}
-    if path := recipe.train.patch_weights:
-        inputs["patch_weights"] = {"source": str(Path(path).resolve()), "sha256": sha256_file(path)}
+    if recipe.train.patch_weights:
+        path = Path(os.path.expanduser(recipe.train.patch_weights)).resolve()
+        inputs["patch_weights"] = {"source": str(path), "sha256": sha256_file(path)}
     if teachers := recipe.train.teacher:
         inputs["teacher"] = identify_teachers(teachers)
         if (warning := check_teachers(teachers, pack, subsets)) is not None:
