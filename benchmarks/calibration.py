@@ -1,7 +1,7 @@
-"""What does calibration on validation do to the tested subset, and what becomes of thresholds frozen there?
+"""What does calibration on validation do to the tested subset, and what becomes of thresholds chosen there?
 
 For every run of the studies named, each method is fitted on the run's stored validation predictions as
-`biopsy calibrate` does it, thresholds are frozen, and both are judged on the stored test predictions. No
+`biopsy calibrate` does it, thresholds are fixed, and both are evaluated on the stored test predictions. No
 network is asked and nothing is written into a run.
 
 Command (a minute on one core):

@@ -98,7 +98,7 @@ def fit_postprocessing(
         }
     if positive is not None:
         prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
-        info.thresholds = [_freeze(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
+        info.thresholds = [_choose_threshold(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
 
 
 def warn_of_calibration(classifier: Classifier) -> list[str]:
@@ -115,7 +115,7 @@ def _warn_few(n_groups: int, unit: str) -> str | None:
     return f"calibrated on {count(n_groups, unit)} only: calibration may not generalise to others"
 
 
-def _freeze(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> Threshold:
+def _choose_threshold(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> Threshold:
     chosen = choose_threshold(truth, prob, rule)
     return Threshold(
         value=chosen.value,
