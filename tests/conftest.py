@@ -271,6 +271,11 @@ def own_registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.pop(name, None)
 
 
+def pytest_configure() -> None:
+    """Give libraries one thread, here and in all processes: on inputs this small a second one only waits."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_finish() -> None:
     """Let garbage collections pass over what was imported, half a second each time."""
     gc.freeze()

@@ -40,7 +40,7 @@ def test_an_answered_question_is_not_trained_again(pack, tmp_path, monkeypatch, 
         other = train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options})
         assert other.path != first.path
         assert other.info["config_sha256"] != first.info["config_sha256"]
-        with refuses(RunError, first.path, "empty"):
+        with refuses(RunError, first.path, "another folder"):
             train(RECIPE, pack, **{"overrides": ONE, "device": "cpu", **options}, out=first.path)
 
 

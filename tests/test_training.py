@@ -250,7 +250,7 @@ def test_a_last_batch_of_any_size_is_met(make_pack, tmp_path, counts, settings, 
 def test_refusals(pack, whole, tmp_path):
     with refuses(RunError, "finished"):
         train(resume=whole.path)
-    with refuses(RunError, whole.path, "empty"):
+    with refuses(RunError, whole.path, "another folder"):
         train_tiny(pack, whole.path)
     with refuses(RunError, pack.path, "run.json"):
         train(resume=pack.path)

@@ -1,9 +1,9 @@
 """Output files and summary of one mapped slide."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -191,7 +191,7 @@ class MappedSlide:
     target: np.ndarray | None = None
     detections: bool = False
 
-    @cached_property
+    @functools.cached_property
     def regions(self) -> list[Region]:
         """Regions of the map, see `find_regions`."""
         return find_regions(self.slide_map)
@@ -329,6 +329,7 @@ def read_finished(folder: Path, request: Mapping[str, object]) -> SlideSummary |
     return summary if summary.get("request") == dict(request) else None
 
 
+@functools.cache
 def prepare_to_draw() -> None:
     """Import matplotlib and load fonts in advance, which takes most of a second."""
     from biopsy.plotting.slides import draw_overlay
