@@ -337,22 +337,22 @@ def _check_slides(entries: Sequence[Entry], sheets: Mapping[str, Sheet]) -> None
 
     After `CHECK_S` seconds only until one has been opened: the page names the others when they are looked at.
     """
-    deadline, n_opened, errors = time.monotonic() + CHECK_S, 0, list[OSError | DataError]()
+    deadline, n_opened, errors = time.monotonic() + CHECK_S, 0, list[tuple[str, OSError | DataError]]()
     for entry in entries:
         if n_opened and time.monotonic() > deadline:
             break
         try:
             entry.open()
         except (OSError, DataError) as error:
-            errors.append(error)
+            errors.append((entry.name, error))
         else:
             n_opened += 1
     if errors and not n_opened and not sheets:
         if len(errors) == 1:
-            raise errors[0]
-        raise SlideError(f"none of {len(errors)} slides can be opened; {errors[0]}")
-    for reason in errors:
-        logger.warning("not shown: %s", reason)
+            raise errors[0][1]
+        raise SlideError(f"none of {len(errors)} slides can be opened; {errors[0][1]}")
+    for name, reason in errors:
+        logger.warning("slide %s of the list cannot be opened: %s", name, reason)
 
 
 def _list_stitched(pack: Path, mpp: float | None) -> list[Source]:
