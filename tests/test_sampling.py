@@ -8,6 +8,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from biopsy.core.errors import DataError
 from biopsy.training.sampling import (
+    MAX_DRAWS,
     class_weights,
     sample_epoch,
     sample_passes,
@@ -61,7 +62,7 @@ def test_only_training_rows_are_seen(sampling):
     assert set(order(target, sampling, index=index)) <= set(index)
 
 
-cohorts = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=4, max_size=60).filter(
+cohorts = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=4, max_size=32).filter(
     lambda pairs: any(len({c for q, c in pairs if q == p}) > 1 for p, _ in pairs)
 )
 
@@ -102,6 +103,18 @@ def test_draws_within_patients_have_the_expected_numbers():
     assert np.allclose(mean[5:], 20 * within_patient_shares(index, target, groups, 0.5), atol=0.05)
     assert not mean[:5].any()
     assert not np.array_equal(passes[0], passes[1])
+
+
+def test_no_patch_is_drawn_more_often_than_the_limit():
+    index, groups = np.arange(1000), np.repeat([0, 1], [100, 900])
+    target = np.r_[[0], np.ones(99, int), np.zeros(20, int), np.ones(880, int)]
+    expected = 1000 * within_patient_shares(index, target, groups, 1.0)
+    assert expected.sum() == pytest.approx(1000)
+    assert expected[0] == pytest.approx(MAX_DRAWS)  # of 50, and of 22.5 in the other patient
+    assert expected[100:120] == pytest.approx(np.full(20, MAX_DRAWS))
+    rest = np.setdiff1d(index, [0, *range(100, 120)])
+    before = np.where(groups[rest] == 0, 50 / 99, 450 / 880)
+    assert expected[rest] / before == pytest.approx(np.full(len(rest), (expected[rest] / before)[0]))
 
 
 def test_patients_that_are_balanced_are_drawn_once_each():

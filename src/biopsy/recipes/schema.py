@@ -182,7 +182,8 @@ class Train(_Table):
     sampling: Literal["none", "undersample", "oversample", "within-patient"] = "none"
     """Number of patches per class as in the rarest (drawn once) or the most frequent class (per epoch).
 
-    ``within-patient``: as many as there are, the classes of each patient equally often."""
+    ``within-patient``: as many as there are, the classes of each patient equally often, no patch more than 16
+    times an epoch in expectation."""
     single_class_weight: float = Field(default=0.25, gt=0, le=1)
     """Of ``within-patient``: factor on patients with patches of one class only."""
     patch_weights: str = ""
