@@ -110,6 +110,12 @@ def test_errors_can_be_caught_by_their_public_names():
     assert tree <= set(biopsy.__all__)
 
 
+def test_the_list_of_commands_is_that_of_the_whole_application(app, capsys):
+    assert call("--help").stdout == call().stdout
+    app.meta(["--help"])
+    assert capsys.readouterr().out == call("--help").stdout
+
+
 def test_importing_the_package_and_any_help_load_nothing_heavy():
     code = (
         "import sys\n"

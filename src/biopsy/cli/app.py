@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token
 
 import biopsy
 from biopsy.cli.console import EpochLines, log, progress, set_up_log, show
-from biopsy.cli.signatures import PublicFunction, list_functions, read_function
+from biopsy.cli.signatures import PublicFunction, list_functions, read_function, read_summary
 from biopsy.core.errors import BiopsyError
 from biopsy.core.launch import read_launch
 
@@ -45,8 +45,13 @@ Flag = Parameter(negative=(), show_default=False)
 Common = Group("Common options", sort_key=99)
 
 
-def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
-    """Return the application with some commands; code in its help stands between ``quote``."""
+def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "", only_list: bool = False) -> App:
+    """Return the application with some commands.
+
+    Args:
+        quote: Stands around code in the help.
+        only_list: Whether to leave out the parameters of commands, which the list of commands does not show.
+    """
     app = App(
         name="biopsy",
         help=HELP,
@@ -61,7 +66,7 @@ def build_app(names: Iterable[str] = COMMANDS, *, quote: str = "") -> App:
     functions = list_functions()
     groups = {name: Group(name, sort_key=index) for index, name in enumerate(GROUPS)}
     for name in names:
-        function = read_function(*functions[name])
+        function = (read_summary if only_list else read_function)(*functions[name])
         command = _as_command(name, function, _format_doc(function, quote))
         app.command(command, name=name.replace("_", "-"), group=groups[COMMANDS[name]])
     app.command(_install_completion(app), name="--install-completion")
@@ -227,8 +232,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line, and return its exit code; errors of this package are printed in one line."""
     set_up_log()
     try:
-        names = [name for name in COMMANDS if name.replace("_", "-") in arguments] or COMMANDS
-        return build_app(names).meta(arguments, exit_on_error=False, print_error=False) or 0
+        names: Iterable[str] = [name for name in COMMANDS if name.replace("_", "-") in arguments] or COMMANDS
+        if [*arguments] == ["--version"]:
+            names = ()
+        app = build_app(names, only_list=[*arguments] in ([], ["--help"], ["-h"]))
+        return app.meta(arguments, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
         log.error("%s", error)
         return USAGE

@@ -77,11 +77,22 @@ def _source(module: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _parse_function(module: str, name: str) -> ast.FunctionDef:
-    """Parse a function up to the end of its docstring, which is much faster than the whole module."""
+def read_summary(module: str, name: str) -> PublicFunction:
+    """Return a function without parameters, with the first paragraph of its docstring."""
+    _, _, doc = _find_head(module, name).partition('    """')
+    return PublicFunction(inspect.Signature(), re.split(r'\n\n|"""', doc)[0].replace("\n    ", "\n"), ())
+
+
+def _find_head(module: str, name: str) -> str:
+    """Return the source of a function up to the end of its docstring."""
     head = re.search(rf'^def {name}\(.*?^    """.*?"""$', _source(module), re.MULTILINE | re.DOTALL)
     assert head is not None, f"{module}.{name} has no docstring"
-    function = ast.parse(head[0]).body[0]
+    return head[0]
+
+
+def _parse_function(module: str, name: str) -> ast.FunctionDef:
+    """Parse a function up to the end of its docstring, which is much faster than the whole module."""
+    function = ast.parse(_find_head(module, name)).body[0]
     assert isinstance(function, ast.FunctionDef)
     return function
 
