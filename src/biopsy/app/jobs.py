@@ -157,21 +157,14 @@ class Jobs:
             raise PermissionError("the path leads out of the folder that may be read")
         return resolved
 
-    def require_room(self) -> None:
-        """Refuse a job if too many are waiting.
-
-        Raises:
-            Busy: If there is no room.
-        """
-        if sum(job["status"] in ("queued", "uploading") for job in self._jobs.values()) >= self._max_waiting:
-            raise Busy(_RETRY_S)
-
     def create(self, model: str, name: str, mpp: float | None) -> tuple[str, Path]:
         """Create a job that waits for its upload; return its id and the path of the upload."""
         if Path(name).suffix.lower() not in SLIDE_SUFFIXES:
             raise DataError(f"{name!r} does not end like a slide: {' '.join(SLIDE_SUFFIXES)}")
         with self._lock:
-            self.require_room()
+            waiting = [job for job in self._jobs.values() if job["status"] in ("queued", "uploading")]
+            if len(waiting) >= self._max_waiting:
+                raise Busy(_RETRY_S)
             identity = secrets.token_hex(8)
             self._jobs[identity] = {
                 "format": FORMAT,

@@ -22,8 +22,8 @@ from biopsy.models.networks.encoders import PREFIX, find_encoder
 from biopsy.models.networks.libraries import split_name
 from biopsy.models.networks.lora import add_lora
 from biopsy.models.networks.stages import freeze
-from biopsy.models.shipped import FOLDER, list_shipped
 from biopsy.models.shipped import FOLDER as SHIPPED
+from biopsy.models.shipped import list_shipped
 from biopsy.models.weight_files import SUFFIXES, fill_network
 from biopsy.recipes import Recipe, list_recipes, load_recipe
 
@@ -152,7 +152,7 @@ def _find_encoder(tag: str) -> Weights:
 
 
 def _find_shipped(name: str) -> Weights:
-    info = Classifier.load(FOLDER / name).info
+    info = Classifier.load(SHIPPED / name).info
     return Weights(
         tag=name,
         networks=(info.network,),

@@ -23,6 +23,7 @@ ALPHA = 0.65  # of the map over the tissue
 HEAD_IN, LABEL_IN, FOOT_IN, GAP = 0.22, 0.2, 0.42, 0.06  # of a sheet; the gap is a fraction of a cell
 CONSTANT = 1 / 255  # smallest visible difference of a scaled map
 FULL_SCALE = 99.0  # percentile of a map with the last colour, robust to outliers
+PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -152,6 +153,12 @@ def _draw_bar(figure: Figure, axes: Axes, *, signed: bool) -> None:
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     bar.outline.set_visible(False)
+
+
+def enlarge(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return images enlarged alike without interpolation, the first to about `PICTURE_PX`."""
+    times = max(1, PICTURE_PX // max(images[0].shape[:2]))
+    return [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
 
 
 def lay_out_sheet(patches: Sequence[np.ndarray], *, columns: int = 8, gap_px: int = 3) -> np.ndarray:

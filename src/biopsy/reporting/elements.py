@@ -54,14 +54,10 @@ class Footnotes:
         return f"{number(estimate.value)} {interval if interval.startswith('(') else f'({interval})'}"
 
     @property
-    def notes(self) -> list[str]:
-        """One sentence per reason, with its letter."""
-        lettered = zip(ascii_lowercase, self._reasons, strict=False)
-        return [f"({letter}) {capitalize(explain_missing(reason))}." for letter, reason in lettered]
-
-    @property
     def text(self) -> str:
-        return "".join(f" {note}" for note in self.notes)
+        """One sentence per reason, with its letter, each after a space."""
+        lettered = zip(ascii_lowercase, self._reasons, strict=False)
+        return "".join(f" ({letter}) {capitalize(explain_missing(reason))}." for letter, reason in lettered)
 
 
 def make_table(

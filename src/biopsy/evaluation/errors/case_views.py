@@ -33,7 +33,7 @@ from biopsy.evaluation.neighbours import SlideViews
 from biopsy.evaluation.saliency.maps import explain_patches
 from biopsy.evaluation.saliency.methods import find_method
 from biopsy.models.engine import Engine
-from biopsy.plotting.patches import is_constant, lay_out_sheet, scale_maps, superimpose
+from biopsy.plotting.patches import enlarge, is_constant, lay_out_sheet, scale_maps, superimpose
 from biopsy.plotting.style import png
 from biopsy.reporting.elements import make_table
 from biopsy.reporting.pseudonyms import Pseudonymizer
@@ -43,7 +43,6 @@ TABLE = "errors.csv"
 GALLERIES = {"fn": "false-negatives", "fp": "false-positives", "uncertain": "uncertain"}
 """Folder of the pictures of each kind of patch."""
 MAPS, MAPS_FORMAT = "maps.safetensors", "biopsy-error-maps/1"
-PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -233,11 +232,7 @@ def _list_errors(record: ErrorRecord, pictures: Mapping[str, str]) -> pd.DataFra
 
 def _lay_out(case_view: CaseView) -> np.ndarray:
     """Return the images of a patch side by side; patches are enlarged without interpolation."""
-    times = max(1, PICTURE_PX // max(case_view.patch.shape[:2]))
-    images = [
-        image.repeat(times, axis=0).repeat(times, axis=1)
-        for image in (case_view.patch, case_view.overlay, *case_view.nearest)
-    ]
+    images = enlarge([case_view.patch, case_view.overlay, *case_view.nearest])
     if case_view.overview is not None:
         images.insert(2, case_view.overview.repeat(2, axis=0).repeat(2, axis=1))
     return lay_out_sheet(images, columns=len(images), gap_px=8)

@@ -17,7 +17,7 @@ from biopsy.core.loaders import validate
 from biopsy.core.text import capitalize, class_title, file_name
 from biopsy.evaluation.stored_results import read_result
 from biopsy.models.classifier import Classifier
-from biopsy.plotting.patches import Overlay, draw_overlays, is_constant, lay_out_sheet, superimpose
+from biopsy.plotting.patches import Overlay, draw_overlays, enlarge, is_constant, lay_out_sheet, superimpose
 from biopsy.plotting.style import png, shorten
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.training.runs import Run
@@ -161,7 +161,6 @@ def hide_explained(explained: Explained, pseudonymizer: Pseudonymizer) -> Explai
 FORMAT = "biopsy-explain/2"
 FOLDER = "explain"
 DOCUMENT = "explain.json"
-PICTURE_PX = 288  # height to which the image of a patch is enlarged, about
 
 
 class ExplanationSheet(TypedDict):
@@ -250,7 +249,5 @@ def write_explained(
 
 def _lay_out(patch: np.ndarray, maps: np.ndarray, *, signed: bool) -> np.ndarray:
     """Return a patch and its superimposed maps side by side, enlarged without interpolation."""
-    times = max(1, PICTURE_PX // max(patch.shape[:2]))
-    images = [patch, *(superimpose(patch, values, signed=signed) for values in maps)]
-    large = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
-    return lay_out_sheet(large, columns=len(large), gap_px=8)
+    images = enlarge([patch, *(superimpose(patch, values, signed=signed) for values in maps)])
+    return lay_out_sheet(images, columns=len(images), gap_px=8)
