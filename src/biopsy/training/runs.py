@@ -402,7 +402,8 @@ class Run(Written):
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
-            if not self.info["split"]["subsets"].get("test", {}).get("patches", 1):
+            tested = self.info["split"]["subsets"].get("test")
+            if tested is not None and not tested["patches"]:
                 raise RunError(
                     f"{self.path} has no test metrics, since its split tests no patch: evaluate it on "
                     f"another pack with `biopsy evaluate {self.path} --data PACK`"
