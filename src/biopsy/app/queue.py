@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from biopsy.app.annotations import COLUMNS as LABELS
 from biopsy.core.errors import DataError
 from biopsy.core.files import check_outputs, refuse_inputs, update_directory
 from biopsy.core.results import Output, Table, number
@@ -27,10 +28,7 @@ from biopsy.training.runs import Run
 
 SHOWN = 20  # patches printed
 Strategy = Literal["random", "informative"]
-COLUMNS = (
-    *("patch_id", "label", "suggested", "decision", "who", "when", "reason"),
-    *("slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "ood_score"),
-)
+COLUMNS = (*LABELS, "slide", "patient_id", "x", "y", "side", "prob", "uncertainty", "ood_score")
 
 
 @dataclass(frozen=True)

@@ -214,11 +214,7 @@ def update_directory(
     with temporary_path(folder if folder.exists() else folder.parent, folder) as partial:
         partial.mkdir()
         yield partial
-        written: Entries = {
-            file.relative_to(partial).as_posix(): sha256_file(file)
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
+        written: Entries = {**hash_files(partial)}
         if not folder.exists():
             _write_manifest(partial, written)
             try:
@@ -460,6 +456,12 @@ def sha256_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files in a folder and its subfolders by relative name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def _check_format(path: Path | str, actual: object, expected: str) -> None:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from biopsy.core.errors import BiopsyError, DataError, RunError, first_line
-from biopsy.core.files import create_directory, sha256_file, write_json
+from biopsy.core.files import create_directory, hash_files, write_json
 from biopsy.core.results import Output, Table
 from biopsy.core.text import count
 from biopsy.data.packs import Pack
@@ -139,12 +139,7 @@ def export(
         write_json(folder / PARITY, parity)
         facts = gather_card(classifier, run, parity)
         (folder / CARD).write_text(metadata_of_run(facts) + "\n" + card_of_run(facts), encoding="utf-8")
-        files = {
-            path.relative_to(folder).as_posix(): sha256_file(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        write_json(folder / DOCUMENT, _describe(classifier, files))
+        write_json(folder / DOCUMENT, _describe(classifier, hash_files(folder)))
     return Bundle(out, parity)
 
 
