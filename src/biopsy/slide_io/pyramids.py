@@ -1,12 +1,12 @@
 """Writing of pyramidal TIFFs, tile by tile, in memory independent of the height of the image.
 
-The format is the generic tiled TIFF of OpenSlide and QuPath: each level has half the size of the previous
-    one,
-with the resolution in pixels per centimetre. Level 0 is written as its tiles arrive; smaller levels are
-computed meanwhile and stored, encoded, in a temporary file.
+The format is the generic tiled TIFF of OpenSlide and QuPath: each level has half the size of the
+previous one, with the resolution in pixels per centimetre. Level 0 is written as its tiles arrive; smaller
+levels are computed meanwhile and stored, encoded, in a temporary file.
 """
 
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 import cv2
-import imagecodecs
 import numpy as np
 import tifffile
+from imagecodecs import jpeg8_encode
 from typing_extensions import TypedDict
 
 from biopsy.core.errors import SlideError
@@ -155,12 +155,12 @@ class _Coder:
 
     def _encode(self, tile: np.ndarray) -> bytes:
         if self._is_jpeg:
-            encoded = imagecodecs.jpeg8_encode(
+            encoded = jpeg8_encode(
                 tile, self._quality, colorspace="RGB", outcolorspace="YCBCR", subsampling=_SUBSAMPLING
             )
             return bytes(encoded)
         tile = np.concatenate([tile[:, :1], np.diff(tile, axis=1)], axis=1)
-        return bytes(imagecodecs.zlib_encode(tile.tobytes(), level=6))
+        return zlib.compress(tile.tobytes(), 6)
 
     def halve(self, block: list[Tile], width: int, height: int) -> Tile:
         """Return the tile of ``width`` x ``height`` of four downsampled tiles (row by row)."""
