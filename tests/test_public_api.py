@@ -16,6 +16,7 @@ import biopsy
 from biopsy.cli import build_app
 from biopsy.cli.app import COMMANDS
 from biopsy.cli.signatures import list_functions, read_function
+from biopsy.core.errors import DataError
 from command_line import call
 from refusals import refuses
 
@@ -146,6 +147,17 @@ def test_what_runs_no_network_does_without_torch(make_pack):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_no_training_data_and_its_pack_is_named(trained_run):
+    with refuses(DataError, trained_run.path, trained_run.info["pack"]["path"]):
+        biopsy.train("idc-small", trained_run.path)
+
+
+def test_a_parameter_that_is_left_out_is_named():
+    left_out = call("prepare", "archive.zip")
+    assert left_out.exit_code == 2 and "needs --out" in left_out.stderr
+    assert "needs" not in call("prepare", "archive.zip", "--out").stderr  # which needs a value
 
 
 def test_wrong_names_get_the_nearest_one():

@@ -215,6 +215,8 @@ def test_a_new_run_does_not_overwrite_anything(copied, tmp_path):
     with refuses(RunError, copied.path, f"biopsy train --resume {copied.path}"):
         require_empty(copied.path)
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
+    with refuses(RunError, "thesis.txt"):
+        require_empty(tmp_path / "thesis" / "thesis.txt")
     (tmp_path / "empty").mkdir()
     assert Run.create(tmp_path / "empty", {"status": "running"}, copied.recipe, table).log() == []
 

@@ -275,7 +275,10 @@ def test_only_trained_parameters_are_counted_apart():
     assert f"{trained:,} are trained" in describe_weights(network, record)
 
 
-def test_the_folder_of_a_run_is_no_file_and_its_file_is_named(trained_run):
+def test_the_folder_of_a_run_is_no_file_and_its_file_is_named(trained_run, monkeypatch):
+    monkeypatch.chdir(trained_run.path.parent)
+    with refuses(RecipeError, "run/classifier/weights.safetensors", reason="weights"):
+        make_network(recipe_with("model.weights=run"), 2, seed=0)
     with refuses(RecipeError, trained_run.path / "classifier" / "weights.safetensors", reason="weights"):
         make_network(recipe_with(f"model.weights={trained_run.path}"), 2, seed=0)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, Token
 
 import biopsy
 from biopsy.cli.console import EpochLines, log, progress, set_up_log, show
@@ -238,7 +238,7 @@ def run(arguments: Sequence[str]) -> int:
         app = build_app(names, only_list=[*arguments] in ([], ["--help"], ["-h"]))
         return app.meta(arguments, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
-        log.error("%s", error)
+        log.error("%s", _describe_usage(error))
         return USAGE
     except KeyboardInterrupt:
         log.error("interrupted")
@@ -249,6 +249,15 @@ def run(arguments: Sequence[str]) -> int:
         log.debug("traceback", exc_info=True)
         log.error("%s", _describe(error))
         return KNOWN_ERROR
+
+
+def _describe_usage(error: CycloptsError) -> str:
+    """Return the message of a wrong command line; of a parameter that was left out, which one is needed."""
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        command = " ".join(["biopsy", *(error.command_chain or ())])
+        if error.keyword is None and not error.argument.tokens and not error.unused_tokens:
+            return f"`{command}` needs {error.argument.name} (`{command} --help`)"
+    return str(error)
 
 
 def _describe(error: BiopsyError | OSError) -> str:

@@ -220,6 +220,6 @@ def suggest(name: str, options: Iterable[str]) -> str:
         >>> suggest("cancernet-2002", ["cancernet-2019", "cancernet-2020"])
         "did you mean 'cancernet-2020'?"
     """
-    options = sorted(options)
+    options = sorted(set(options))
     close = get_close_matches(name, options, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options) or 'none'}"

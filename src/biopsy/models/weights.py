@@ -375,7 +375,9 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
     model = recipe.model
     path = Path(os.path.expanduser(model.weights))
     is_path = not model.weights.startswith(PREFIX) and (
-        path.suffix.lower() in SUFFIXES or len(path.parts) > 1
+        path.suffix.lower() in SUFFIXES
+        or len(path.parts) > 1
+        or (path.is_dir() and model.weights not in list_shipped())
     )
     if is_path:
         weights = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)

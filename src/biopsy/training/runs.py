@@ -470,6 +470,8 @@ def require_empty(path: Path) -> None:
     Raises:
         RunError: If the folder is not empty.
     """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file where the folder of a run is to be written: name another")
     if not path.exists() or not any(path.iterdir()):
         return
     try:

@@ -48,6 +48,7 @@ from biopsy.training.patch_weights import read_patch_weights
 from biopsy.training.pretraining_record import require_unseen
 from biopsy.training.probe import PROBE, check_probe, fit_probe
 from biopsy.training.runs import (
+    DOCUMENT,
     EpochRecord,
     OnEpoch,
     PatchCounts,
@@ -195,6 +196,9 @@ def open_data(data: Pack | Path | str) -> Pack:
     if isinstance(data, Pack):
         return data
     source = Path(stage(data))
+    if (source / DOCUMENT).is_file():
+        used = Run.open(source).info["pack"]["path"]
+        raise DataError(f"{source} is a run, not data: name a pack, such as its own, {used}")
     if is_pack(source) or not source.exists() or source.suffix == ".pack":
         return Pack.open(source)
     return prepare(source, source.with_name(f"{source.stem}.pack"))
