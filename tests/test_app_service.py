@@ -66,14 +66,14 @@ def test_predictions_are_those_of_predict(client, trained_run, images, tmp_path)
     found = answer["predictions"]
     assert [item["name"] for item in found] == expected["patch_id"].tolist()
     for item, row in zip(found, expected.to_dict("records"), strict=True):
-        assert item["prob"] == pytest.approx(row["prob"], abs=1e-6)
-        assert item["probs"]["idc"] == pytest.approx(row["prob_idc"], abs=1e-6)
+        assert item["prob"] == pytest.approx(row["prob"], abs=1e-5)
+        assert item["probs"]["idc"] == pytest.approx(row["prob_idc"], abs=1e-5)
         assert item["pred"] == trained_run.classifier.info.class_names[row["pred"]]
         assert item["ood"]["feature_distance"] == pytest.approx(row["feature_distance"], rel=1e-4)
         assert item["ood"]["out_of_distribution"] == row["out_of_distribution"]
     assert answer["classifier_sha256"] == trained_run.classifier.sha256
     alone = send(client, images[:1]).json()["predictions"][0]
-    assert alone["prob"] == pytest.approx(found[0]["prob"], abs=1e-6)
+    assert alone["prob"] == pytest.approx(found[0]["prob"], abs=1e-5)
 
 
 @pytest.mark.parametrize("shipped", ["idc", pytest.param("pcam", marks=pytest.mark.slow)])
