@@ -266,7 +266,7 @@ def test_equal_decorrelated_views_cost_nothing_and_collapsed_ones_do():
 
 
 def test_a_collapse_is_recognised(pack, whole, tmp_path, caplog):
-    settings = ("train.weight_decay=1", "train.lr=0.5", "train.momentum=0", "train.nesterov=false")
+    settings = ("train.weight_decay=4", "train.lr=0.3", "train.momentum=0", "train.nesterov=false")
     for _ in range(2):  # as well where it has finished already
         caplog.clear()
         with caplog.at_level(logging.WARNING, "biopsy"):

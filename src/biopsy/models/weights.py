@@ -374,10 +374,11 @@ def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
     """Return the file of a recipe's weights and its entry among the known weights, if any."""
     model = recipe.model
     path = Path(os.path.expanduser(model.weights))
-    is_path = not model.weights.startswith(PREFIX) and (
-        path.suffix.lower() in SUFFIXES
-        or len(path.parts) > 1
-        or (path.is_dir() and model.weights not in list_shipped())
+    tags = {"", *list_shipped(), *(weights.tag for weights in KNOWN_WEIGHTS)}
+    is_path = (
+        model.weights not in tags
+        and not model.weights.startswith(PREFIX)
+        and (path.suffix.lower() in SUFFIXES or len(path.parts) > 1 or path.is_dir())
     )
     if is_path:
         weights = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)
