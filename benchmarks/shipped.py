@@ -143,7 +143,7 @@ def describe(known: Shipped, run: biopsy.Run) -> str:
         return f"{count(subsets[subset]['patches'], 'patch')}{of}"
 
     text = f"Trained on {count_of('train')} of {known.data}, calibrated on {count_of('validation')}"
-    text += f", tested on {count_of('test')}" if is_tested(run) else ", not tested"
+    text += f", tested on {count_of('test')}" if run.has_test_patches else ", not tested"
     few = "slides and patients are not named, so their number is unknown"
     text += f"; {few if unit == 'patch' else f'too few {plural(unit)} to say how it does on the next one'}."
     return text + (f" {summarise_left_out(known)}" if known.left_out else "")
@@ -164,11 +164,6 @@ def summarise_left_out(known: Shipped) -> str:
 def list_values(of_slide: pd.Series) -> str:
     """Return ``.939 (8863), .964 (8865)``."""
     return ", ".join(f"{value:.3f} ({slide})".lstrip("0") for slide, value in of_slide.items())
-
-
-def is_tested(run: biopsy.Run) -> bool:
-    """Return whether the run's split has test patches."""
-    return bool(run.info["split"]["subsets"].get("test", {}).get("patches"))
 
 
 def compare(original: Classifier, rounded: Classifier, run: biopsy.Run) -> None:
@@ -212,7 +207,7 @@ def main() -> None:
     if given.run is None:
         known = SHIPPED[given.name]
         run = biopsy.train(known.recipe, given.data, split=given.split, seed=0, overrides=known.overrides)
-        if is_tested(run):
+        if run.has_test_patches:
             biopsy.evaluate(run)
     else:
         run = biopsy.Run.open(given.run)

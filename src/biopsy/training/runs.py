@@ -394,6 +394,12 @@ class Run(Written):
         return frame, info
 
     @property
+    def has_test_patches(self) -> bool:
+        """Whether the split has test patches, as all have but those of the protocol ``no-test``."""
+        tested = self.info["split"]["subsets"].get("test")
+        return tested is None or tested["patches"] > 0
+
+    @property
     def evaluated_subset(self) -> str:
         """Subset for error analysis: ``test`` if it has been evaluated, else ``validation``."""
         return "test" if (self.path / "predictions" / "test.parquet").exists() else "validation"
@@ -402,8 +408,7 @@ class Run(Written):
         """Read ``evaluation/metrics.json``."""
         path = self.path / "evaluation" / "metrics.json"
         if not path.exists():
-            tested = self.info["split"]["subsets"].get("test")
-            if tested is not None and not tested["patches"]:
+            if not self.has_test_patches:
                 raise RunError(
                     f"{self.path} has no test metrics, since its split tests no patch: evaluate it on "
                     f"another pack with `biopsy evaluate {self.path} --data PACK`"
