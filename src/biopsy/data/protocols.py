@@ -256,8 +256,8 @@ def split_without_test(request: Request) -> Plan:
     """Let every group train but those that validate: named ones, or 15/85 of all by `divide_groups`."""
     if request.test_ids:
         raise SplitError(
-            f"protocol no-test tests nothing, but {request.unit} {request.test_ids[0]} is named for it; "
-            "use the protocol 'patients'",
+            f"protocol no-test has no test subset, but {request.unit} {request.test_ids[0]} is named for "
+            "one; use the protocol 'patients'",
             "value",
         )
     check_known(request.val_ids, request.group_ids, request.unit)
