@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.nn import functional
 
 from biopsy.core.errors import RecipeError
 from biopsy.recipes import load_recipe
@@ -117,6 +118,16 @@ def test_a_move_by_matrix_is_the_move_by_pixels(move):
     batch, moves = make_batch(2, 10, 10), torch.tensor([move, move])
     matrix = torch.cat([move_matrices()[moves], torch.zeros(2, 2, 1, dtype=torch.float64)], dim=2)
     assert torch.allclose(warp(batch, matrix), move_pixels(batch, moves), atol=1e-5)
+
+
+def test_pixels_are_resampled_where_pytorchs_affine_grid_says():
+    generator = torch.Generator().manual_seed(3)
+    batch, matrix = torch.rand(5, 3, 37, 23, generator=generator), torch.randn(5, 2, 3, generator=generator)
+    to_unit = torch.tensor([[23 / 2], [37 / 2]])
+    theta = torch.cat([matrix[:, :, :2] * to_unit.T / to_unit, matrix[:, :, 2:] / to_unit], dim=2)
+    grid = functional.affine_grid(theta, [5, 3, 37, 23], align_corners=False)
+    expected = functional.grid_sample(batch, grid, padding_mode="border", align_corners=False)
+    assert torch.allclose(warp(batch, matrix), expected, atol=1e-5)
 
 
 def test_interior_agrees_with_scipy():

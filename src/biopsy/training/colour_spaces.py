@@ -38,10 +38,12 @@ def lab_to_rgb(batch: Tensor) -> Tensor:
 
 def rgb_to_hsv(batch: Tensor) -> Tensor:
     """Convert RGB to hue, saturation and value, all in 0-1."""
-    value, place = batch.max(1, keepdim=True)
+    red, green, blue = batch.split(1, dim=1)
+    value = batch.amax(1, keepdim=True)
     chroma = value - batch.amin(1, keepdim=True)
-    difference = (batch.roll(-1, 1) - batch.roll(-2, 1)).gather(1, place)  # of the two other channels
-    hue = (difference / chroma.clamp(min=1e-8) + 2 * place) / 6 % 1
+    steep = chroma.clamp(min=1e-8)
+    from_green = torch.where(green == value, (blue - red) / steep + 2, (red - green) / steep + 4)
+    hue = torch.where(red == value, (green - blue) / steep, from_green) / 6 % 1
     return torch.cat([hue, chroma / value.clamp(min=1e-8), value], dim=1)
 
 

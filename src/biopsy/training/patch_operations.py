@@ -45,8 +45,16 @@ def warp(batch: Tensor, matrix: Tensor) -> Tensor:
     half = torch.tensor([width / 2, height / 2, 1.0], dtype=matrix.dtype)
     theta = matrix * half / half[:2, None]  # pixels from the centre -> grid_sample's -1 to 1
     theta = send(theta.to(batch.dtype), batch)
-    grid = functional.affine_grid(theta, list(batch.shape), align_corners=False)
+    grid = _make_grid(theta, height, width)
     return functional.grid_sample(batch, grid, padding_mode="border", align_corners=False)
+
+
+def _make_grid(theta: Tensor, height: int, width: int) -> Tensor:
+    """Compute ``affine_grid`` (``align_corners=False``), which takes twice as long on a CPU."""
+    unit = {"device": theta.device, "dtype": theta.dtype}
+    across, down = (torch.linspace(-1, 1, n, **unit) * (n - 1) / n for n in (width, height))
+    to_x, to_y, shift = theta[:, :, :, None, None].unbind(2)
+    return (to_x * across + to_y * down[:, None] + shift).permute(0, 2, 3, 1)
 
 
 def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
