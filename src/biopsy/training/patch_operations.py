@@ -51,10 +51,12 @@ def warp(batch: Tensor, matrix: Tensor) -> Tensor:
 
 def _make_grid(theta: Tensor, height: int, width: int) -> Tensor:
     """Compute ``affine_grid`` (``align_corners=False``), which takes twice as long on a CPU."""
-    unit = {"device": theta.device, "dtype": theta.dtype}
-    across, down = (torch.linspace(-1, 1, n, **unit) * (n - 1) / n for n in (width, height))
+
+    def centres(n: int) -> Tensor:
+        return torch.linspace(-1, 1, n, device=theta.device, dtype=theta.dtype) * (n - 1) / n
+
     to_x, to_y, shift = theta[:, :, :, None, None].unbind(2)
-    return (to_x * across + to_y * down[:, None] + shift).permute(0, 2, 3, 1)
+    return (to_x * centres(width) + to_y * centres(height)[:, None] + shift).permute(0, 2, 3, 1)
 
 
 def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
