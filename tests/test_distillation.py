@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from biopsy.core.errors import RecipeError, RunError
+from biopsy.core.files import sha256_file
 from biopsy.data.packs import Pack
 from biopsy.data.splits import split
 from biopsy.models.engine import Engine, make_loss
@@ -174,6 +175,18 @@ def test_initial_weights_of_tested_patients_are_refused_as_teachers_are(pack, te
             learn(pack, tmp_path / "run", setting, fold=fold)
     assert not (tmp_path / "run").exists()
     assert "warning" not in learn(pack, tmp_path / "run", setting, "train.epochs=1").info["weights"]
+
+
+@pytest.mark.parametrize("part", ["", "classifier"])
+def test_initial_weights_by_the_folder_of_a_run_or_classifier(pack, teacher, tmp_path, part):
+    folder = teacher.path / part
+    setting, weights = f"model.weights={folder}", teacher.path / "classifier" / "weights.safetensors"
+    with refuses(RunError, teacher.path, "tested", "split"):
+        learn(pack, tmp_path / "run", setting, fold=2)
+    record = learn(pack, tmp_path / "run", setting, "train.epochs=1").info["weights"]
+    assert "warning" not in record and record["sha256"] == sha256_file(weights)
+    assert record["file"] == weights.name
+    assert record["weights"] == weights.relative_to(folder.parent).as_posix()
 
 
 def test_initial_weights_without_a_record_of_their_patients(pack, teacher, tmp_path):

@@ -26,6 +26,8 @@ from biopsy.models.weights import (
     KNOWN_WEIGHTS,
     describe_weights,
     find_weights,
+    find_weights_file,
+    is_shipped_start,
     list_weights,
     locate,
     make_network,
@@ -102,6 +104,24 @@ def test_a_file_of_this_package_fills_everything(tmp_path):
     assert record["weights"] == record["file"] == "mine.safetensors" and record["note"] is None
     assert record["sha256"] == sha256_file(tmp_path / "mine.safetensors")
     assert record["licence"] == "not stated"
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with refuses(RecipeError, tmp_path / "weights", "weights.safetensors", "model.pretrained=false"):
+        make_network(recipe_with(f"model.weights={tmp_path / 'weights'}"), 2, seed=0)
+
+
+def test_a_local_model_hides_the_classifier_that_ships_by_its_name(tmp_path, monkeypatch):
+    source = build_network("residual", n_classes=2, input_px=64, seed=9)
+    monkeypatch.chdir(tmp_path)
+    Path("idc/classifier").mkdir(parents=True)
+    save_file(source.state_dict(), "idc/classifier/weights.safetensors")
+    assert find_weights_file("idc") is None
+    Path("idc/run.json").touch()
+    network, record = make_network(recipe_with("model.weights=idc"), 2, seed=0)
+    assert same_states(network, source)
+    assert record["sha256"] == sha256_file(Path("idc/classifier/weights.safetensors"))
+    assert not is_shipped_start(record)
 
 
 def test_a_head_of_other_classes_is_left_random_and_reported(tmp_path):
@@ -273,14 +293,6 @@ def test_only_trained_parameters_are_counted_apart():
     network, record = make_network(load_recipe("idc-small", ["model.trainable=head"]), 2, seed=0)
     trained = sum(weight.numel() for weight in network.head.parameters())
     assert f"{trained:,} are trained" in describe_weights(network, record)
-
-
-def test_the_folder_of_a_run_is_no_file_and_its_file_is_named(trained_run, monkeypatch):
-    monkeypatch.chdir(trained_run.path.parent)
-    with refuses(RecipeError, "run/classifier/weights.safetensors", reason="weights"):
-        make_network(recipe_with("model.weights=run"), 2, seed=0)
-    with refuses(RecipeError, trained_run.path / "classifier" / "weights.safetensors", reason="weights"):
-        make_network(recipe_with(f"model.weights={trained_run.path}"), 2, seed=0)
 
 
 @pytest.mark.parametrize(

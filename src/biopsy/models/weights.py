@@ -23,7 +23,7 @@ from biopsy.models.networks.libraries import split_name
 from biopsy.models.networks.lora import add_lora
 from biopsy.models.networks.stages import freeze
 from biopsy.models.shipped import FOLDER as SHIPPED
-from biopsy.models.shipped import list_shipped
+from biopsy.models.shipped import is_shipped, list_shipped
 from biopsy.models.weight_files import SUFFIXES, fill_network
 from biopsy.recipes import Recipe, list_recipes, load_recipe
 
@@ -132,7 +132,7 @@ def find_weights(tag: str) -> Weights:
     if tag not in by_tag:
         raise RecipeError(
             f"unknown weights {tag!r}; {suggest(tag, [*by_tag, *list_shipped()])}; also "
-            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG and the path of a file ({', '.join(SUFFIXES)})",
+            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG, a file ({', '.join(SUFFIXES)}) and the folder of a run or classifier",
             "name",
         )
     return by_tag[tag]
@@ -275,9 +275,11 @@ def make_network(
     if model.lora_rank:
         add_lora(network, model.lora_rank, seed)
     file, licence = (path.name, NOT_STATED) if path else (None, None)
+    given = Path(os.path.expanduser(model.weights))
+    inside = path and given in path.parents and (given.resolve().name / path.relative_to(given)).as_posix()
     return network, StartWeights(
         pretrained=model.pretrained,
-        weights=weights.tag if weights else file,
+        weights=weights.tag if weights else inside or file,
         file=file,
         sha256=sha256_file(path) if path else None,
         licence=weights.licence if weights else licence,
@@ -312,10 +314,11 @@ def _known_feed(recipe: Recipe) -> dict[str, object] | None:
     name, tag = recipe.model.name, recipe.model.weights
     if not recipe.model.pretrained and not name.startswith(PREFIX):
         return None
-    by_file = [weights for weights in KNOWN_WEIGHTS if tag and weights.file == Path(tag).name]
+    path = find_weights_file(tag)
+    by_file = [weights for weights in KNOWN_WEIGHTS if path and weights.file == path.name]
     if by_file:
         return by_file[0].feed
-    is_tag = bool(tag) and Path(tag).suffix.lower() not in SUFFIXES and "/" not in tag
+    is_tag = bool(tag) and path is None
     return find_weights(tag if is_tag else name).feed if is_tag or ":" in name else None
 
 
@@ -370,25 +373,41 @@ def is_shipped_start(record: StartWeights) -> bool:
     return record.get("file") == WEIGHTS and record["weights"] in list_shipped()
 
 
+def find_weights_file(weights: str) -> Path | None:
+    """Return the file that a value of ``model.weights`` names by a path, None if the value is a tag.
+
+    The folder of a run, classifier, bundle or pre-training stands for its weights, any other folder for
+    itself. A run or classifier in the working directory hides the classifier that ships by its name.
+    """
+    path = Path(os.path.expanduser(weights))
+    tags = {"", *(known.tag for known in KNOWN_WEIGHTS)}
+    if weights in tags or weights.startswith(PREFIX) or is_shipped(weights):
+        return None
+    if path.is_dir():
+        files = [folder / WEIGHTS for folder in (path, path / "classifier")]
+        return next((file for file in files if file.is_file()), path)
+    return path if path.suffix.lower() in SUFFIXES or len(path.parts) > 1 else None
+
+
 def choose_weights(recipe: Recipe) -> tuple[Path, Weights | None]:
     """Return the file of a recipe's weights and its entry among the known weights, if any."""
     model = recipe.model
-    path = Path(os.path.expanduser(model.weights))
-    tags = {"", *list_shipped(), *(weights.tag for weights in KNOWN_WEIGHTS)}
-    is_path = (
-        model.weights not in tags
-        and not model.weights.startswith(PREFIX)
-        and (path.suffix.lower() in SUFFIXES or len(path.parts) > 1 or path.is_dir())
-    )
-    if is_path:
+    path = find_weights_file(model.weights)
+    if path is not None:
         weights = next((weights for weights in KNOWN_WEIGHTS if weights.file == path.name), None)
         if model.name.startswith(PREFIX):
             weights = find_weights(model.name)
             require_licence(weights)
+        if path.is_dir():
+            raise RecipeError(
+                f"model.weights: the folder {model.weights!r} has no {WEIGHTS}, as a finished run, "
+                f"a classifier or a pre-training has: name such a folder or a file, {_random_weights_hint()}",
+                "weights",
+            )
         if not path.is_file():
-            files = [file for file in (path / WEIGHTS, path / "classifier" / WEIGHTS) if file.is_file()]
-            remedy = f"use --set model.weights={files[0]}" if files else _random_weights_hint()
-            raise RecipeError(f"model.weights: no file {model.weights!r}; {remedy}", "weights")
+            raise RecipeError(
+                f"model.weights: no file {model.weights!r}; {_random_weights_hint()}", "weights"
+            )
     else:
         weights = _find_default(recipe) if not model.weights else find_weights(model.weights)
         if not {model.name, model.name.partition(".")[0]} & {*weights.networks}:
@@ -419,7 +438,7 @@ def _find_default(recipe: Recipe) -> Weights:
     fitting = [weights.tag for weights in KNOWN_WEIGHTS if name in weights.networks]
     raise RecipeError(
         f"model.pretrained needs model.weights: for {name!r} "
-        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file",
+        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file or run",
         "weights",
     )
 

@@ -80,7 +80,7 @@ class Model(_Table):
     pretrained: bool = False
     """Whether to start from ``weights`` instead of random weights."""
     weights: str = ""
-    """A tag of ``biopsy list models``, or the path of a file."""
+    """A tag of ``biopsy list models``, a file, or the folder of a run, classifier or pre-training."""
     weights_sha256: str = ""
     """Required hash of the file; empty accepts any file."""
     trainable: str = "all"

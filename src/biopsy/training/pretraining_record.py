@@ -1,6 +1,5 @@
 """Record of a self-supervised pre-training, and what it says of the patients of a split."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from biopsy.core.text import count
 from biopsy.data.packs import Pack, Unit
 from biopsy.data.splits import Split
 from biopsy.models.classifier import StartWeights
+from biopsy.models.weights import find_weights_file
 from biopsy.recipes import Recipe
 from biopsy.training.runs import EpochRecord
 
@@ -83,8 +83,8 @@ def require_unseen(recipe: Recipe, pack: Pack, split: Split, fold: int | None) -
     Raises:
         SplitError: With the first such patient, or the other split.
     """
-    weights = Path(os.path.expanduser(recipe.model.weights))
-    if not (recipe.model.pretrained and weights.is_file() and weights.with_name(DOCUMENT).is_file()):
+    weights = find_weights_file(recipe.model.weights) if recipe.model.pretrained else None
+    if weights is None or not (weights.is_file() and weights.with_name(DOCUMENT).is_file()):
         return
     info = read_pretraining(weights.with_name(DOCUMENT))
     if info["pack"]["content_sha256"] != pack.info.content_sha256:

@@ -1,7 +1,6 @@
 """Patients of a pack whom a model knows from its own training: of teachers and of initial weights."""
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ from biopsy.core.text import count
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import DOCUMENT as CLASSIFIER
 from biopsy.models.classifier import Classifier
-from biopsy.models.shipped import FOLDER, is_shipped, list_shipped
+from biopsy.models.shipped import FOLDER, is_shipped
+from biopsy.models.weights import find_weights_file
 from biopsy.recipes import Recipe
 from biopsy.training.runs import DOCUMENT, Run
 
@@ -35,9 +35,9 @@ def check_start(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> str | None:
     weights = recipe.model.weights
     if not recipe.model.pretrained:
         return None
-    if weights in list_shipped():
+    if is_shipped(weights):
         folder, run = FOLDER / weights, None
-    elif (path := Path(os.path.expanduser(weights))).is_file():
+    elif (path := find_weights_file(weights)) is not None and path.is_file():
         folder, run = path.parent, find_run(path.parent)
     else:
         return None
@@ -47,7 +47,7 @@ def check_start(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> str | None:
     classifier = Classifier.load(folder) if has_classifier else None
     if refuse_seen(f"the model of the weights {weights}", run, classifier, pack, subsets):
         return None
-    if pack.info.is_synthetic and weights in list_shipped():  # which are of real tissue
+    if pack.info.is_synthetic and is_shipped(weights):  # which are of real tissue
         return None
     return (
         f"the training patients of the initial weights {weights} are not recorded: if they are among those "
