@@ -132,7 +132,8 @@ def find_weights(tag: str) -> Weights:
     if tag not in by_tag:
         raise RecipeError(
             f"unknown weights {tag!r}; {suggest(tag, [*by_tag, *list_shipped()])}; also "
-            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG, a file ({', '.join(SUFFIXES)}) and the folder of a run or classifier",
+            f"torchvision:NETWORK.TAG, timm:NETWORK.TAG, a file ({', '.join(SUFFIXES)}) and the folder of a "
+            "run or classifier",
             "name",
         )
     return by_tag[tag]
@@ -438,7 +439,7 @@ def _find_default(recipe: Recipe) -> Weights:
     fitting = [weights.tag for weights in KNOWN_WEIGHTS if name in weights.networks]
     raise RecipeError(
         f"model.pretrained needs model.weights: for {name!r} "
-        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give the path of a file or run",
+        f"{'known are ' + ', '.join(fitting) if fitting else 'no tag is known'}, or give a file or run",
         "weights",
     )
 
