@@ -1,7 +1,9 @@
 """Distillation: the loss, the teacher's view of the training patches, and which teachers are refused."""
 
+import json
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from biopsy.core.errors import RecipeError, RunError
-from biopsy.core.files import sha256_file
+from biopsy.core.files import sha256_file, write_json
 from biopsy.data.packs import Pack
 from biopsy.data.splits import split
 from biopsy.models.engine import Engine, make_loss
@@ -17,7 +19,7 @@ from biopsy.recipes import load_recipe
 from biopsy.training.distillation import check_teachers, identify_teachers, list_teachers, predict_teachers
 from biopsy.training.distributed import ALONE
 from biopsy.training.probe import check_probe
-from biopsy.training.seen_patients import check_start
+from biopsy.training.seen_patients import check_start, record_seen
 from biopsy.training.train import train
 from conftest import draw_patches, write_pack
 from refusals import refuses
@@ -201,6 +203,71 @@ def test_initial_weights_without_a_record_of_their_patients(pack, teacher, tmp_p
     assert "idc" in check_start(load_recipe("idc-small", ["model.weights=idc"]), other, subsets)
     loose = shutil.copy(folder / "weights.safetensors", tmp_path)
     assert check_start(load_recipe(recipe, [f"model.weights={loose}"]), other, subsets) is None
+
+
+SHORT = (*LIVELY, "train.epochs=1")
+
+
+@pytest.fixture(scope="module")
+def earliest(pack, tmp_path_factory):
+    """A run that trains on all patients of the pack but the first two."""
+    patients = sorted(set(pack.group_ids))
+    split(pack, protocol="patients", name="first", test_patients=patients[:1], val_patients=patients[1:2])
+    out = tmp_path_factory.mktemp("earliest") / "run"
+    return train("idc-small", pack, overrides=SHORT, split="first", out=out, device="cpu")
+
+
+def learn_elsewhere(place, *settings):
+    """Train on a pack of other patients."""
+    patients = "other " + draw_patches(4, 8, seed=1)[1]["patient_id"]
+    other = write_pack(place, n_patients=4, patches_per_patient=8, seed=1, columns={"patient_id": patients})
+    split(other, protocol="folds", folds=4, name="folds")
+    return learn(other, place / "later", "train.epochs=1", *settings)
+
+
+@pytest.mark.parametrize("setting", ["model.weights", "train.teacher"])
+def test_models_that_learned_from_one_of_tested_patients_are_refused(
+    pack, earliest, tmp_path, setting, caplog
+):
+    copied = shutil.copytree(earliest.path, tmp_path / "earliest")
+    later = learn_elsewhere(tmp_path, f"{setting}={copied}")
+    subsets, trained = earliest.subsets(pack), sorted(set(pack.group_ids))[2:]
+    swapped = np.where(pack.group_ids == trained[0], "test", subsets)
+    recipe = load_recipe("idc-small", (*SHORT, f"model.weights={later.path}"))
+    seen = record_seen([str(later.path)], recipe, pack, subsets)
+    assert [record["model"] for record in seen] == [str(later.path), str(copied)]
+    assert [record["train"] == trained for record in seen] == [False, True]
+    caplog.clear()
+    assert check_start(recipe, pack, subsets) is check_teachers(str(later.path), pack, subsets) is None
+    assert not caplog.records
+    shutil.rmtree(copied)
+    for check in (partial(check_start, recipe), partial(check_teachers, str(later.path))):
+        with refuses(RunError, later.path, copied, f"1 tested patient, first {trained[0]}"):
+            check(pack, swapped)
+
+
+def test_earlier_models_of_runs_that_do_not_record_them(pack, earliest, tmp_path):
+    copied = shutil.copytree(earliest.path, tmp_path / "earliest")
+    later = learn_elsewhere(tmp_path, f"model.weights={copied}")
+    document = json.loads((later.path / "run.json").read_text())
+    del document["seen"]
+    write_json(later.path / "run.json", document)
+    swapped = np.where(earliest.subsets(pack) == "train", "test", "train")
+    recipe = load_recipe("idc-small", (*SHORT, f"model.weights={later.path}"))
+    with refuses(RunError, later.path, copied, "tested"):
+        check_start(recipe, pack, swapped)
+    shutil.copy(later.path / "classifier" / "weights.safetensors", copied / "classifier")
+    assert check_start(recipe, pack, swapped) is None  # another model is there now
+
+
+def test_earlier_models_that_do_not_record_their_patients(pack, earliest, tmp_path):
+    folder = shutil.copytree(earliest.path / "classifier", tmp_path / "classifier")
+    later = learn_elsewhere(tmp_path, f"model.weights={folder}")
+    recipe = load_recipe("idc-small", (*SHORT, f"model.weights={later.path}"))
+    with refuses(RunError, later.path, folder, pack.path.name):
+        check_start(recipe, pack, earliest.subsets(pack))
+    third = write_pack(tmp_path, "third.pack", n_patients=8, patches_per_patient=8, seed=2)
+    assert str(later.path) in check_start(recipe, third, earliest.subsets(pack))
 
 
 def test_teachers_that_cannot_teach_are_refused(pack, teacher, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from biopsy.core.errors import FileFormatError, RecipeError, RunError, SplitError, UserFileError
 from biopsy.core.files import read_json
 from biopsy.data.packs import Pack
-from biopsy.data.splits import split
+from biopsy.data.splits import find_split, split
 from biopsy.models.weights import make_network
 from biopsy.recipes import load_recipe
 from biopsy.training.batches import Batches
@@ -24,6 +24,7 @@ from biopsy.training.pretraining import (
     vicreg_loss,
 )
 from biopsy.training.pretraining_record import DOCUMENT, FORMAT
+from biopsy.training.seen_patients import check_start, record_seen
 from biopsy.training.train import train
 from command_line import call
 from conftest import draw_patches
@@ -327,7 +328,24 @@ def test_pre_training_does_not_start_from_weights_that_have_seen_a_test_patient(
     split(pack, protocol="patients", test_patients=["8871"], val_patients=VALIDATION, name="third")
     with refuses(SplitError, whole.weights, "8871"):
         run(pack, tmp_path / "out", f"model.weights={whole.weights}", split="third")
-    run(pack, tmp_path / "same", f"model.weights={whole.weights}", epochs=1)
+    run(pack, tmp_path / "same", f"model.weights={whole.path}", epochs=1)
+
+
+def test_weights_that_learned_from_some_that_have_seen_a_test_patient_are_refused(pack, whole, tmp_path):
+    images, table = draw_patches(8, 9, seed=1)
+    patients, names = "other " + table["patient_id"], {"class_names": pack.class_names}
+    other = Pack.from_arrays(images, table["target"], patients, out=tmp_path / "other", **names)
+    split(other, protocol="patients", name="fixed")
+    later = run(other, tmp_path / "later", f"model.weights={whole.path}", epochs=1)
+    assert [record["train"] for record in later["seen"]] == [whole["patients"]]
+    split(pack, protocol="patients", test_patients=["8869"], val_patients=VALIDATION, name="fourth")
+    settings = (*TINY, f"model.weights={later.path}")
+    with refuses(RunError, later.path, whole.path, "8869"):
+        train("idc-small", pack, split="fourth", overrides=settings, out=tmp_path / "run", device="cpu")
+    recipe, split_subsets = load_recipe("idc-small", settings), find_split(pack, "fixed").subsets(pack)
+    assert check_start(recipe, pack, split_subsets) is None
+    seen = record_seen([], recipe, pack, split_subsets)
+    assert [record["model"] for record in seen] == [str(later.path), str(whole.path)]
 
 
 def test_without_ids_weights_are_of_one_split_and_fold(tmp_path):
@@ -341,7 +359,9 @@ def test_without_ids_weights_are_of_one_split_and_fold(tmp_path):
     options = {"split": "folds", "overrides": settings, "device": "cpu"}
     with refuses(SplitError, weights, "'folds'", "fold 1"):
         train("idc-small", pack, fold=2, out=tmp_path / "two", **options)
-    train("idc-small", pack, fold=1, out=tmp_path / "one", **options)
+    trained = train("idc-small", pack, fold=1, out=tmp_path / "one", **options)
+    subsets, later = trained.subsets(pack), load_recipe("idc-small", [f"model.weights={trained.path}"])
+    assert check_start(later, pack, subsets) is None
 
 
 def test_a_network_of_a_library_is_pre_trained_too(pack, tmp_path):

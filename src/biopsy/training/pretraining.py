@@ -53,8 +53,8 @@ from biopsy.training.pretraining_record import (
     read_pretraining,
     require_unseen,
 )
-from biopsy.training.runs import EpochRecord, OnEpoch, describe_environment
-from biopsy.training.seen_patients import check_start
+from biopsy.training.runs import EpochRecord, OnEpoch, SeenPatients, describe_environment
+from biopsy.training.seen_patients import check_start, record_seen
 from biopsy.training.train import choose_split, open_data
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def pretrain(
         "unit": pack.unit,
         "patients": None if pack.unit == "patch" else np.unique(pack.group_ids[rows]).tolist(),
     }
-    info = _begin(path, requested, described, rows)
+    info = _begin(path, requested, described, rows, record_seen([], requested, pack, subsets))
     logger.info("network %s: %s", requested.model.name, describe_weights(network, start))
     if neighbours and not positives.n_with_neighbours:
         logger.warning("no patch of %s has neighbours: both views are of the same patch", pack.path.name)
@@ -355,7 +355,9 @@ def vicreg_loss(embeddings: Tensor, _: Tensor | None = None) -> Tensor:
     return loss
 
 
-def _begin(path: Path, recipe: Recipe, described: Mapping[str, object], rows: np.ndarray) -> PretrainingInfo:
+def _begin(
+    path: Path, recipe: Recipe, described: Mapping[str, object], rows: np.ndarray, seen: list[SeenPatients]
+) -> PretrainingInfo:
     """Create the folder of a pre-training, or read the document of one with the same settings."""
     settings = [recipe.model_dump(mode="json", include=set(DEFINING_TABLES)), described, rows.tolist()]
     config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -369,6 +371,7 @@ def _begin(path: Path, recipe: Recipe, described: Mapping[str, object], rows: np
         status="running",
         config_sha256=config,
         **described,  # type: ignore[typeddict-item]
+        seen=seen,
         log=[],
         warnings=[],
         weights_sha256=None,

@@ -1,7 +1,7 @@
 """Record of a self-supervised pre-training, and what it says of the patients of a split."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NotRequired
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
@@ -16,7 +16,7 @@ from biopsy.data.splits import Split
 from biopsy.models.classifier import StartWeights
 from biopsy.models.weights import find_weights_file
 from biopsy.recipes import Recipe
-from biopsy.training.runs import EpochRecord
+from biopsy.training.runs import EpochRecord, SeenPatients
 
 FORMAT, DOCUMENT = "biopsy-pretraining/1", "pretraining.json"
 
@@ -47,6 +47,8 @@ class PretrainingInfo(TypedDict):
     recipe: str
     network: str
     start: StartWeights
+    seen: NotRequired[list[SeenPatients]]
+    """Patients of the model of its initial weights, and of those from which that one learned."""
     pack: PretrainingPack
     split: PretrainingSplit
     seed: int

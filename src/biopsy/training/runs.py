@@ -150,6 +150,22 @@ class RunInput(TypedDict, total=False):
     warning: str
 
 
+class SeenPatients(TypedDict, total=False):
+    """Patients on whom a model was trained; of a classifier alone, at most its pack is known."""
+
+    model: Required[str]
+    """Path of the model, or name of a classifier that ships or is on the hub."""
+    dataset: str
+    content_sha256: str
+    """Of its pack."""
+    unit: Unit
+    subsets_sha256: str
+    """Hash of the subsets of the patches of its pack."""
+    train: list[str]
+    """Ids of the unit; not of patches."""
+    validation: list[str]
+
+
 class RunInfo(TypedDict, total=False):
     """Content of ``run.json``."""
 
@@ -167,6 +183,8 @@ class RunInfo(TypedDict, total=False):
     weights: Required[StartWeights]
     inputs: dict[str, RunInput]
     """Files and classifiers that settings of ``[train]`` name, by setting."""
+    seen: list[SeenPatients]
+    """Patients of the models of which it took its initial weights or learned, and of theirs."""
     epochs: Required[NonNegativeInt]
     epochs_done: Required[NonNegativeInt]
     started: Required[str]

@@ -38,7 +38,7 @@ from biopsy.recipes import Overrides, Recipe, load_recipe, setting_lines
 from biopsy.statistics.calibrators import check_method
 from biopsy.training.augmentation import Transform, check_transform, describe_transform
 from biopsy.training.checkpoints import LAST, load_weights
-from biopsy.training.distillation import check_teachers, identify_teachers, predict_teachers
+from biopsy.training.distillation import check_teachers, identify_teachers, list_teachers, predict_teachers
 from biopsy.training.distributed import Processes, join_processes
 from biopsy.training.figures import draw_training
 from biopsy.training.finalize import complete, fit_preprocessing
@@ -62,7 +62,7 @@ from biopsy.training.runs import (
     require_empty,
 )
 from biopsy.training.sampling import class_weights, sample_epoch, take_fraction, within_patient_shares
-from biopsy.training.seen_patients import check_start
+from biopsy.training.seen_patients import check_start, record_seen
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +279,8 @@ def _begin(
     }
     if inputs:
         info["inputs"] = inputs
+    if recipe.model.pretrained or recipe.train.teacher:
+        info["seen"] = record_seen(list_teachers(recipe.train.teacher), recipe, pack, subsets)
     if shares is not None:
         info["split"]["class_shares"] = shares
     if transform is not None:
