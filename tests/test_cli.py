@@ -15,6 +15,7 @@ import pytest
 
 import biopsy
 from biopsy.cli.console import EpochLines, epoch_line, list_entries, print_json
+from biopsy.core.errors import RunError
 from biopsy.core.files import SEAL
 from biopsy.core.results import Table, number, to_text
 from biopsy.data.download import FetchResult
@@ -90,6 +91,26 @@ def test_known_errors_are_one_line_and_exit_1(replace, error, said):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [
+        ("give a pack with data=", "give a pack with --data"),
+        ("split='a' needs data= of another pack", "--split 'a' needs --data of another pack"),
+        ("subset='x' is unknown: data=a is not", "--subset 'x' is unknown: --data a is not"),
+        ("split=1/run is no pack; train.data=2, run=3", "split=1/run is no pack; train.data=2, run=3"),
+    ],
+)
+def test_arguments_in_errors_are_named_as_options(replace, message, printed):
+    error = RunError(message, "code")
+
+    def fail(run, **options):
+        raise error
+
+    replace("evaluate", fail)
+    assert call("evaluate", "runs/one", "--data", "split=1/run").stderr == f"error: {printed}\n"
+    assert error.reason == "code"
 
 
 def test_a_defect_of_ours_is_not_hidden(replace):

@@ -213,7 +213,26 @@ def _run_command(command: Any, arguments: Mapping[str, object], *, as_json: bool
         )
         log.error("interrupted: finished work is kept; %s", step)
         return INTERRUPTED
+    except BiopsyError as error:
+        error.args = (_name_options(str(error), command, arguments),)
+        raise
     return show(result, as_json=as_json) if launch.rank == 0 else 0
+
+
+def _name_options(message: str, command: Any, arguments: Mapping[str, object]) -> str:
+    """Return a message with arguments of Python (``data=``) written as options; values of the user are kept."""
+    options = [
+        item.name for item in command.__signature__.parameters.values() if item.kind is item.KEYWORD_ONLY
+    ]
+    values = " ".join(map(str, arguments.values()))
+
+    def write_option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if value and match[0].rstrip(":,;.") in values:
+            return match[0]
+        return f"{_flag(name)} {value}".rstrip() if value != "True" else _flag(name)
+
+    return re.sub(rf"(?<![^\s(`])({'|'.join(options)})=(\S*)", write_option, message)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ def explain(
         classifier = open_classifier(cast(Classifier | Path | str, model))
         if data is None or faithfulness:
             raise RunError(
-                "a classifier has no patches of its own: give a pack or images with data=..."
+                "a classifier has no patches of its own: give a pack or images with data="
                 if data is None
                 else "faithfulness tests need the evaluated patches of a run: give the run"
             )
