@@ -220,7 +220,7 @@ def _run_command(command: Any, arguments: Mapping[str, object], *, as_json: bool
 
 
 def _name_options(message: str, command: Any, arguments: Mapping[str, object]) -> str:
-    """Return a message with arguments of Python (``data=``) written as options; values of the user are kept."""
+    """Return a message with arguments of Python (``data=``) as options; what the user wrote is kept."""
     options = [
         item.name for item in command.__signature__.parameters.values() if item.kind is item.KEYWORD_ONLY
     ]
