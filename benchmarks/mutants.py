@@ -45,7 +45,7 @@ FEATURES = {
     "calibration": (
         "statistics/calibration statistics/calibrators statistics/reliability "
         "evaluation/calibration/recalibrate training/postprocessing",
-        "calibrators calibration calibration_section",
+        "calibrators calibration calibration_section decisions",
     ),
     "splits": ("data/splits data/protocols", "splits protocols leakage"),
     "leakage": (

@@ -202,6 +202,8 @@ def test_the_parts_of_the_brier_score_by_hand():
     parts = decompose_brier([0, 0, 0, 1, 0, 1, 1, 1], [0.25] * 4 + [0.75] * 4, n_bins=2)
     assert (parts.reliability, parts.resolution, parts.uncertainty) == (0, 0.0625, 0.25)
     assert parts.within_bins == pytest.approx(0)
+    off = decompose_brier([0, 0, 0, 1, 0, 1, 1, 1], [0.0] * 4 + [0.5] * 4, n_bins=2)
+    assert off.reliability == 0.0625  # both bins say .25 less than is there
 
 
 @settings(max_examples=30, deadline=None)
