@@ -113,6 +113,15 @@ def test_recalibration_converges_from_anywhere(start):
     )
 
 
+@pytest.mark.parametrize("target", [[0, 0, 1, 0], [1, 1, 0, 1]])
+def test_recalibration_with_one_patch_of_a_class_is_scikit_learns(target):
+    logits, target = np.array([-2.0, -1.0, 0.5, 1.5]), np.array(target, float)
+    fit = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000, solver="newton-cholesky")
+    fit.fit(logits[:, None], target)
+    ours = fit_recalibration(logits, target, 1 - target)
+    assert ours == pytest.approx((fit.intercept_[0], fit.coef_[0, 0]), abs=1e-6)
+
+
 def test_calibration_error_by_hand():
     """Six patches, three bins from the top: (.9 .8) (.6 .6) (.3 .1); positives 1 of 2, 2 of 2, 0 of 2.
 
