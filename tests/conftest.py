@@ -276,9 +276,18 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_finish() -> None:
-    """Let garbage collections pass over what was imported, half a second each time."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Collect no garbage during collection, and later seldom and without what was imported.
+
+    A full garbage collection passes over the objects of every library, half a second each time.
+    """
+    gc.disable()
+    result = yield
     gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
+    gc.enable()
+    return result
 
 
 def pytest_sessionfinish() -> None:

@@ -55,6 +55,8 @@ STYLE = matplotlib.RcParams(
         "axes.titlelocation": "left",
         "axes.titlesize": 9.5,
         "axes.titleweight": "normal",
+        "figure.autolayout": False,
+        "figure.constrained_layout.use": False,
         "figure.facecolor": "white",
         "font.family": ["DejaVu Sans"],
         "font.size": 9,
@@ -184,7 +186,7 @@ def _fix_layout(figure: Figure) -> None:
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)  # a placeholder would draw the figure once more at export
 
 
 def _tidy(text: str) -> str:
