@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.files import write_json
 from biopsy.data.archives import FolderArchive, ZipArchive, is_junk, open_archive
 from refusals import refuses
 
@@ -269,3 +270,30 @@ def test_an_entry_that_unpacks_to_very_much_more_is_not_read(tmp_path, n_bytes):
     else:
         with refuses(DataError, f"{n_bytes:,}"):
             archive.read(archive.entries[0])
+
+
+@pytest.mark.parametrize(
+    ("document", "output"),
+    [("run", "a run"), ("study", "a study"), ("classifier", "a classifier"), ("explain", "explanations")],
+)
+def test_pictures_of_outputs_are_no_patches(tmp_path, document, output):
+    write_folder(tmp_path / "out", FILES)
+    write_json(tmp_path / "out" / f"{document}.json", {"format": f"biopsy-{document}/1"})
+    refuse(tmp_path / "out", output)
+    refuse(tmp_path, output, "no images", tmp_path / "out")  # a folder of outputs only
+    write_folder(tmp_path / "patches", FILES)
+    assert [entry.name for entry in open_archive(tmp_path).images] == [
+        f"patches/{name}" for name in ("a/1.png", "a/10.png", "b/2.png")
+    ]
+
+
+def test_a_users_document_of_the_same_name_marks_no_output(tmp_path):
+    write_folder(tmp_path, FILES)
+    for text in ("{}", "[]", '{"format": 1}', "not JSON"):
+        (tmp_path / "run.json").write_text(text)
+        assert len(open_archive(tmp_path).images) == 3
+
+
+def test_figures_of_a_run_are_no_patches(tmp_path):
+    write_json(tmp_path / "run.json", {"format": "biopsy-run/1"})
+    refuse(write_folder(tmp_path / "figures", FILES), "run", tmp_path.name)

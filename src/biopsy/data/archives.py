@@ -7,6 +7,7 @@ Zips with names that lead out of the archive or with overlapping entries (zip bo
 larger than `MAX_ENTRY_BYTES`, or with a compression ratio above `MAX_INFLATION`, are not read.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -14,13 +15,14 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from biopsy.core.errors import ArchiveError, DataError
+from biopsy.core.files import load_json
 from biopsy.core.text import normalize_path
 from biopsy.data.pack_files import DOCUMENT
 from biopsy.slide_io.images import IMAGE_SUFFIXES
@@ -33,6 +35,17 @@ MAX_INFLATION = 100
 
 SYNTHETIC = "SYNTHETIC.txt"
 """Name of a file that marks an archive of synthetic patches, which reports state."""
+
+_OUTPUTS = {
+    "run.json": "a run",
+    "study.json": "a study",
+    "pretraining.json": "a pre-training",
+    "bundle.json": "an exported bundle",
+    "classifier.json": "a classifier",
+    "comparison.json": "a comparison",
+    "explain.json": "explanations of patches",
+}
+"""Outputs of this package by the file that marks them. Their pictures are no patches."""
 
 _FREE_BYTES = 2**24
 
@@ -149,7 +162,10 @@ class FolderArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = sorted(_walk(path, ""), key=lambda file: (normalize_path(file[0]), file[0]))
+        self.outputs: list[str] = []
+        self._files = sorted(
+            _walk(path, "", self.outputs), key=lambda file: (normalize_path(file[0]), file[0])
+        )
         entries = [
             Entry(normalize_path(name), size, offset=index)
             for index, (name, size, _) in enumerate(self._files)
@@ -193,11 +209,12 @@ def open_archive(path: Path | str) -> Archive:
     """Open a zip, a folder, or the only zip in a folder without images.
 
     Raises:
-        ArchiveError: If there is nothing to read, or the zip is empty, truncated, encrypted, or has names
-            that lead out of it.
+        ArchiveError: If there is nothing to read, it is an output of this package, or the zip is empty,
+            truncated, encrypted, or has names that lead out of it.
     """
     path = Path(path)
     if path.is_dir():
+        _refuse_output(path)
         folder = FolderArchive(path)
         if any(entry.name.lower().endswith(_PIXEL_SUFFIXES) for entry in folder.entries):
             return folder
@@ -207,12 +224,41 @@ def open_archive(path: Path | str) -> Archive:
             raise ArchiveError(
                 f"{path} holds {len(folder.unread)} zips ({', '.join(folder.unread[:3])}): name one"
             )
-        raise ArchiveError(f"{path} holds no images, no .h5 files, no slides with .geojson and no zip")
+        left_out = f" but those of {folder.outputs[0]}" if folder.outputs else ""
+        raise ArchiveError(
+            f"{path} holds no images{left_out}, no .h5 files, no slides with .geojson and no zip"
+        )
     if not path.exists():
         raise ArchiveError(f"{path} does not exist")
     if path.stat().st_size == 0:
         raise ArchiveError(f"{path} is empty (0 bytes): the download is incomplete")
     return ZipArchive(path)
+
+
+def _refuse_output(path: Path) -> None:
+    """Refuse a folder that is an output of this package, or the figures of a run."""
+    try:
+        output = _name_output(path, os.listdir(path))
+    except OSError as error:
+        raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
+    parent = path.resolve().parent
+    if output is None and path.resolve().name == "figures" and (parent / "run.json").is_file():
+        output = f"a folder of the run {parent.name}"
+    if output is not None:
+        raise ArchiveError(
+            f"{path} is {output}, whose pictures are no patches: name the folder or zip with the patches"
+        )
+
+
+def _name_output(folder: Path, names: Collection[str]) -> str | None:
+    """Return what a folder is, if it is an output of this package."""
+    for name, output in _OUTPUTS.items():
+        if name not in names:
+            continue
+        with contextlib.suppress(DataError, KeyError, TypeError):
+            if str(load_json(folder / name)["format"]).startswith("biopsy-"):
+                return output
+    return None
 
 
 def is_junk(name: str) -> bool:
@@ -312,9 +358,12 @@ def _inflate(packed: memoryview, entry: Entry) -> bytes:
 
 
 def _walk(
-    folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]] = frozenset()
+    folder: Path, prefix: str, outputs: list[str], ancestors: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and modification time of files below a folder; cyclic links and packs are left out."""
+    """Yield name, size and modification time of files below a folder.
+
+    Cyclic links, packs and other outputs of this package are left out; the latter are added to ``outputs``.
+    """
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
@@ -323,14 +372,18 @@ def _walk(
         items = list(os.scandir(folder))
     except OSError as error:
         raise ArchiveError(f"{folder} cannot be read: {error.strerror}") from None
-    if prefix and any(item.name == DOCUMENT for item in items):
+    names = {item.name for item in items}
+    if prefix and DOCUMENT in names:
+        return
+    if prefix and (output := _name_output(folder, names)) is not None:
+        outputs.append(f"{output}, {folder}")
         return
     for item in items:
         if is_junk(item.name):
             continue
         name = prefix + item.name
         if item.is_dir():
-            yield from _walk(folder / item.name, name + "/", ancestors | {identity})
+            yield from _walk(folder / item.name, name + "/", outputs, ancestors | {identity})
         elif item.is_file():
             status = item.stat()
             yield name, status.st_size, status.st_mtime_ns
