@@ -5,6 +5,7 @@ Runs and studies are written by hand with the predictions they would hold: nothi
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -237,9 +238,10 @@ def test_holm_by_hand():
     assert adjust_holm([]) == []
 
 
-def test_a_run_against_itself_is_exactly_zero(pair, tmp_path):
+def test_a_run_against_a_copy_is_exactly_zero(pair, tmp_path):
     (weak, _), _ = pair
-    document = biopsy.compare([weak, weak.path], out=tmp_path / "same")
+    copied = shutil.copytree(weak.path, tmp_path / weak.path.name)
+    document = biopsy.compare([weak, copied], out=tmp_path / "same")
     (one,) = document["differences"]
     assert [model["name"] for model in document["models"]] == ["weak (1)", "weak (2)"]
     for entry in one["metrics"].values():
@@ -420,10 +422,11 @@ def test_refusals(pack, pair, tmp_path):
         biopsy.compare([])
     with refuses(MetricError, "'auc'", "'auroc'"):
         biopsy.compare([weak, strong], metric="auc")
+    copied = shutil.copytree(weak.path, tmp_path / "copied")
     with refuses(RunError, "found 3"):
-        biopsy.compare([weak, strong, weak], plan=True)
+        biopsy.compare([weak, strong, copied], plan=True)
     with refuses(MetricError, "vary"):
-        biopsy.compare([weak, weak], plan=True)
+        biopsy.compare([weak, copied], plan=True)
     (strong.path / "predictions" / "test.parquet").rename(tmp_path / "away.parquet")
     with refuses(RunError, "test.parquet", "biopsy evaluate"):
         biopsy.compare([weak, strong])
@@ -441,11 +444,22 @@ def test_refusals(pack, pair, tmp_path):
         biopsy.compare(few, plan=True)
 
 
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_run_that_is_given_twice_is_refused(pair, tmp_path, monkeypatch, plan):
+    (weak, strong), _ = pair
+    (tmp_path / "link").symlink_to(weak.path)
+    monkeypatch.chdir(weak.path.parent)
+    for again in (weak, weak.path, "weak", "./strong/../weak/", tmp_path / "link"):
+        with refuses(RunError, weak.path, "twice"):
+            biopsy.compare([weak, strong, again], out=tmp_path / "out", plan=plan)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_or_reproduction_is_refused_with_its_runs_named(pack, tmp_path):
     made = write_study(tmp_path / "sweep", pack, {0: draw_prob(pack, 0)}, question="a grid of settings")
     (made.path / "predictions.parquet").unlink()
     with refuses(RunError, "f0-s0", "grid"):
-        biopsy.compare([made, made])
+        biopsy.compare([made, write_study(tmp_path / "other", pack, {0: draw_prob(pack, 0)})])
 
 
 def test_a_difference_there_is_is_found_and_reported():

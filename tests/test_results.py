@@ -10,8 +10,13 @@ import pytest
 import biopsy
 from biopsy.core.results import Result, Table
 
+
+def compare_with_copy(run: "biopsy.Run", place: Path) -> Result:
+    return biopsy.compare([run, shutil.copytree(run.path, place / "copy")], out=place / "comparison")
+
+
 RESULTS: dict[str, Callable[["biopsy.Run", Path], Result]] = {
-    "Comparison": lambda run, place: biopsy.compare([run, run], out=place / "comparison"),
+    "Comparison": compare_with_copy,
     "ErrorAnalysis": lambda run, place: biopsy.errors(run, n=2, out=place / "errors"),
     "Evaluation": lambda run, place: biopsy.evaluate(run),
     "Explanations": lambda run, place: biopsy.explain(run, errors=1, out=place / "explain"),
@@ -41,7 +46,7 @@ def test_a_result_is_a_typed_mapping_with_a_table(name: str, run: "biopsy.Run", 
 
 
 def test_a_comparison_has_one_row_per_metric(run: "biopsy.Run", tmp_path: Path) -> None:
-    comparison = biopsy.compare([run, run], out=tmp_path / "comparison")
+    comparison = compare_with_copy(run, tmp_path)
     assert list(comparison.to_frame()["metric"]) == list(comparison["differences"][0]["metrics"])
 
 

@@ -199,8 +199,13 @@ def gather_models(items: Sequence[Run | Study | Path | str]) -> tuple[list[Model
     """Return the predictions of the models and their common test set.
 
     Raises:
-        RunError: If the models were tested on different patches, or one has not been evaluated.
+        RunError: If the models were tested on different patches, or one has not been evaluated or is given
+            twice.
     """
+    places = [(item.path if isinstance(item, Run | Study) else Path(item)).resolve() for item in items]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise RunError(f"{place} is given twice: name another run or study to compare it with")
     pairs = [pair for item in items for pair in _read(item)]
     if not pairs:
         raise RunError("nothing to compare: give runs or studies")
