@@ -10,7 +10,7 @@ import pandas as pd
 from biopsy.data.packs import known_groups
 from biopsy.evaluation.evaluate import measure
 from biopsy.evaluation.scored import ScoredPatches
-from biopsy.evaluation.study_tables import measure_pooled, summarise_groups
+from biopsy.evaluation.study_tables import measure_folds, measure_pooled, summarise_groups
 from biopsy.recipes import Recipe
 from biopsy.recipes.schema import Model, Origin
 from biopsy.reporting.facts import RunFacts, StudyFacts
@@ -180,6 +180,7 @@ def make_study(patient_ids=("8863", "8865", "8867")):
             "environment": {"biopsy": "0.1.0"},
         },
         table=runs,
+        fold_results=measure_folds(runs),
         predictions=table,
         metrics=measure_pooled(
             [ScoredPatches.of_predictions(part, NAMES, "IDC", "patient") for _, part in table.groupby("seed")]

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from biopsy.experiments.study_page import name_folds, report_of_study, spread_over_seeds
+from biopsy.evaluation.study_tables import measure_folds
+from biopsy.experiments.study_page import name_folds, report_of_study
 from biopsy.reporting.html import render_report
 from biopsy.training.metrics import FoldMean
 from report_facts import Page, figures, make_study
@@ -53,7 +54,7 @@ def test_folds_without_an_auroc_show_their_accuracy():
     facts = make_study()
     accuracy = [0.5, 0.6, 0.7] * 3
     runs = facts.table.assign(auroc=np.nan, accuracy=accuracy)
-    text = render_report(report_of_study(replace(facts, table=runs)))
+    text = render_report(report_of_study(with_runs(facts, runs)))
     page = Page(text).text
     assert "a mean accuracy of 0.600 (3 folds and 3 seeds)." in page
     assert "Accuracy by fold" in page and "AUROC by fold" not in page
@@ -65,7 +66,7 @@ def test_folds_are_named_by_whom_they_test():
     assert name_folds(table) == ["8863", "1"] and name_folds(table[["fold"]]) == ["0", "1"]
     facts = make_study()
     runs = facts.table.assign(tested=facts.table["fold"], fold=range(9))
-    page = Page(render_report(report_of_study(replace(facts, table=runs), hide_ids=True))).text
+    page = Page(render_report(report_of_study(with_runs(facts, runs), hide_ids=True))).text
     assert "patient-1" in page and not re.search("8863|8865|8867", page)
 
 
@@ -75,10 +76,10 @@ def test_folds_that_test_equally_many_patients_stay_apart():
     assert name_folds(table) == ["0 (24 patients)", "1 (24 patients)"] * 2
     facts = make_study()
     runs = facts.table.assign(tested="24 patients", fold=[0, 1, 2] * 3, seed=[0, 0, 0, 1, 1, 1, 2, 2, 2])
-    page = Page(render_report(report_of_study(replace(facts, table=runs)))).text
+    page = Page(render_report(report_of_study(with_runs(facts, runs)))).text
     assert "3 folds, 3 seeds, 9 runs" in page
-    spread = spread_over_seeds(runs.assign(fold=name_folds(runs)))
-    assert len(spread) == 3 and spread["n_seeds"].tolist() == [3, 3, 3]
+    results = measure_folds(runs)
+    assert results.by_fold["n_seeds"].tolist() == [3, 3, 3] and results.n_seeds == 3
 
 
 def test_pooled_numbers_stand_beside_the_means_within_folds():
@@ -91,6 +92,23 @@ def test_pooled_numbers_stand_beside_the_means_within_folds():
     assert "mean within folds" not in page.text
 
 
-def test_spread_over_seeds_is_by_fold():
-    spread = spread_over_seeds(pd.DataFrame({"fold": [1, 1, 0], "auroc": [0.5, 0.7, 0.9]}))
-    assert spread.loc[1].tolist() == pytest.approx([0.6, 0.5, 0.7, 2])
+def test_folds_are_measured_over_seeds():
+    runs = pd.DataFrame(
+        {
+            "fold": [1, 1, 0],
+            "seed": [0, 1, 0],
+            "auroc": [0.5, 0.7, 0.9],
+            "baseline_auroc": [0.55, 0.55, 0.65],
+        }
+    )
+    results = measure_folds(runs)
+    spread = results.by_fold.set_index("fold")
+    assert spread.loc[1, ["mean", "min", "max", "n_seeds"]].tolist() == pytest.approx([0.6, 0.5, 0.7, 2])
+    assert spread["gain"].to_dict() == pytest.approx({1: 0.05, 0: 0.25})
+    assert results.metric == "auroc" and results.baseline_auroc == pytest.approx(0.6)
+    seeds = results.over_seeds
+    assert results.n_seeds == 2 and [seeds.mean, seeds.min, seeds.max] == pytest.approx([0.7, 0.7, 0.7])
+
+
+def with_runs(facts, runs):
+    return replace(facts, table=runs, fold_results=measure_folds(runs))

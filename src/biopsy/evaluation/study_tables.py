@@ -17,6 +17,7 @@ from biopsy.statistics.resampling import Resampler
 from biopsy.training.metrics import (
     Confusion,
     FoldMean,
+    FoldResults,
     GroupSpread,
     Metrics,
     PooledMetrics,
@@ -202,6 +203,33 @@ def _average_folds(rows: pd.DataFrame) -> dict[str, FoldMean]:
         for name, values in by_fold.items()
         if values.notna().all()
     }
+
+
+def measure_folds(rows: pd.DataFrame) -> FoldResults:
+    """Return AUROC (accuracy, if no fold tests every class) by fold and its mean over folds.
+
+    Args:
+        rows: One row per run of a recipe, as in ``table.csv``.
+    """
+    metric = "auroc" if rows["auroc"].notna().any() else "accuracy"
+    folds = rows.groupby("fold", sort=False)
+    by_fold = folds[metric].agg(["mean", "min", "max", "count"]).rename(columns={"count": "n_seeds"})
+    if "tested" in rows:
+        by_fold.insert(0, "tested", folds["tested"].first())
+    baseline = None
+    if metric == "auroc" and "baseline_auroc" in rows:
+        by_fold["baseline_auroc"] = folds["baseline_auroc"].first().astype(float)
+        by_fold["gain"] = by_fold["mean"] - by_fold["baseline_auroc"]
+        if by_fold["baseline_auroc"].notna().any():
+            baseline = float(by_fold["baseline_auroc"].mean())
+    seeds = rows.groupby("seed")[metric].mean()
+    return FoldResults(
+        metric=metric,
+        by_fold=by_fold.reset_index(),
+        over_seeds=Spread.of(seeds.dropna()),
+        n_seeds=len(seeds),
+        baseline_auroc=baseline,
+    )
 
 
 def pool_by_seed(pooled: pd.DataFrame) -> list[pd.DataFrame]:

@@ -13,6 +13,7 @@ from biopsy.core.loaders import validate
 from biopsy.data.audit import Audit
 from biopsy.data.packs import Pack
 from biopsy.evaluation.results import Evaluation
+from biopsy.evaluation.study_tables import measure_folds
 from biopsy.experiments import reproduction, sweeps
 from biopsy.experiments.reproduction_page import report_of_reproduction
 from biopsy.experiments.reproduction_summary import ReproductionSummary
@@ -195,6 +196,7 @@ def gather_study(study: Study) -> dict[str, StudyFacts]:
             table=rows,
             predictions=predictions[predictions["recipe"] == name],
             metrics=entry.pooled,
+            fold_results=measure_folds(rows),
             within_folds=entry.within_folds,
             positive_class=summary.positive_class,
             class_names=entry.pooled.class_names,

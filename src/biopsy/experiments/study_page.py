@@ -39,6 +39,7 @@ from biopsy.reporting.document import (
 )
 from biopsy.reporting.elements import make_table, picture, synthetic_warning, table_of_metrics, written_by
 from biopsy.reporting.facts import StudyFacts, hide_study
+from biopsy.training.metrics import FoldResults
 
 RUN_COLUMNS = {
     "fold": "fold",
@@ -65,9 +66,11 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     """
     if hide_ids and not facts.ids_hidden:
         facts = hide_study(facts)
-    facts = replace(facts, table=facts.table.assign(fold=name_folds(facts.table)))
-    m, table = facts.metrics, facts.table
-    n_folds, n_seeds = table["fold"].nunique(), table["seed"].nunique()
+    m, table, results = facts.metrics, facts.table, facts.fold_results
+    by_fold = results.by_fold.assign(fold=name_folds(results.by_fold))
+    facts = replace(
+        facts, table=table.assign(fold=name_folds(table)), fold_results=replace(results, by_fold=by_fold)
+    )
     sections = [
         _describe_folds(facts),
         _describe_groups(facts),
@@ -80,8 +83,9 @@ def report_of_study(facts: StudyFacts, *, hide_ids: bool = False) -> ReportDocum
     ]
     return ReportDocument(
         title=title_recipe(facts.recipe) if facts.recipe else "A study",
-        subtitle=f"Study {facts.study.get('name', '')}: {count(n_folds, 'fold')}, {count(n_seeds, 'seed')}, "
-        f"{count(len(table), 'run')}; {count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
+        subtitle=f"Study {facts.study.get('name', '')}: {count(len(by_fold), 'fold')}, "
+        f"{count(results.n_seeds, 'seed')}, {count(len(table), 'run')}; "
+        f"{count(m.n_patches, 'patch')} of {count(m.n_patients, facts.unit)}",
         summary=_summarise(facts),
         sections=sections,
         warnings=_warn_reader(facts),
@@ -105,27 +109,13 @@ def name_folds(table: pd.DataFrame) -> list[str]:
     return names
 
 
-def spread_over_seeds(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
-    """Return mean, minimum and maximum over the seeds of every fold, and the number of seeds."""
-    spread = table.groupby("fold", sort=False)[metric].agg(["mean", "min", "max", "count"])
-    return spread.rename(columns={"min": "low", "max": "high", "count": "n_seeds"})
-
-
 def _summarise(facts: StudyFacts) -> Summary:
     pooled, n_classes = facts.pooled, len(facts.class_names)
     names = ("sensitivity", "specificity") if n_classes == 2 else ("accuracy", "balanced_accuracy")
-    metric = _fold_metric(facts)
-    seeds = facts.table.groupby("seed")[metric].mean()
-    spread = f"mean of folds: {number(seeds.mean())}"
-    if len(seeds) > 1:
-        spread += f" ({number(seeds.min())} to {number(seeds.max())} over {len(seeds)} seeds)"
-    colour = _mean_baseline(facts) if metric == "auroc" else None
-    if metric != "auroc":
-        spread = "not defined within folds, of which none tests every class"
-    note = spread if colour is None else f"{spread}; colour-only baseline, mean of folds: {number(colour)}"
+    note = _compare_with_folds(facts.fold_results)
     is_synthetic = facts.study["pack"].get("synthetic")
     return Summary(
-        verdict=_state_verdict(facts, seeds, colour) + synthetic_warning(is_synthetic),
+        verdict=_state_verdict(facts) + synthetic_warning(is_synthetic),
         headlines=[
             Headline(
                 f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
@@ -141,25 +131,34 @@ def _summarise(facts: StudyFacts) -> Summary:
     )
 
 
-def _state_verdict(facts: StudyFacts, seeds: pd.Series, colour: float | None) -> str:
+def _compare_with_folds(results: FoldResults) -> str:
+    """Return the mean of folds, its range over seeds, and that of the baseline."""
+    if results.metric != "auroc":
+        return "not defined within folds, of which none tests every class"
+    seeds, colour = results.over_seeds, results.baseline_auroc
+    text = f"mean of folds: {number(seeds.mean)}"
+    if results.n_seeds > 1:
+        text += f" ({number(seeds.min)} to {number(seeds.max)} over {results.n_seeds} seeds)"
+    return text if colour is None else f"{text}; colour-only baseline, mean of folds: {number(colour)}"
+
+
+def _state_verdict(facts: StudyFacts) -> str:
     """Return the result in one sentence: the mean over folds and seeds, and the colour-only baseline."""
     population = f"On {count(facts.n_groups, facts.unit)}"
     if facts.unit != "patch" and not facts.patients_overlap:
         population += ", each left out of training in one fold"
     n_classes = len(facts.class_names)
     task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
-    runs = f"{count(facts.table['fold'].nunique(), 'fold')} and {count(len(seeds), 'seed')}"
-    metric = _ranking(facts) if _fold_metric(facts) == "auroc" else "accuracy"
-    text = f"{population}, the model recognises {task} with a mean {metric} of {number(seeds.mean())}"
+    results = facts.fold_results
+    runs = f"{count(len(results.by_fold), 'fold')} and {count(results.n_seeds, 'seed')}"
+    metric = _ranking(facts) if results.metric == "auroc" else "accuracy"
+    text = (
+        f"{population}, the model recognises {task} with a mean {metric} of {number(results.over_seeds.mean)}"
+    )
     text += f" ({runs})"
-    if colour is None:
+    if results.baseline_auroc is None:
         return f"{text}."
-    return f"{text}; a colour-only baseline reaches {number(colour)}."
-
-
-def _fold_metric(facts: StudyFacts) -> str:
-    """Return the metric of folds: AUROC, or accuracy where no fold tests every class."""
-    return "auroc" if facts.table["auroc"].notna().any() else "accuracy"
+    return f"{text}; a colour-only baseline reaches {number(results.baseline_auroc)}."
 
 
 def _ranking(facts: StudyFacts) -> str:
@@ -172,8 +171,8 @@ def _warn_reader(facts: StudyFacts) -> list[str]:
         warnings.append(
             "Patient overlap between subsets, as published: the results do not generalise to new patients."
         )
-    ours, colour = facts.table["auroc"].mean(), _mean_baseline(facts)
-    if colour is not None and colour >= ours:
+    ours, colour = facts.fold_results.over_seeds.mean, facts.fold_results.baseline_auroc
+    if ours is not None and colour is not None and colour >= ours:
         warnings.append(
             f"A colour-only baseline reaches a mean AUROC of {number(colour)} (this model: {number(ours)}); "
             "the model may rely on staining rather than morphology."
@@ -181,33 +180,25 @@ def _warn_reader(facts: StudyFacts) -> list[str]:
     return warnings
 
 
-def _mean_baseline(facts: StudyFacts) -> float | None:
-    if "baseline_auroc" not in facts.table or facts.table["baseline_auroc"].isna().all():
-        return None
-    return float(facts.table.groupby("fold")["baseline_auroc"].first().mean())
-
-
 def _describe_folds(facts: StudyFacts) -> Section:
-    table, metric = facts.table, _fold_metric(facts)
-    name = metric_label(metric)
-    baseline = None
-    if metric == "auroc" and "baseline_auroc" in table:
-        baseline = table.groupby("fold", sort=False)["baseline_auroc"].first().astype(float).to_dict()
-    figure = draw_folds(table["fold"].tolist(), table[metric].to_numpy(float), metric=name, baseline=baseline)
+    table, results = facts.table, facts.fold_results
+    name, by_fold = metric_label(results.metric), results.by_fold.set_index("fold")
+    baseline = by_fold["baseline_auroc"].to_dict() if "baseline_auroc" in by_fold else None
+    figure = draw_folds(
+        table["fold"].tolist(), table[results.metric].to_numpy(float), metric=name, baseline=baseline
+    )
     rows = []
-    for fold, result in spread_over_seeds(table, metric).iterrows():
-        colour = None if baseline is None else baseline[fold]
-        gain = None if colour is None else float(result["mean"] - colour)
-        values = [float(result[key]) for key in ("mean", "low", "high")]
-        beside = [] if baseline is None else [colour, signed(gain)]
+    for fold, result in by_fold.iterrows():
+        values = [float(result[key]) for key in ("mean", "min", "max")]
+        beside = [] if baseline is None else [result["baseline_auroc"], signed(result["gain"])]
         rows.append([str(fold), *values, int(result["n_seeds"]), *beside])
     columns = ["fold", "mean of seeds", "minimum", "maximum", "seeds"]
     columns += [] if baseline is None else ["colour-only baseline", "difference"]
     note = "" if baseline is None else "The difference is paired by test patch."
-    chance = "; dotted line: chance" if metric == "auroc" else ""
+    chance = "; dotted line: chance" if results.metric == "auroc" else ""
     caption = f"{capitalize(name)} of every run, by fold. A dot is a run with one seed{chance}."
-    by_fold = make_table(columns, rows, caption=f"{capitalize(name)} by fold", note=note)
-    return Section("folds", "Folds and seeds", [picture(svg(figure, "folds"), caption), by_fold])
+    table_of_folds = make_table(columns, rows, caption=f"{capitalize(name)} by fold", note=note)
+    return Section("folds", "Folds and seeds", [picture(svg(figure, "folds"), caption), table_of_folds])
 
 
 def _describe_groups(facts: StudyFacts) -> Section | None:

@@ -15,7 +15,7 @@ from biopsy.recipes import Recipe
 from biopsy.reporting.pseudonyms import KINDS, Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.figures import Row
-from biopsy.training.metrics import FoldMean, GroupMetrics, GroupSpread, Metrics, PooledMetrics
+from biopsy.training.metrics import FoldMean, FoldResults, GroupMetrics, GroupSpread, Metrics, PooledMetrics
 from biopsy.training.runs import EpochRecord, RunInfo
 from biopsy.training.study import StudyInfo
 
@@ -161,6 +161,7 @@ class StudyFacts(EvaluationFacts):
         study: Content of ``study.json``, with ``environment``.
         table: One row per run, with ``fold``, ``seed`` and any of the metric names, ``baseline_auroc``,
             ``tested`` (tested ids), ``n_patches``, ``threshold``, ``chosen_epoch``.
+        fold_results: The main metric by fold, and its mean over folds.
         within_folds: Means over folds by metric.
         groups: Results of each patient (slide) over seeds.
     """
@@ -168,6 +169,7 @@ class StudyFacts(EvaluationFacts):
     metrics: PooledMetrics
     study: StudyInfo
     table: pd.DataFrame
+    fold_results: FoldResults
     within_folds: Mapping[str, FoldMean] = field(default_factory=dict)
     groups: Sequence[GroupSpread] = ()
 
@@ -210,10 +212,12 @@ def hide_run(facts: RunFacts, hide: Mapping[str, Callable[[Any, Pseudonymizer], 
 def hide_study(facts: StudyFacts) -> StudyFacts:
     """Replace every id in the facts of a study by a number."""
     pseudonymizer = make_pseudonymizer(facts.predictions, facts.study["pack"]["content_sha256"])
+    by_fold = pseudonymizer.table(facts.fold_results.by_fold).sort_values("fold").reset_index(drop=True)
     return replace(
         _hide_common(facts, pseudonymizer),
         study=pseudonymizer.nested(facts.study),
         table=pseudonymizer.table(facts.table).sort_values(["fold", "seed"]).reset_index(drop=True),
+        fold_results=replace(facts.fold_results, by_fold=by_fold),
         groups=_hide_groups(facts.groups, facts.unit, pseudonymizer),
     )
 

@@ -1,7 +1,7 @@
 """Report section on the slides mapped into the folder of a run."""
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import cv2
 
@@ -9,7 +9,7 @@ from biopsy.models.out_of_distribution import QUANTILE, expected_share
 from biopsy.reporting.document import Block, Bullets, Picture, Pictures, Section, Table, Text, number
 from biopsy.reporting.facts import RunFacts
 from biopsy.reporting.registry import Result, section
-from biopsy.slides.outputs import OVERLAY, SUMMARY, UNRELIABLE, SlideSummary, read_summary, warn_of_areas
+from biopsy.slides.outputs import OVERLAY, SUMMARY, UNRELIABLE, SlideSummary, read_summary
 from biopsy.training.runs import Run
 
 MAPS = "slides"
@@ -42,12 +42,7 @@ def describe_maps(facts: RunFacts) -> Section | None:
     maps = facts.result("slide_maps", list)
     if not maps:
         return None
-    warned = {
-        str(summary["slide"]): warning
-        for summary, _ in maps
-        if (checked := summary.get("out_of_distribution"))
-        and (warning := warn_of_areas(checked["share"], checked["quantile"]))
-    }
+    warned = [summary for summary, _ in maps if summary.get("warning")]
     pictures = [
         Picture(f"{result['slide']}: probability of {facts.positive} over the tissue.", image=image)
         for result, image in maps
@@ -57,14 +52,14 @@ def describe_maps(facts: RunFacts) -> Section | None:
             "Each cell of the grid is one patch, read from the slide at the resolution (µm per pixel) of the "
             "training data. Cells without colour contain no tissue."
         ),
-        *([Bullets([f"{slide}: {warning}." for slide, warning in warned.items()])] if warned else []),
+        *([Bullets([f"{summary['slide']}: {summary['warning']}." for summary in warned])] if warned else []),
         Pictures(pictures, across=1),
-        _table_of_areas([result for result, _ in maps], facts.positive, warned),
+        _table_of_areas([result for result, _ in maps], facts.positive),
     ]
     return Section("maps", "Whole-slide maps", blocks)
 
 
-def _table_of_areas(summaries: Sequence[SlideSummary], positive: str, warned: Container[str]) -> Table:
+def _table_of_areas(summaries: Sequence[SlideSummary], positive: str) -> Table:
     rows = []
     for summary in summaries:
         area, class_area = summary["positive"], summary["classes"].get(positive)
@@ -75,8 +70,7 @@ def _table_of_areas(summaries: Sequence[SlideSummary], positive: str, warned: Co
                 str(summary["slide"]),
                 number(summary.get("n_patches")),
                 number(summary.get("mapped_mm2"), 2),
-                number(area and area["area_mm2"], 2)
-                + (UNRELIABLE if str(summary["slide"]) in warned else ""),
+                number(area and area["area_mm2"], 2) + (UNRELIABLE if summary.get("warning") else ""),
                 f"{number(low, 2)} to {number(high, 2)}" if low is not None else "not calibrated",
                 number(class_area and class_area["largest_region_mm2"], 2),
                 number(summary.get("abstained_share")),

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 from pydantic import NonNegativeInt
 
 from biopsy.core.loaders import FloatOrNan
@@ -387,6 +388,27 @@ class GroupSpread(Spread):
 
     id: str
     n_patches: int
+    baseline_auroc: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldResults:
+    """One metric of the runs of a recipe by fold, and its mean over folds.
+
+    Attributes:
+        metric: ``auroc``, or ``accuracy`` if no fold tests every class.
+        by_fold: One row per fold: ``fold``, ``tested`` (tested ids, if known), ``mean``, ``min`` and ``max``
+            over seeds, ``n_seeds``, and of AUROC, if measured, ``baseline_auroc`` of the colour-only baseline
+            and the ``gain`` over it.
+        over_seeds: Each seed's mean over folds.
+        n_seeds: Number of seeds.
+        baseline_auroc: AUROC of the colour-only baseline, mean over folds; None if not measured.
+    """
+
+    metric: str
+    by_fold: pd.DataFrame
+    over_seeds: Spread
+    n_seeds: int
     baseline_auroc: float | None
 
 
