@@ -53,7 +53,7 @@ from biopsy.core.errors import BiopsyError
 from biopsy.core.files import plain, sha256_file, warn_unsealed
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import read_predictions, write_predictions
-from biopsy.data.protocols import read_cases
+from biopsy.data.protocols.published import read_cases
 from biopsy.data.splits import list_splits, load_split
 from biopsy.evaluation.predictions import evaluate_table
 from biopsy.experiments.sweeps import read_grid, read_space

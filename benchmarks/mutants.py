@@ -47,7 +47,11 @@ FEATURES = {
         "evaluation/calibration/recalibrate training/postprocessing",
         "calibrators calibration calibration_section decisions",
     ),
-    "splits": ("data/splits data/protocols", "splits protocols leakage"),
+    "splits": (
+        "data/splits data/protocols/groups data/protocols/published data/protocols/leakage "
+        "data/protocols/pseudo_slides",
+        "splits protocols leakage pseudo_slides",
+    ),
     "leakage": (
         "data/audit experiments/leakage",
         "audit leakage inspection reproduction_conditions reproduction",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from biopsy.core.errors import SplitError
 from biopsy.data.audit import audit_pack, find_blocking_issues
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS, Request
+from biopsy.data.protocols import LEAK_PROTOCOLS, PROTOCOLS
+from biopsy.data.protocols.groups import Request
 from biopsy.data.splits import (
     check_no_leakage,
     find_overlap,
@@ -62,6 +63,7 @@ def divide(table: Table, protocol: str, seed: int, order: np.ndarray | None = No
         val_ids=("b",),
         cases=None,
         recipe=None,
+        n_groups=24,
     )
     subsets, _ = PROTOCOLS[protocol](request)
     back = np.empty_like(subsets)

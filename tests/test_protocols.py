@@ -10,7 +10,9 @@ import pytest
 
 from biopsy.core.errors import SplitError
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import PROTOCOLS, Request, follow_recipe, read_cases
+from biopsy.data.protocols import PROTOCOLS
+from biopsy.data.protocols.groups import Request
+from biopsy.data.protocols.published import follow_recipe, read_cases
 from biopsy.data.splits import find_split, load_split, save_split
 from biopsy.data.splits import split as make_split
 from biopsy.data.splits import split as split_pack
@@ -239,6 +241,7 @@ def follow(recipe: dict[str, object], n_patches: int) -> np.ndarray:
         val_ids=(),
         cases=None,
         recipe=recipe,
+        n_groups=24,
     )
     return follow_recipe(request)[0]
 

@@ -6,7 +6,7 @@ import pytest
 from biopsy.core.errors import SplitError
 from biopsy.core.results import Table
 from biopsy.data.packs import Pack
-from biopsy.data.pseudo_slides import cluster_appearance, describe_appearance, have_all_classes
+from biopsy.data.protocols.pseudo_slides import cluster_appearance, describe_appearance, have_all_classes
 from biopsy.data.splits import Split, load_split, save_split
 from biopsy.data.splits import split as make_split
 from refusals import refuses

@@ -12,7 +12,7 @@ from biopsy.core.errors import FileFormatError, SplitError
 from biopsy.core.files import read_json, write_json
 from biopsy.core.results import Table
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import divide_groups
+from biopsy.data.protocols.groups import divide_groups
 from biopsy.data.splits import (
     check_no_leakage,
     find_split,

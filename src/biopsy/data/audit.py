@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from biopsy.core.text import plural
 from biopsy.data.pack_files import PackCounts
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import SUBSETS
+from biopsy.data.protocols.groups import SUBSETS
 from biopsy.data.splits import Split, find_overlap
 
 MAX_BITS = 4  # largest Hamming distance between hashes of near duplicates

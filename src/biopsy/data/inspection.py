@@ -18,7 +18,7 @@ from biopsy.core.text import class_title, file_name, plural
 from biopsy.data.audit import Audit, PaddedPatches, SplitAudit, audit_pack, find_blocking_issues
 from biopsy.data.figures import draw_balance, draw_subsets
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import SUBSETS
+from biopsy.data.protocols.groups import SUBSETS
 from biopsy.data.splits import Split, find_split
 from biopsy.plotting.patches import draw_class_sheet
 from biopsy.plotting.slides import draw_slide

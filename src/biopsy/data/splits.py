@@ -24,19 +24,9 @@ from biopsy.core.results import Output, Table, number
 from biopsy.core.tables import read_csv_table, write_csv
 from biopsy.core.text import class_title, normalize_id, plural
 from biopsy.data.packs import Pack, Unit, group_by_unit
-from biopsy.data.protocols import (
-    ALWAYS_TRAIN,
-    LEAK_PROTOCOLS,
-    MAY_OVERLAP,
-    NO_TEST,
-    PROTOCOLS,
-    PSEUDO_SLIDE,
-    PUBLISHED,
-    SUBSETS,
-    Cases,
-    Request,
-)
-from biopsy.data.pseudo_slides import N_PSEUDO_SLIDES
+from biopsy.data.protocols import LEAK_PROTOCOLS, MAY_OVERLAP, PROTOCOLS, PUBLISHED
+from biopsy.data.protocols.groups import ALWAYS_TRAIN, NO_TEST, SUBSETS, Cases, Request
+from biopsy.data.protocols.pseudo_slides import N_PSEUDO_SLIDES, PSEUDO_SLIDE
 from biopsy.recipes import load_recipe
 from biopsy.statistics.resampling import MIN_GROUPS
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from biopsy.core.text import plural
 from biopsy.data.figures import draw_balance, draw_subsets
-from biopsy.data.protocols import SUBSETS
+from biopsy.data.protocols.groups import SUBSETS
 from biopsy.models.classifier import StartWeights
 from biopsy.plotting.style import svg
 from biopsy.reporting.document import (

@@ -11,7 +11,8 @@ import pandas as pd
 from biopsy.core.errors import RunError, SplitError
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
-from biopsy.data.protocols import LEAK_PROTOCOLS, divide_groups
+from biopsy.data.protocols import LEAK_PROTOCOLS
+from biopsy.data.protocols.groups import divide_groups
 from biopsy.data.splits import Split, find_split, with_subsets
 from biopsy.data.splits import split as make_split
 from biopsy.recipes import Recipe
@@ -24,7 +25,7 @@ def make_leak_splits(
 
     Within a design (a random half of ``test_id`` is tested, or a spatially blocked one), all splits test the
     same patches, validate on all patches of ``val_id`` and train on equally many patches of each class; see
-    `biopsy.data.protocols.make_leak_condition`. All random draws follow ``seed``.
+    `biopsy.data.protocols.leakage.make_leak_condition`. All random draws follow ``seed``.
 
     * ``leak-apart`` trains on all other patients except that of the placebo.
     * ``leak-with`` trains on the other half of ``test_id``, in place of as many patches of the others.

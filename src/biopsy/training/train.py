@@ -26,7 +26,7 @@ from biopsy.core.storage import stage
 from biopsy.data.coordinates import has_coordinates
 from biopsy.data.packs import Pack, is_pack
 from biopsy.data.prepare import prepare
-from biopsy.data.protocols import SUBSETS
+from biopsy.data.protocols.groups import SUBSETS
 from biopsy.data.splits import Split, find_split, list_splits
 from biopsy.data.splits import split as make_split
 from biopsy.models.engine import Engine
