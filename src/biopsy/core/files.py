@@ -51,6 +51,11 @@ Entries = dict[str, str | None]
 """SHA-256 of the files of a manifest by relative name, None while a file is being written."""
 
 
+def expand_home(path: str) -> Path:
+    """Return a path whose leading ``~`` or ``~user`` is the home folder; unknown users are kept."""
+    return Path(os.path.expanduser(path))
+
+
 # --- temporary names
 @functools.cache
 def machine_id() -> str:

@@ -1,13 +1,12 @@
 """Distillation (Hinton et al. 2015): ``train.teacher``, whose probabilities are learned beside the labels."""
 
 import hashlib
-import os
-from pathlib import Path
 
 import numpy as np
 from scipy.special import softmax
 
 from biopsy.core.errors import DataError, RunError
+from biopsy.core.files import expand_home
 from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.models.engine import Engine
@@ -24,7 +23,7 @@ def list_teachers(teachers: str) -> list[str]:
     """Return the teachers of ``train.teacher``, separated by commas, paths as absolute ones."""
     names = [name.strip() for name in teachers.split(",")]
     return [
-        name if is_shipped(name) or is_on_hub(name) else str(Path(os.path.expanduser(name)).resolve())
+        name if is_shipped(name) or is_on_hub(name) else str(expand_home(name).resolve())
         for name in names
         if name
     ]

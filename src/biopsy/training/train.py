@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from biopsy.core.errors import (
     SplitError,
     TrainingDiverged,
 )
-from biopsy.core.files import LOCK, NO_SPACE, refuse_inputs, replace_atomic, sha256_file
+from biopsy.core.files import LOCK, NO_SPACE, expand_home, refuse_inputs, replace_atomic, sha256_file
 from biopsy.core.storage import stage
 from biopsy.data.coordinates import has_coordinates
 from biopsy.data.packs import Pack, is_pack
@@ -361,7 +360,7 @@ def _find_inputs(recipe: Recipe, pack: Pack, subsets: np.ndarray) -> dict[str, R
     """Return the files and classifiers that settings of ``[train]`` name, with their hashes."""
     inputs: dict[str, RunInput] = {}
     if recipe.train.patch_weights:
-        path = Path(os.path.expanduser(recipe.train.patch_weights)).resolve()
+        path = expand_home(recipe.train.patch_weights).resolve()
         inputs["patch_weights"] = {"source": str(path), "sha256": sha256_file(path)}
     if teachers := recipe.train.teacher:
         inputs["teacher"] = identify_teachers(teachers)
