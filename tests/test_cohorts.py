@@ -120,7 +120,9 @@ def test_its_area_follows_the_warning_and_is_marked_there_and_in_the_report(mapp
     assert 0 <= screen.getvalue().find("warning: a: 50%") < screen.getvalue().find(outputs.UNRELIABLE)
     for share, is_marked in ((0.1, False), (0.5, True)):
         checked = {"n_checked": 100, "share": share, "quantile": 0.95}
-        maps = [({**outputs.read_summary(out / "a"), "out_of_distribution": checked}, b"")]
+        warning = outputs.warn_of_areas(share, 0.95)
+        summary = {**outputs.read_summary(out / "a"), "out_of_distribution": checked, "warning": warning}
+        maps = [(summary, b"")]
         facts = SimpleNamespace(positive="tumour", result=lambda *names, maps=maps: maps)
         *_, table = describe_maps(facts).blocks
         assert table.rows[0][3].endswith(outputs.UNRELIABLE) == is_marked

@@ -1,6 +1,5 @@
 """Reports of runs, studies and evaluations."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from biopsy.training.study import Study, StudyInfo, is_study
 PAGE = "report.html"
 
 Reported = Run | Study | Evaluation | Path | str
-
-logger = logging.getLogger(__name__)
 
 
 def report(
