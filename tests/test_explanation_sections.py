@@ -94,9 +94,37 @@ def add_explanations(facts, n=4):
 IDS = ("10286", "TCGA-A1-A0SK", "12810", "13016", "ann-lee", "15478")
 
 
-def test_the_report_shows_maps_and_answers():
-    facts = add_explanations(make_small_facts(IDS))
-    text = render_report(report_of_run(facts))
+@pytest.fixture(scope="module")
+def without():
+    """A report without explanations."""
+    return render_report(report_of_run(make_small_facts(IDS)))
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return add_explanations(make_small_facts(IDS))
+
+
+@pytest.fixture(scope="module")
+def explained(facts):
+    """A report with explanations whose faithfulness is not tested."""
+    return render_report(report_of_run(facts))
+
+
+@pytest.fixture(scope="module")
+def faithfulness():
+    return make_faithfulness()
+
+
+@pytest.fixture(scope="module")
+def hidden(facts, faithfulness):
+    """A report with explanations and the test of their faithfulness, with ids hidden."""
+    facts = replace(facts, results={**facts.results, "faithfulness": faithfulness})
+    return render_report(report_of_run(facts, hide_ids=True))
+
+
+def test_the_report_shows_maps_and_answers(without, facts, explained):
+    text = explained
     page = Page(text).text
     assert {"explanation", "hypotheses"} <= set(Page(text).sections)
     assert "saliency: it shows <what>." in page and "activation 8" in text
@@ -109,39 +137,33 @@ def test_the_report_shows_maps_and_answers():
     difference = facts.results["hypotheses"].hypotheses[2].auroc["grey"]["difference"]
     assert f"{difference.value:.3f} ({difference.low:.3f} to {difference.high:.3f})" in page
     assert "hypotheses about saliency on 77" in page and "(seed 11)" in page
-    assert len(figures(text)) - len(figures(render_report(report_of_run(make_small_facts(IDS))))) == 2
+    assert len(figures(text)) - len(figures(without)) == 2
     for name in facts.results["explanation"].examples["patch_id"]:
         assert name in text
 
 
-def test_ids_are_hidden_in_sheets_and_tables():
-    facts = add_explanations(make_small_facts(IDS))
-    text = render_report(report_of_run(facts, hide_ids=True))
-    visible = re.sub(r"base64,[^\"]*", "", text)
+def test_ids_are_hidden_in_sheets_and_tables(facts, hidden):
+    visible = re.sub(r"base64,[^\"]*", "", hidden)
     for name in (*IDS, *facts.results["explanation"].examples["patch_id"]):
         assert name not in visible and name not in html.unescape(visible)
-    assert len(re.findall(r"p 0\.\d\d, patch \d+", text)) == 4
-    assert "stain, false negatives patient-" in Page(text).text
+    assert len(re.findall(r"p 0\.\d\d, patch \d+", hidden)) == 4
+    assert "stain, false negatives patient-" in Page(hidden).text
 
 
-def test_a_report_without_them_has_no_such_sections():
-    page = Page(render_report(report_of_run(make_small_facts())))
-    assert not {"explanation", "hypotheses"} & set(page.sections)
+def test_a_report_without_explanations_has_no_such_sections(without):
+    assert not {"explanation", "hypotheses"} & set(Page(without).sections)
 
 
-def test_the_report_says_whether_maps_mean_anything():
-    facts = add_explanations(make_small_facts(IDS))
-    assert "biopsy explain RUN --faithfulness" in Page(render_report(report_of_run(facts))).text
-    facts = replace(facts, results={**facts.results, "faithfulness": make_faithfulness()})
-    text = render_report(report_of_run(facts, hide_ids=True))
-    page = Page(text).text
+def test_the_report_shows_the_faithfulness_of_saliency_maps(explained, hidden, faithfulness):
+    assert "biopsy explain RUN --faithfulness" in Page(explained).text
+    page = Page(hidden).text
     assert "Faithfulness of the saliency maps" in page and "has not been tested" not in page
-    for each in facts.results["faithfulness"].methods:
+    for each in faithfulness.methods:
         assert each.answer in page
         for gain in each.gain.values():
             assert f"{gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})" in page
     assert "grad_cam needs feature maps" in page
-    assert "deletion: lower is better" in text and "48 patches of 8 patients, predicted IDC" in page
+    assert "deletion: lower is better" in hidden and "48 patches of 8 patients, predicted IDC" in page
 
 
 def make_faithfulness():

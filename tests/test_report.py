@@ -54,6 +54,12 @@ def report():
     return render_report(report_of_run(make_facts()))
 
 
+@pytest.fixture
+def summaries_alone(monkeypatch):
+    """Compose reports without sections, which most of the time of a report goes into."""
+    monkeypatch.setattr("biopsy.reporting.compose.list_sections", list)
+
+
 def test_nothing_leaves_the_page_and_only_its_own_script_runs(report):
     page = Page(report)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -180,6 +186,7 @@ SHIPPED = {"pretrained": True, "weights": "idc", "file": "weights.safetensors", 
         ("block5", {**SHIPPED, "weights": "keras-vgg16", "file": "v.h5"}, ["from block5 on", "keras-vgg16"]),
     ],
 )
+@pytest.mark.usefixtures("summaries_alone")
 def test_the_summary_says_what_was_trained_and_from_where(trainable, weights, words):
     facts = make_small_facts()
     recipe = facts.recipe.model_copy(
@@ -190,12 +197,14 @@ def test_the_summary_says_what_was_trained_and_from_where(trainable, weights, wo
     assert all(word in trained for word in [*words, "on 4,321 patches of 9 patients."])
 
 
-def test_a_run_from_elsewhere_has_no_training_to_describe():
+@pytest.mark.usefixtures("summaries_alone")
+def test_predictions_from_outside_have_no_description_of_training():
     facts = replace(make_small_facts(), run=None, recipe=None)
     assert not any(text.startswith("Trained") for text in report_of_run(facts).summary.findings)
 
 
-def test_a_synthetic_cohort_is_named_beside_the_verdict():
+@pytest.mark.usefixtures("summaries_alone")
+def test_synthetic_data_are_named_in_the_verdict():
     facts = make_small_facts()
     drawn = replace(facts, metrics=replace(facts.metrics, synthetic=True))
     told = report_of_run(drawn).summary.verdict.removeprefix(report_of_run(facts).summary.verdict)
