@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pandas as pd
 import pytest
 
 import biopsy
+from biopsy.core.files import read_json, write_json
 from biopsy.phantom.slides import make_phantom_slide
+from biopsy.slides.maps import SlideMap
 from slide_maps import make_classifier
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -125,6 +128,31 @@ def test_a_phantom_slide_is_seen_mapped_and_corrected(show, phantom):
     page.wait_for_timeout(500)
     assert page.locator("#annotation-count").inner_text() == "0 right, 1 wrong, 0 unsure"
     assert page.locator("#scale-text").inner_text().endswith(("µm", "mm"))
+
+
+def test_areas_unlike_training_are_marked_in_list_line_and_outlines(show, phantom, tmp_path):
+    maps = shutil.copytree(phantom[1], tmp_path / "maps")
+    page = show(maps)
+    assert "relied" not in page.locator("main").inner_text()
+    summary = read_json(maps / "phantom" / "summary.json")
+    summary["out_of_distribution"] = {"n_checked": 100, "share": 0.6, "quantile": 0.99}
+    write_json(maps / "phantom" / "summary.json", summary)
+    slide_map = SlideMap.from_parquet(maps / "phantom" / "map.parquet")
+    outlines = []
+    for share in (0, 1):
+        ood = np.full(len(slide_map), share, np.float32)
+        replace(slide_map, ood=ood).to_parquet(maps / "phantom" / "map.parquet")
+        page = show(maps)
+        assert "mm² predicted IDC (not to be relied on)" in page.locator("#slides").inner_text()
+        assert "60%" in page.locator("#area-warning").inner_text()
+        page.locator("#show-ood").uncheck() if share else None
+        page.select_option("#layer", "none")
+        page.locator("#show-regions").check()
+        page.wait_for_timeout(500)
+        assert page.locator("#region-warning").is_visible() == bool(share)
+        assert ("dashed" in page.locator("#region-classes").inner_text()) == bool(share)
+        outlines.append(page.evaluate(PICTURE))
+    assert outlines[0] != outlines[1]
 
 
 def test_regions_are_drawn_and_named_by_a_key(show, phantom):

@@ -15,6 +15,7 @@ import biopsy
 from biopsy.app.explaining import explain_patch
 from biopsy.app.viewer import make_viewer
 from biopsy.core.errors import DataError, SlideError, UserFileError
+from biopsy.core.files import read_json, write_json
 from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
 from biopsy.slides.cohorts import slide
@@ -139,6 +140,39 @@ def test_abstained_and_out_of_distribution_patches_are_flagged(tmp_path):
     assert flags.tolist() == [3, 5, 0, 1]
     assert client.get(f"/api/slides/{key}").json()["notes"]  # the slide is not there, and that is said
     assert client.get(f"/api/slides/{key}/patch?x=25&y=5").json()["ood"] is True
+
+
+def test_regions_name_their_share_of_out_of_distribution_patches(tmp_path):
+    cells = np.array([[0.9, 0.8, np.nan, 0.9], [0.2, 0.1, np.nan, 0.8]])
+    ood = np.array([1, 0, np.nan, np.nan, 1, np.nan])  # of the cells with a patch, row by row
+    make_map(cells, ood=ood).to_parquet(tmp_path / "a.parquet")
+    client = open_page(tmp_path / "a.parquet")
+    regions = client.get(f"/api/slides/{first_slide(client)}/regions").json()
+    assert [(region["class"], region["ood_share"]) for region in regions] == [
+        ("normal", 1.0),
+        ("tumour", 0.5),
+        ("tumour", None),
+    ]
+    make_map(cells).to_parquet(tmp_path / "b.parquet")
+    client = open_page(tmp_path / "b.parquet")
+    regions = client.get(f"/api/slides/{first_slide(client)}/regions").json()
+    assert {region["ood_share"] for region in regions} == {None}
+
+
+def test_slides_unlike_training_have_a_warning_in_the_list(tmp_path):
+    _, maps = map_slide(tmp_path)
+    (item,) = open_page(maps).get("/api/state").json()["slides"]
+    assert item["warning"] is None
+    set_share(maps / "case", 0.6)
+    (item,) = open_page(maps).get("/api/state").json()["slides"]
+    assert "60%" in item["warning"] and "not to be relied on" in item["warning"]
+
+
+def set_share(folder, share):
+    """Write a share of out-of-distribution patches into the summary of a map."""
+    summary = read_json(folder / "summary.json")
+    summary["out_of_distribution"] = {"n_checked": 100, "share": share, "quantile": 0.99}
+    write_json(folder / "summary.json", summary)
 
 
 def test_a_map_of_another_slide_is_not_laid_over_it(make_slide, tmp_path):

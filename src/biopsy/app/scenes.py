@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import shapely
 
 from biopsy.app.pictures import BlankPicture, Picture, SlidePicture, StitchedPicture
 from biopsy.core.errors import DataError, RunError, SlideError
@@ -29,12 +30,14 @@ from biopsy.models.classifier import Classifier
 from biopsy.slide_io.reader import open_slide
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import SlideMap, find_regions
-from biopsy.slides.outputs import MAP, SlideSummary, read_summary
+from biopsy.slides.outputs import MAP, SlideSummary, read_summary, warn_of_areas
 from biopsy.slides.sources import Source, list_sources, stitch_slide
 from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 if TYPE_CHECKING:
+    from shapely import Polygon
+
     from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 
 logger = logging.getLogger(__name__)
@@ -107,9 +110,11 @@ class Scene:
 
     @cached_property
     def regions(self) -> list[dict[str, object]]:
-        """Regions of the map: class, rings at level 0, area and mean probability."""
+        """Regions of the map: class, rings at level 0, area, mean probability, out-of-distribution share."""
         if self.slide_map is None:
             return []
+        regions = find_regions(self.slide_map)
+        ood_shares = self._share_out_of_distribution([region.polygon for region in regions])
         return [
             {
                 "class": region.class_name,
@@ -119,9 +124,22 @@ class Scene:
                 ],
                 "area_mm2": region.area_mm2,
                 "mean_prob": None if np.isnan(region.mean_prob) else region.mean_prob,
+                "ood_share": None if np.isnan(ood_share) else ood_share,
             }
-            for region in find_regions(self.slide_map)
+            for region, ood_share in zip(regions, ood_shares.tolist(), strict=True)
         ]
+
+    def _share_out_of_distribution(self, polygons: Sequence["Polygon"]) -> np.ndarray:
+        """Return the out-of-distribution share of the checked patches in each polygon, NaN without any."""
+        grid, ood = self.grid, self.patches.ood
+        if grid is None or ood is None or not polygons:
+            return np.full(len(polygons), np.nan)
+        checked = np.flatnonzero(~np.isnan(ood))
+        centres = [(places[checked] + grid.patch_px / 2) * grid.scale for places in (grid.x_px, grid.y_px)]
+        which, inside = shapely.STRtree(shapely.points(*centres)).query(polygons, predicate="intersects")
+        n_checked = np.bincount(which, minlength=len(polygons))
+        n_ood = np.bincount(which, ood[checked][inside] == 1, minlength=len(polygons))
+        return np.where(n_checked > 0, n_ood / np.maximum(n_checked, 1), np.nan)
 
     def layer(self) -> bytes:
         """Return the cells for the browser: a float32 plane for each class, then a byte of flags a cell.
@@ -175,6 +193,7 @@ class Entry:
         facts: What the list shows and sorts by: ``positive_mm2``, ``abstained_share``, ``ood_share``,
             ``n_patches``, ``n_errors``; None where unknown.
         positive: What ``positive_mm2`` is the area of, such as "predicted tumour".
+        warning: Why the area is not to be relied on, if so.
         sheet: Key of the sheet its patches are on.
     """
 
@@ -184,6 +203,7 @@ class Entry:
     facts: dict[str, float | None] = field(default_factory=dict)
     positive: str = ""
     sheet: str | None = None
+    warning: str | None = None
 
 
 @dataclass
@@ -432,7 +452,8 @@ def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | No
     positive_class = positive and positive["class_name"]
     predicted = f"predicted {class_title(positive_class)}" if positive_class else ""
     key, opener = _key(file, name), partial(_open_map, file, source, note)
-    exhibit.entries[key] = Entry(key, name, opener, facts, predicted)
+    warning = checked and warn_of_areas(checked["share"], checked["quantile"])
+    exhibit.entries[key] = Entry(key, name, opener, facts, predicted, warning=warning)
 
 
 def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:

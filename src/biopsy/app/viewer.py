@@ -162,6 +162,7 @@ class _Viewer:
                     "name": entry.name,
                     "sheet": entry.sheet,
                     "positive": entry.positive,
+                    "warning": entry.warning,
                     **entry.facts,
                 }
                 for entry in exhibit.entries.values()

@@ -41,6 +41,8 @@ const openSlide = guarded(async (key, view) => {
   $("patch").hidden = true;
   $("slides").querySelector("[aria-current=true]")?.scrollIntoView({ block: "nearest" });
   $("legend").replaceChildren();
+  $("region-classes").replaceChildren();
+  $("region-warning").hidden = true;
   $("map-controls").hidden = !opened.grid;
   $("no-map").hidden = Boolean(opened.grid);
   $("export-geojson").href = `api/export/${key}.geojson`;
@@ -127,6 +129,9 @@ function paintLayer() {
   $("threshold-value").textContent = threshold.toFixed(3);
   const mm2 = (slide.grid.cell * slide.mpp / 1000) ** 2;
   $("area").textContent = predicted ? `${slide.labels.titles[index]} at or above the threshold: ${(above * mm2).toPrecision(3)} mm² (${(100 * above / predicted).toFixed(1)} % of the predicted area)` : "";
+  const warning = predicted && state.slides.find((entry) => entry.key === slide.key)?.warning;
+  $("area-warning").hidden = !warning;
+  $("area-warning").textContent = warning ? `${warning}.` : "";
   showLegend(markAbstained);
   zoomer.changed();
 }
@@ -192,7 +197,8 @@ function paintLayers(context, scale, drawing) {
   if (drawing) trace(context, [drawing], 2 / scale, "#000");
 }
 
-function trace(context, rings, width, colour) {
+function trace(context, rings, width, colour, dashes = []) {
+  context.setLineDash(dashes);
   context.beginPath();
   for (const ring of rings) {
     ring.forEach(([x, y], index) => (index ? context.lineTo(x, y) : context.moveTo(x, y)));
@@ -201,13 +207,17 @@ function trace(context, rings, width, colour) {
   context.lineWidth = width;
   context.strokeStyle = colour;
   context.stroke();
+  context.setLineDash([]);
 }
+
+// Whether the prediction of a region is not to be relied on.
+const isUnlike = (region) => region.ood_share >= 0.5;
 
 function paintRegions(context, scale) {
   const hidden = new Set([...$("region-classes").querySelectorAll("input:not(:checked)")].map((box) => box.value));
   const { names, colours, abstained_colour: grey } = slide.labels;
   for (const region of regions) {
-    if (!hidden.has(region.class)) trace(context, region.rings, 2 / scale, colours[names.indexOf(region.class)] ?? grey);
+    if (!hidden.has(region.class)) trace(context, region.rings, 2 / scale, colours[names.indexOf(region.class)] ?? grey, isUnlike(region) ? [8 / scale, 5 / scale] : []);
   }
 }
 
@@ -230,9 +240,12 @@ async function loadRegions() {
     box.addEventListener("change", () => zoomer.changed());
     const swatch = Object.assign(document.createElement("i"), { className: "swatch" });
     swatch.style.background = slide.labels.colours[slide.labels.names.indexOf(name)] ?? slide.labels.abstained_colour;
-    label.append(box, swatch, titleOf(name).replace(/\*$/, ""));  // the star is for QuPath
+    const unlike = regions.filter((region) => region.class === name && isUnlike(region)).length;
+    const title = titleOf(name).replace(/\*$/, "");  // the star is for QuPath
+    label.append(box, swatch, unlike ? `${title} (${unlike} dashed)` : title);
     return label;
   }));
+  $("region-warning").hidden = !regions.some(isUnlike);
   zoomer.changed();
 }
 
@@ -541,7 +554,7 @@ function listSlides() {
     button.value = entry.key;
     button.setAttribute("aria-current", entry.key === slide?.key);
     const percent = (value, what) => (value == null ? null : `${(100 * value).toFixed(1)} % ${what}`);
-    const facts = [entry.positive_mm2 != null && `${entry.positive_mm2.toPrecision(3)} mm² ${entry.positive}`, percent(entry.abstained_share, "abstained"), percent(entry.ood_share, "out-of-distribution"), entry.n_errors != null && `${entry.n_errors} ${entry.n_errors === 1 ? "error" : "errors"}`, entry.n_errors === null && "not predicted", entry.n_patches && `${entry.n_patches.toLocaleString()} patches`];
+    const facts = [entry.positive_mm2 != null && `${entry.positive_mm2.toPrecision(3)} mm² ${entry.positive}${entry.warning ? " (not to be relied on)" : ""}`, percent(entry.abstained_share, "abstained"), percent(entry.ood_share, "out-of-distribution"), entry.n_errors != null && `${entry.n_errors} ${entry.n_errors === 1 ? "error" : "errors"}`, entry.n_errors === null && "not predicted", entry.n_patches && `${entry.n_patches.toLocaleString()} patches`];
     button.append(element("small", facts.filter(Boolean).join(", ")));
     button.addEventListener("click", () => { openSlide(entry.key); togglePart("list", false); });
     item.append(button);
