@@ -1,6 +1,7 @@
 """The embedded cohort: its layout, its truth, and that colour alone does not give the answer away."""
 
 import hashlib
+import logging
 import re
 import zipfile
 
@@ -254,3 +255,11 @@ def test_cohort_refuses_numbers_out_of_range(arguments, tmp_path):
     with refuses(ValueError, *arguments, *arguments.values()):
         write_archive(tmp_path / "p.zip", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_real_patches_are_counted_against_the_complete_data_set(archive, tmp_path, make_idc_zip, caplog):
+    caplog.set_level(logging.INFO)
+    prepare(archive, tmp_path / "one")
+    assert "277,524" not in caplog.text
+    prepare(make_idc_zip(), tmp_path / "two")
+    assert "277,524" in caplog.text

@@ -164,7 +164,7 @@ def epoch_line(record: "EpochRecord") -> str:
         return "  ".join([progress, *_pace(record)])
     auroc, is_probe = record["val_auroc"], "penalty" in record
     parts = [
-        f"logistic regression on {record['n_features']:,} features, penalty {record['penalty']:g}:"
+        f"logistic regression on {record['n_features']:,} features a patch, L2 penalty {record['penalty']:g}:"
         if is_probe
         else f"epoch {record['epoch']:3d}",
         f"loss {record['loss']:7.4f}",

@@ -298,8 +298,9 @@ def _warn(listing: Listing, archive: Archive, expected: dict[str, int]) -> None:
         logger.warning(
             "all patches are of one patient, %s: no split by patient is possible", table["patient_id"].iloc[0]
         )
-    if expected:
-        logger.info("%s of the full dataset's %s patches", f"{len(table):,}", f"{expected['patches']:,}")
+    if expected and len(table) != expected["patches"] and not listing.origin["synthetic"]:
+        whole = f"{expected['patches']:,}"
+        logger.info("the source has %s patches; the complete data set has %s", f"{len(table):,}", whole)
 
 
 def _choose_split(pack: Pack, name: str | None, published: Mapping[str, object]) -> "Split":

@@ -61,10 +61,12 @@ def cache_backbone_features(
     n_bytes, free_bytes = 4 * math.prod(shape), shutil.disk_usage(folder).free
     size = f"{n_bytes / 1e6:,.0f} MB for {len(rows):,} patches"
     if processes.broadcast(n_bytes > min(LIMIT_BYTES, free_bytes / 2 / processes.world_size)):
-        logger.info("outputs of the frozen stages would take %s: they are computed in every epoch", size)
+        logger.info(
+            "what the layers that are not trained compute would take %s: it is computed in every epoch", size
+        )
         yield network, batches
         return
-    logger.info("outputs of the frozen stages are computed once: %s", size)
+    logger.info("what the layers that are not trained compute is computed once and kept: %s", size)
     with tempfile.TemporaryFile(dir=folder) as file:
         for number, (batch, _) in enumerate(replace(batches, drop_last=False).iterate(rows)):
             outputs = engine.predict(frozen, batch).movedim(1, -1).contiguous().cpu().numpy()

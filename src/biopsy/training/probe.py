@@ -170,13 +170,17 @@ def cached_features(
         about = path.with_suffix(".json")
         cached = validate(about, _CachedFeatures, read_json(about, format=FORMAT))
         if cached["sha256"] == sha256_file(path):
-            logger.info("outputs (features) of the network %s are in the pack: %s", name, path.name)
+            logger.info("features of the patches by the network %s are in the pack: %s", name, path.name)
             return map_array(path, dtype=np.float32, ndim=2), CachedFile(path.name, cached["seconds"])
         logger.warning("features are computed again: %s was changed", path)
     except FileFormatError as error:
         if error.reason != "missing":
             logger.warning("features are computed again: %s", error)
-    logger.info("the network %s computes its outputs (features) of %s patches", name, f"{len(pack):,}")
+    logger.info(
+        "computing features, the numbers by which the network %s describes a patch, of %s patches; its "
+        "weights are kept, and only a logistic regression on the features is trained",
+        *(name, f"{len(pack):,}"),
+    )
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine)
     seconds = time.perf_counter() - started
