@@ -103,6 +103,15 @@ def test_a_block_is_bounded_whatever_the_slide(downsample, sides):
         assert len(block.index) <= 4096
 
 
+@pytest.mark.parametrize("downsample", [1.0, 4.0, 16.0])
+def test_a_slide_is_read_once_in_blocks_of_half_the_bound_or_more(downsample):
+    row, column = np.divmod(np.arange(60_000), 600)
+    grid = PatchGrid(column, row, 50, 50, downsample, 0.25, 10**6, 10**6)
+    areas = [block.width_px * block.height_px * downsample**2 for block in cut_blocks(grid, downsample)]
+    assert sum(areas) == 60_000 * 50**2 * downsample**2
+    assert np.mean(areas) > 4_000_000
+
+
 def test_strides_cut_a_patch_into_equal_parts():
     assert pick_stride(50, 4.0, None) == 50
     assert [pick_stride(50, 4.0, um) for um in (200.0, 100, 40, 4)] == [50, 25, 10, 1]
