@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from biopsy.data.packs import Pack
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import ABSTAINED, SlideMap, find_regions, outline
 from biopsy.slides.sources import list_slides, stitch_slide
@@ -75,6 +76,18 @@ def test_a_slide_stitched_from_a_pack_has_its_pixels_and_places(make_pack):
         assert picture.shape == (grid.height, grid.width, 3)
         for row, x, y in zip(index, table["x"], table["y"], strict=True):
             np.testing.assert_array_equal(picture[y : y + 50, x : x + 50], pack.patches[row])
+
+
+def test_patches_that_begin_away_from_the_corner_of_the_slide_keep_their_places(tmp_path):
+    patches = np.random.default_rng(0).integers(0, 256, (3, 50, 50, 3), dtype=np.uint8)
+    x, y = np.array([101, 151, 101]), np.array([301, 301, 351])
+    places = {"slide_id": ["a"] * 3, "x": x, "y": y}
+    pack = Pack.from_arrays(patches, [0, 1, 1], ["p"] * 3, mpp=4.0, columns=places, out=tmp_path / "a.pack")
+    grid, picture = stitch_slide(pack, "a", np.arange(3))
+    assert (grid.column.tolist(), grid.row.tolist()) == ([0, 1, 0], [0, 0, 1])
+    assert (grid.x.tolist(), grid.y.tolist()) == (x.tolist(), y.tolist())
+    assert picture.shape == (401, 201, 3) and (picture[:301] == 255).all() and (picture[:, :101] == 255).all()
+    np.testing.assert_array_equal(picture[351:401, 101:151], patches[2])
 
 
 def test_regions_of_a_stitched_slide_lie_where_its_patches_lie():
