@@ -20,6 +20,14 @@ from biopsy.experiments.reports import find_audit
 from refusals import refuses
 
 
+@pytest.fixture
+def pictures_empty(monkeypatch):
+    """Write pictures without rendering them, and of one slide: most of the time of an inspection."""
+    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
+    monkeypatch.setattr(inspection, "png", lambda figure: b"")
+    monkeypatch.setattr(inspection, "svg", lambda figure, name: "<svg></svg>")
+
+
 def names(paths):
     return sorted(path.name for path in paths)
 
@@ -73,8 +81,8 @@ def test_the_classes_of_a_split_are_drawn(make_pack, monkeypatch, options, parts
     assert (names_drawn, classes) == (parts, ["non-IDC", "IDC"]) and counts_drawn.ravel().tolist() == counts
 
 
-def test_inspecting_does_not_change_what_the_pack_is(make_pack, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
+@pytest.mark.usefixtures("pictures_empty")
+def test_inspecting_does_not_change_the_pack(make_pack):
     pack = make_pack(patch_px=50)
     inspect(pack)
     Pack.open(pack.path).verify()
@@ -94,8 +102,8 @@ def test_patches_on_the_class_sheet_come_from_every_patient_first(make_pack, mon
         assert len({patches[patch.tobytes()] for patch in sheet}) == len(sheet) == 6, title
 
 
-def test_a_patient_on_two_subsets_spoils_the_result(make_pack, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
+@pytest.mark.usefixtures("pictures_empty")
+def test_a_patient_in_two_subsets_is_a_blocking_issue(make_pack):
     pack = make_pack(n_patients=6)
     split = make_split(pack, protocol="patients", save=False)
     table = split.table.copy()
@@ -117,8 +125,8 @@ def split_patient(pack, table, subset):
     return pack.table["patient_id"][(table["subset"] == subset).to_numpy()].iloc[0]
 
 
-def test_a_label_conflict_spoils_the_result(make_pack, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
+@pytest.mark.usefixtures("pictures_empty")
+def test_a_label_conflict_is_a_blocking_issue(make_pack):
     pack = make_pack(n_patients=6, patches_per_patient=12)
     x = pack.table["x"].copy()
     y = pack.table["y"].copy()
@@ -128,20 +136,22 @@ def test_a_label_conflict_spoils_the_result(make_pack, monkeypatch):
     assert len(blocking_issues) == 1 and "the same coordinates" in blocking_issues[0]
 
 
-def test_where_nothing_is_known_less_is_drawn(make_pack):
+@pytest.mark.usefixtures("pictures_empty")
+def test_without_patients_and_coordinates_only_classes_are_drawn(make_pack):
     unknown = {"patient_id": None, "slide_id": None, "x": None, "y": None}
     pack = make_pack(columns=unknown)
     assert names(inspect(pack)["paths"]["pictures"]) == ["classes.png"]
 
 
+@pytest.mark.usefixtures("pictures_empty")
 def test_slide_ids_never_become_paths(make_pack):
     pack = make_pack(n_patients=1, columns={"slide_id": "../../out of/here"})
     (picture,) = [path for path in inspect(pack)["paths"]["pictures"] if path.name.startswith("slide")]
     assert picture == pack.path / "inspection" / "slide-01-.._.._out_of_here.png"
 
 
+@pytest.mark.usefixtures("pictures_empty")
 def test_slides_with_most_patches_come_first_and_the_rest_is_counted(make_pack, monkeypatch, caplog):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack(n_patients=2, columns={"slide_id": ["a"] * 5 + ["b"] * 19})
     with caplog.at_level("INFO", logger="biopsy"):
         pictures = inspect(pack)["paths"]["pictures"]
@@ -166,8 +176,8 @@ def test_a_stitched_slide_shows_each_patch_at_its_place(make_pack, monkeypatch):
         assert shown["target"][y // 16, x // 16] == pack.target[index]
 
 
+@pytest.mark.usefixtures("pictures_empty")
 def test_a_read_only_pack_needs_a_folder(make_pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 1)
     pack = make_pack()
     write = inspection.write_json
 
@@ -207,8 +217,8 @@ def test_an_unknown_split_is_refused(make_pack):
         inspect(make_pack(), split="patiens")
 
 
-def test_audit_is_the_library_s_own(make_pack, monkeypatch):
-    monkeypatch.setattr(inspection, "MAX_SLIDES", 0)
+@pytest.mark.usefixtures("pictures_empty")
+def test_the_result_holds_the_audit(make_pack):
     pack = make_pack()
     assert {**inspect(pack), "paths": 0, "blocking_issues": 0} == {
         **audit_pack(pack),

@@ -69,6 +69,15 @@ def by_torch(classifier, patches=PATCHES):
     return run_torch(classifier).logits(patches)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A classifier's folder with its compiled network: change only a copy."""
+    folder = tmp_path_factory.mktemp("compiled") / "bundle"
+    classifier_of("cancernet").save(folder)
+    write_compiled(Classifier.load(folder), folder)
+    return folder
+
+
 @pytest.mark.parametrize("network", ["cancernet", "baruah", "dabydeen_hedges", "residual", "vgg16"])
 def test_a_compiled_network_says_what_pytorch_says(network):
     classifier = classifier_of(network)
@@ -115,17 +124,17 @@ def test_bytes_around_0_are_what_half_precision_needs(monkeypatch):
     assert error < 0.6 * np.abs(ask(classifier, bright, "bf16")[1] - wanted).mean()
 
 
-def test_logits_do_not_depend_on_company():
-    classifier = classifier_of("cancernet")
+def test_logits_do_not_depend_on_the_rest_of_the_batch(compiled):
+    classifier = Classifier.load(compiled)
     _, together = ask(classifier, PATCHES, "bf16")
     assert np.array_equal(ask(classifier, PATCHES[::-1], "bf16", n_threads=2)[1][::-1], together)
     assert np.array_equal(ask(classifier, PATCHES[3:4], "bf16")[1][0], together[3])
 
 
-def test_many_threads_ask_one_network():
+def test_threads_that_share_a_network_get_the_same_logits(compiled):
     from concurrent.futures import ThreadPoolExecutor
 
-    classifier = classifier_of("cancernet")
+    classifier = Classifier.load(compiled)
     _, alone = ask(classifier, PATCHES)
     with open_runtime(classifier, "cpu", "fp32", n_threads=4) as runtime, ThreadPoolExecutor(4) as pool:
         for found in pool.map(runtime.logits, [PATCHES] * 12):
@@ -164,15 +173,6 @@ def test_a_network_that_comes_out_otherwise_stays_with_pytorch(scale, offset, ca
     last.bias.data = torch.tensor([0.0, offset])
     software, _ = ask(classifier, PATCHES)
     assert software == "torch" and "OpenVINO's logits differ by" in caplog.text
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A classifier's folder with its compiled network: change only a copy."""
-    folder = tmp_path_factory.mktemp("compiled") / "bundle"
-    classifier_of("cancernet").save(folder)
-    write_compiled(Classifier.load(folder), folder)
-    return folder
 
 
 @pytest.fixture
