@@ -1,5 +1,7 @@
 """Regions: polygons that hold exactly the cells they were made of."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import shapely
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from biopsy.data.packs import Pack
+from biopsy.slides import sources
 from biopsy.slides.grids import PatchGrid
 from biopsy.slides.maps import ABSTAINED, SlideMap, find_regions, outline
 from biopsy.slides.sources import list_slides, stitch_slide
@@ -51,6 +54,15 @@ def test_a_ring_has_a_hole_and_its_numbers():
     assert (ring.mean_prob, ring.max_prob) == (pytest.approx(0.9), pytest.approx(0.9))
 
 
+def test_the_probability_of_a_region_is_that_of_its_class_and_of_abstention_that_of_the_positive_class():
+    slide_map = make_map(np.array([[0.9, 0.1, 0.4]]))
+    slide_map = dataclasses.replace(slide_map, abstained=np.array([False, False, True]))
+    found = {region.class_name: region.mean_prob for region in find_regions(slide_map)}
+    assert found == {
+        name: pytest.approx(p) for name, p in (("tumour", 0.9), ("normal", 0.9), (ABSTAINED, 0.4))
+    }
+
+
 def test_cells_that_touch_at_a_corner_are_two_regions():
     found = find_regions(make_map(np.array([[0.9, 0.1], [0.1, 0.8]])))
     assert [(region.class_name, region.n_cells) for region in found] == [
@@ -78,7 +90,7 @@ def test_a_slide_stitched_from_a_pack_has_its_pixels_and_places(make_pack):
             np.testing.assert_array_equal(picture[y : y + 50, x : x + 50], pack.patches[row])
 
 
-def test_patches_that_begin_away_from_the_corner_of_the_slide_keep_their_places(tmp_path):
+def test_patches_that_begin_away_from_the_corner_of_the_slide_keep_their_places(tmp_path, monkeypatch):
     patches = np.random.default_rng(0).integers(0, 256, (3, 50, 50, 3), dtype=np.uint8)
     x, y = np.array([101, 151, 101]), np.array([301, 301, 351])
     places = {"slide_id": ["a"] * 3, "x": x, "y": y}
@@ -88,6 +100,11 @@ def test_patches_that_begin_away_from_the_corner_of_the_slide_keep_their_places(
     assert (grid.x.tolist(), grid.y.tolist()) == (x.tolist(), y.tolist())
     assert picture.shape == (401, 201, 3) and (picture[:301] == 255).all() and (picture[:, :101] == 255).all()
     np.testing.assert_array_equal(picture[351:401, 101:151], patches[2])
+    monkeypatch.setattr(sources, "THUMBNAIL_PX", 100)
+    _, small = stitch_slide(pack, "a", np.arange(3))
+    assert small.shape == (100, 50, 3)
+    is_white = (small == 255).all(2)
+    assert is_white[:75].all() and is_white[:, :25].all() and not is_white[76:87, 26:].any()
 
 
 def test_regions_of_a_stitched_slide_lie_where_its_patches_lie():
