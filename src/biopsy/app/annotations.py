@@ -185,8 +185,7 @@ def label_sheet(
         for target, records in by_target.items()
         if target in patch_ids
     }
-    labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
-    label_of = dict(zip(ids, labels, strict=True))
+    label_of = dict(zip(ids, pack.original_classes, strict=True))
     rows = []
     for patch_id, records in by_patch.items():
         label, reason = combine(records)

@@ -34,6 +34,7 @@ from biopsy.training.metrics import Metrics
 from biopsy.training.runs import DOCUMENT as RUN
 from biopsy.training.runs import OnEpoch, Run, RunInfo
 
+MAX_LISTED = 5  # names in a sentence
 SAMPLE = 256
 """Number of recomputed predictions, and of patches on which the networks of a bundle are compared."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -407,5 +408,6 @@ def _call(detail: str, function: Callable[..., Any], *arguments: Any) -> tuple[s
     return detail, function(*arguments)
 
 
-def _list(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _list(names: list[str]) -> str:
+    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + rest

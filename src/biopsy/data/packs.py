@@ -198,6 +198,17 @@ class Pack(Output):
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def original_classes(self) -> pd.Series:
+        """The class of each patch by name, before ``--positive`` joined classes."""
+        class_names = pd.Series(self.target).map(dict(enumerate(self.class_names)))
+        return self.table.get("original_class", class_names)
+
+    @property
+    def has_official_subsets(self) -> bool:
+        """Whether the data set assigns some of its patches to subsets."""
+        return "official_subset" in self.table and bool(self.table["official_subset"].notna().any())
+
     def __repr__(self) -> str:
         counts = self.info.counts
         return f"<Pack {self.path.name}: {counts['patches']:,} patches of {counts['patients']:,} patients>"

@@ -355,8 +355,7 @@ def find_split(pack: Pack, name: str | None = None) -> Split:
         SplitError: If the name is neither a split nor such a protocol.
     """
     if name is None:
-        has_official = "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any()
-        name = "official" if has_official else "patients"
+        name = "official" if pack.has_official_subsets else "patients"
     if name in list_splits(pack) or name not in PROTOCOLS:
         return load_split(pack, name)
     made = split(pack, protocol=name, save=False)

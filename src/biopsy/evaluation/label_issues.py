@@ -191,7 +191,7 @@ def _average(pack: Pack, frames: list[pd.DataFrame]) -> tuple[np.ndarray, np.nda
 
 def _tabulate(pack: Pack, chosen: pd.DataFrame, models: _Models) -> pd.DataFrame:
     """Return the sheet of the chosen issues."""
-    labels = pack.table.get("original_class", pd.Series(pack.target).map(dict(enumerate(pack.class_names))))
+    labels = pack.original_classes
     rows = chosen["row"].to_numpy(int)
     places = pack.table[["patient_id", "slide_id", "x", "y"]].iloc[rows].astype(object)
     places = places.where(places.notna(), None).reset_index(drop=True)

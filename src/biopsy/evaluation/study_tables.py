@@ -41,6 +41,7 @@ SHOWN = (
     "calibration_slope",
 )
 SHOWN_OF_CLASSES = ("auroc", "accuracy", "balanced_accuracy", "f1_macro", "kappa", "nll", "brier", "ece")
+LAST_EPOCHS = 5  # whose validation AUROC is averaged
 SUMMARISED = tuple(dict.fromkeys((*SHOWN, *SHOWN_OF_CLASSES)))
 
 
@@ -121,7 +122,7 @@ def training_columns(run: Run) -> dict[str, object]:
         "threshold": threshold and threshold["value"],
         "chosen_epoch": run.info["chosen_epoch"],
         "epochs": run.info["epochs_done"],
-        "last_epochs_val_auroc": _mean_of_last(log),
+        "last_epochs_val_auroc": _mean_val_auroc(log[-LAST_EPOCHS:]),
         "last_train_accuracy": log[-1]["accuracy"],
         "last_val_accuracy": log[-1]["val_accuracy"],
         "accuracy_gap": log[-1]["accuracy"] - log[-1]["val_accuracy"],
@@ -130,9 +131,9 @@ def training_columns(run: Run) -> dict[str, object]:
     }
 
 
-def _mean_of_last(log: list[EpochRecord], n_epochs: int = 5) -> float | None:
-    """Return the mean validation AUROC of the last epochs, which single epochs estimate poorly."""
-    values = [record["val_auroc"] for record in log[-n_epochs:] if record["val_auroc"] is not None]
+def _mean_val_auroc(log: list[EpochRecord]) -> float | None:
+    """Return the mean validation AUROC of epochs, of which single ones estimate it poorly."""
+    values = [record["val_auroc"] for record in log if record["val_auroc"] is not None]
     return float(np.mean(values)) if values else None
 
 

@@ -207,7 +207,7 @@ def choose_apart(pack: Pack, name: str | None, test_ids: Sequence[str]) -> Split
         if split.may_overlap:
             raise RunError(f"subsets of split {name!r} share patients: choose one without patient overlap")
         return split
-    if "official_subset" in pack.table.columns and pack.table["official_subset"].notna().any():
+    if pack.has_official_subsets:
         official = find_split(pack, "official")
         return official if count_subset(pack, official, "test") else _test_on_validation(pack, official)
     if pack.unit == "patch":

@@ -1,6 +1,5 @@
 """The report of a reproduction: published and reproduced metrics, and the effect of patient leakage."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -90,10 +89,10 @@ def _summarise(papers: Papers, unit: str, *, is_synthetic: bool | None) -> Summa
         headlines = [
             Headline(
                 f"AUROC, {condition} the tested {unit} in training",
-                Interval(_mean_of_slides(papers[name], key)),
+                Interval(auroc),
                 beside=name,
             )
-            for condition, key in (("with", "condition"), ("without", "reference"))
+            for condition, auroc in zip(("with", "without"), papers[name].leak.mean_aurocs(), strict=True)
         ]
     return Summary(
         verdict=_state_verdict(papers, leaks, unit) + synthetic_warning(is_synthetic),
@@ -131,11 +130,6 @@ def _state_verdict(papers: Papers, leaks: Mapping[str, float], unit: str) -> str
         low = min(leaks, key=lambda name: leaks[name])
         text += f" at most and {leaks[low]:+.3f} ({low}) at least"
     return f"{text}."
-
-
-def _mean_of_slides(entry: PaperSummary, condition: str) -> float:
-    means = [getattr(slide, condition).auroc.mean for slide in entry.leak.slides]
-    return math.nan if None in means else sum(means) / len(means)
 
 
 def _warn_reader(papers: Papers, unit: str) -> list[str]:

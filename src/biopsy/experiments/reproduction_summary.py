@@ -126,6 +126,12 @@ class ConditionDifference(ComparedMetrics):
     seeds: list[int]
     slides: list[SlideDifference]
 
+    def mean_aurocs(self) -> tuple[float, float]:
+        """Return the AUROC of condition and reference, means over slides; NaN if undefined on a slide."""
+        both = [(slide.condition.auroc.mean, slide.reference.auroc.mean) for slide in self.slides]
+        condition, reference = np.mean(np.array(both, dtype=float), axis=0).tolist()
+        return condition, reference
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSummary:

@@ -37,7 +37,14 @@ from biopsy.reporting.document import (
     number,
     signed,
 )
-from biopsy.reporting.elements import make_table, picture, synthetic_warning, table_of_metrics, written_by
+from biopsy.reporting.elements import (
+    AS_PUBLISHED_OVERLAP,
+    make_table,
+    picture,
+    synthetic_warning,
+    table_of_metrics,
+    written_by,
+)
 from biopsy.reporting.facts import StudyFacts, hide_study
 from biopsy.training.metrics import FoldResults
 
@@ -118,7 +125,7 @@ def _summarise(facts: StudyFacts) -> Summary:
         verdict=_state_verdict(facts) + synthetic_warning(is_synthetic),
         headlines=[
             Headline(
-                f"{capitalize(_ranking(facts))}, out-of-fold predictions pooled",
+                f"{capitalize(facts.ranking_metric)}, out-of-fold predictions pooled",
                 pooled["auroc"],
                 beside=note,
             ),
@@ -151,7 +158,7 @@ def _state_verdict(facts: StudyFacts) -> str:
     task = f"{facts.positive} patches" if n_classes == 2 else f"{n_classes} classes"
     results = facts.fold_results
     runs = f"{count(len(results.by_fold), 'fold')} and {count(results.n_seeds, 'seed')}"
-    metric = _ranking(facts) if results.metric == "auroc" else "accuracy"
+    metric = facts.ranking_metric if results.metric == "auroc" else "accuracy"
     text = (
         f"{population}, the model recognises {task} with a mean {metric} of {number(results.over_seeds.mean)}"
     )
@@ -161,16 +168,10 @@ def _state_verdict(facts: StudyFacts) -> str:
     return f"{text}; a colour-only baseline reaches {number(results.baseline_auroc)}."
 
 
-def _ranking(facts: StudyFacts) -> str:
-    return "AUROC" if facts.is_binary else "macro AUROC"
-
-
 def _warn_reader(facts: StudyFacts) -> list[str]:
     warnings = []
     if facts.patients_overlap:
-        warnings.append(
-            "Patient overlap between subsets, as published: the results do not generalise to new patients."
-        )
+        warnings.append(AS_PUBLISHED_OVERLAP)
     ours, colour = facts.fold_results.over_seeds.mean, facts.fold_results.baseline_auroc
     if ours is not None and colour is not None and colour >= ours:
         warnings.append(

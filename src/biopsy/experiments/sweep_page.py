@@ -37,7 +37,13 @@ from biopsy.reporting.document import (
     Table,
     number,
 )
-from biopsy.reporting.elements import describe_openings, picture, synthetic_warning, written_by
+from biopsy.reporting.elements import (
+    AS_PUBLISHED_OVERLAP,
+    describe_openings,
+    picture,
+    synthetic_warning,
+    written_by,
+)
 from biopsy.reporting.pseudonyms import Pseudonymizer
 from biopsy.statistics.resampling import Interval
 from biopsy.training.metrics import Spread
@@ -159,9 +165,7 @@ def _or_nan(value: float | None) -> float:
 def _warn_reader(study: StudyInfo) -> list[str]:
     warnings = []
     if study["split"] and study["split"].get("patients_overlap"):
-        warnings.append(
-            "Patient overlap between subsets, as published: the results do not generalise to new patients."
-        )
+        warnings.append(AS_PUBLISHED_OVERLAP)
     if len(study["seeds"]) < 3:
         warnings.append("Fewer than three seeds: differences between settings may be due to the seed.")
     return warnings

@@ -96,6 +96,11 @@ class StartWeights(TypedDict, total=False):
 Tta = Literal["none", "d4"]
 
 
+def default_thresholds(class_names: Sequence[str]) -> list[Threshold]:
+    """Return the thresholds of a model that records none: a probability of 0.5, of two classes."""
+    return [{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(class_names) == 2 else []
+
+
 class ClassifierInfo(BaseModel):
     """Content of ``classifier.json``."""
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from biopsy.core.loaders import load_toml, validate
-from biopsy.reporting.document import Answer, Checklist, Section, Text
+from biopsy.reporting.document import Checklist, ChecklistItem, Section, Text
 
 TOP = ("answer", "Summary")
 
 
 @dataclass(frozen=True)
-class Item:
+class GuidelineItem:
     """An item of a guideline.
 
     Attributes:
@@ -33,11 +33,13 @@ class _Guideline(TypedDict):
 
 
 @cache
-def load_guidelines() -> dict[str, list[Item]]:
+def load_guidelines() -> dict[str, list[GuidelineItem]]:
     """Return the items of TRIPOD+AI and of STARD-AI by name of the guideline, from ``guidelines.toml``."""
     path = Path(__file__).with_name("guidelines.toml")
     document = validate(path, dict[str, _Guideline], load_toml(path))
-    return {name: [Item(*item) for item in guideline["items"]] for name, guideline in document.items()}
+    return {
+        name: [GuidelineItem(*item) for item in guideline["items"]] for name, guideline in document.items()
+    }
 
 
 def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = False) -> Section:
@@ -53,7 +55,7 @@ def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = Fal
         Checklist(
             f"{guideline}: {sum(bool(_find(item, headings)) for item in items)} of {len(items)} items have a "
             "section here",
-            [Answer(item.number, item.text, _find(item, headings)) for item in items],
+            [ChecklistItem(item.number, item.text, _find(item, headings)) for item in items],
         )
         for guideline, items in load_guidelines().items()
     ]
@@ -65,7 +67,7 @@ def describe_checklist(sections: Sequence[Section], *, has_subgroups: bool = Fal
     return Section("checklist", "Reporting checklist", [note, *lists])
 
 
-def _find(item: Item, headings: dict[str, str]) -> list[tuple[str, str]]:
+def _find(item: GuidelineItem, headings: dict[str, str]) -> list[tuple[str, str]]:
     """Return the anchors and headings of the sections that address an item."""
     return [
         ("patients" if section == "subgroups" else section, headings[section])

@@ -119,7 +119,7 @@ def _summarise(facts: RunFacts) -> Summary:
     )
     headlines = [
         Headline(
-            capitalize(_ranking(facts)),
+            capitalize(facts.ranking_metric),
             facts.pooled["auroc"],
             comparison,
             mark=None if colour is None else colour.value,
@@ -144,10 +144,6 @@ def _summarise(facts: RunFacts) -> Summary:
     )
 
 
-def _ranking(facts: RunFacts) -> str:
-    return "AUROC" if facts.is_binary else "macro AUROC"
-
-
 def state_verdict(facts: RunFacts) -> str:
     """Return the result in one sentence, compared with chance and with the colour-only baseline."""
     m, auroc = facts.metrics, facts.pooled["auroc"]
@@ -170,17 +166,17 @@ def state_verdict(facts: RunFacts) -> str:
     if math.isnan(value):
         reason = (auroc.reason or "not measured").removeprefix("undefined: ")
         if facts.is_binary:
-            return f"{population}, the {_ranking(facts)} is not defined: {reason}."
+            return f"{population}, the {facts.ranking_metric} is not defined: {reason}."
         share = number(facts.pooled["accuracy"].value)
         text = f"{population}, the accuracy over {task} is {share}"
-        return f"{text}; the {_ranking(facts)} is not defined ({reason})."
+        return f"{text}; the {facts.ranking_metric} is not defined ({reason})."
     if low is None:
         reason = auroc.reason or "there is no interval"
         return (
-            f"{population}, the model distinguishes {task} with {_ranking(facts)} {number(value)}; this "
+            f"{population}, the model distinguishes {task} with {facts.ranking_metric} {number(value)}; this "
             f"cannot be generalised to other {plural(facts.unit)} ({reason})."
         )
-    level = f"{_ranking(facts)} {number(value)}, 95 % interval {number(low)} to {number(auroc.high)}"
+    level = f"{facts.ranking_metric} {number(value)}, 95 % interval {number(low)} to {number(auroc.high)}"
     if low <= 0.5:
         return f"{population}, the model is not shown to distinguish {task} better than chance ({level})."
     return (

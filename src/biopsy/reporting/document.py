@@ -181,7 +181,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChecklistItem:
     """An item of a checklist: its number, text, and the sections that address it (id and heading)."""
 
     number: str
@@ -195,7 +195,7 @@ class Checklist:
 
     kind: ClassVar[str] = "checklist"
     title: str
-    items: Sequence[Answer]
+    items: Sequence[ChecklistItem]
 
 
 Block = Text | Bullets | Facts | Table | Pictures | Gallery | Cases | Listing | Checklist

@@ -147,6 +147,12 @@ def encode_patch(image: np.ndarray) -> bytes:
     return png(image) if max(image.shape[:2]) <= 64 else jpeg(image)
 
 
+AS_PUBLISHED_OVERLAP = (
+    "Patient overlap between subsets, as published: the results do not generalise to new patients."
+)
+"""Warning of a study whose split is that of a publication."""
+
+
 def synthetic_warning(is_synthetic: bool | None) -> str:
     """Return the sentence that follows the result of a synthetic pack; empty for any other."""
     return " The patients are synthetic: this says nothing about real tissue." if is_synthetic else ""

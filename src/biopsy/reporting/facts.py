@@ -51,6 +51,11 @@ class EvaluationFacts:
         return len(self.class_names) == 2
 
     @property
+    def ranking_metric(self) -> str:
+        """Name of the AUROC, as texts show it; for more than two classes it is the mean over classes."""
+        return "AUROC" if self.is_binary else "macro AUROC"
+
+    @property
     def positive_index(self) -> int:
         return list(self.class_names).index(self.positive_class or self.class_names[-1])
 

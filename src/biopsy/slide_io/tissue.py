@@ -81,9 +81,7 @@ def _find(image: np.ndarray, mpp: float) -> np.ndarray:
     around = cv2.GaussianBlur(density, (0, 0), _AROUND_UM / mpp)
     stained = _is_stained(density, _STAINED) | (_is_stained(around, _STAINED / 2) & (green > _WALL))
     foreign = _remove_small(~stained & (np.maximum(red, green) > _DARK), mpp)
-    closed = cv2.morphologyEx(_add_margin(stained, mpp), cv2.MORPH_CLOSE, _disc(_GAP_UM / 2 / mpp))
-    tissue = _remove_margin(closed, mpp) & ~foreign
-    return _remove_small(tissue, mpp)
+    return _remove_small(_close_gaps(stained, mpp) & ~foreign, mpp)
 
 
 def _is_stained(density: np.ndarray, least: float) -> np.ndarray:
@@ -108,23 +106,13 @@ def _densities(image: np.ndarray, mpp: float) -> np.ndarray:
     return density
 
 
-def _disc(radius_px: float) -> np.ndarray:
-    side = 2 * max(1, round(radius_px)) + 1
-    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
-
-
-def _add_margin(mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Add an empty margin, so that closing has no effect at the edges."""
-    return np.pad(mask.astype(np.uint8), _margin(mpp))
-
-
-def _remove_margin(mask: np.ndarray, mpp: float) -> np.ndarray:
-    margin = _margin(mpp)
-    return mask[margin:-margin, margin:-margin].astype(bool)
-
-
-def _margin(mpp: float) -> int:
-    return int(_GAP_UM / mpp) + 2
+def _close_gaps(mask: np.ndarray, mpp: float) -> np.ndarray:
+    """Return the morphological closing of a mask by a disc; an empty margin keeps it from its edges."""
+    margin = int(_GAP_UM / mpp) + 2
+    side = 2 * max(1, round(_GAP_UM / 2 / mpp)) + 1
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    closed = cv2.morphologyEx(np.pad(mask.astype(np.uint8), margin), cv2.MORPH_CLOSE, disc)
+    return closed[margin:-margin, margin:-margin].astype(bool)
 
 
 def _remove_small(mask: np.ndarray, mpp: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from biopsy.core.errors import RecipeError, suggest
 from biopsy.recipes.schema import Train
 
 KERAS_EPSILON = 1e-7
-SCHEDULES = ("constant", "inverse-time", "cosine", "one-cycle", "plateau")
+SCHEDULES: tuple[str, ...] = get_args(Train.model_fields["schedule"].annotation)
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.1, 3
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5  # Jordan et al. 2024

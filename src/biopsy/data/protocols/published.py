@@ -32,16 +32,14 @@ def take_official_subsets(request: Request) -> Plan:
     """Return the official subsets of the data set, or those of the published lists of cases."""
     if request.cases is not None:
         return _subsets_by_case(request, request.cases)
-    table = request.pack.table
-    if "official_subset" not in table.columns or table["official_subset"].isna().all():
+    if not request.pack.has_official_subsets:
         raise SplitError(
             f"{request.pack.path.name} ({request.pack.info.dataset}) has no official subsets; give the "
             "published lists of cases with --cases, or use the protocol 'patients'",
             "missing",
         )
-    return table["official_subset"].fillna("").to_numpy(str), {
-        "subsets_from": "the data set's own folders or files"
-    }
+    subsets = request.pack.table["official_subset"].fillna("").to_numpy(str)
+    return subsets, {"subsets_from": "the data set's own folders or files"}
 
 
 def _subsets_by_case(request: Request, cases: Cases) -> Plan:

@@ -13,7 +13,7 @@ from biopsy.core.errors import FileFormatError, RecipeError, RunError, suggest
 from biopsy.core.files import sha256_file
 from biopsy.core.text import count
 from biopsy.data.datasets import hcd, idc
-from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.classifier import Classifier, ClassifierInfo, default_thresholds
 from biopsy.models.engine import outputs_of
 from biopsy.models.importers.keras_files import KerasFile, Layer, list_steps, name_normalisation, read_keras
 from biopsy.models.networks import build_network
@@ -255,7 +255,7 @@ def import_keras(
         mpp=default_mpp if mpp is None else mpp,
         preprocessing=preprocessing,
         outputs=outputs,
-        thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
+        thresholds=default_thresholds(names),
         recipe=recipe.name,
     )
     origin = {

@@ -18,7 +18,7 @@ from biopsy.core.errors import RunError, raising
 from biopsy.core.files import sha256_file
 from biopsy.core.loaders import load_json, refusing, validate
 from biopsy.data.datasets.base import find_positive
-from biopsy.models.classifier import Classifier, ClassifierInfo
+from biopsy.models.classifier import Classifier, ClassifierInfo, default_thresholds
 from biopsy.recipes.preprocessing import Preprocessing
 
 CONFIG, SCRIPT = "config.json", "torchscript_model.pt"
@@ -95,7 +95,7 @@ def open_wsinfer(path: Path | str, *, trust_model: str | None = None) -> WSInfer
         patch_px=config.patch_size_pixels,
         mpp=config.spacing_um_px,
         preprocessing=Preprocessing(input_px=config.patch_size_pixels),
-        thresholds=[{"value": 0.5, "rule": "argmax", "chosen_on": "nothing"}] if len(names) == 2 else [],
+        thresholds=default_thresholds(names),
         licence="unknown: see the source of the model",
     )
     classifier = WSInferClassifier(info, network)
