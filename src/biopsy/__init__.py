@@ -9,8 +9,8 @@ Each function here is also a command of ``biopsy``, with the same parameters::
     print(biopsy.evaluate(run))
     biopsy.report(run)
 
-The public names stand in ``__init__.pyi``, each with the module that defines it, which is imported when the
-name is first used; everything else may change.
+The public names are listed in ``__init__.pyi``, each with the module that defines it, which is imported when
+the name is first used; everything else may change.
 """
 
 import os

@@ -43,7 +43,7 @@ Status = Literal["uploading", "queued", "running", "done", "failed"]
 
 
 class JobInfo(TypedDict):
-    """What clients are told of a slide."""
+    """State of a job of one slide, as clients receive it."""
 
     id: str
     model: str

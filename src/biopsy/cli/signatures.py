@@ -48,7 +48,7 @@ class PublicFunction:
 
 
 def read_function(module: str, name: str) -> PublicFunction:
-    """Return what the source says of a function."""
+    """Read signature and docstring of a function from the source, without importing its module."""
     function = _parse_function(module, name)
     arguments = function.args
     defaults = [*[None] * (len(arguments.args) - len(arguments.defaults)), *arguments.defaults]

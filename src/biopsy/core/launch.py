@@ -1,23 +1,23 @@
-"""How this process was started: alone, or as one of the processes of a training by torchrun or SLURM."""
+"""Whether this process runs alone or is one of several of a training, started by torchrun or SLURM."""
 
 import os
 from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Place of this process among those that were started together; alone by default."""
+    """Ranks of this process among those of one training (default: a single process)."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Its number on its machine, by which it takes a GPU."""
+    """Rank among the processes on the same machine, which selects the GPU."""
 
 
 def read_launch() -> Launch:
-    """Return what torchrun's variables say, or those of a step of SLURM.
+    """Return the ranks given by the environment variables of torchrun, or else of a SLURM step.
 
-    Either counts only where ``MASTER_ADDR`` is set, as torchrun does: a SLURM job may run processes that have
-    nothing to do with each other.
+    Both are ignored unless ``MASTER_ADDR`` is set, as torchrun does: the processes of a SLURM job may be
+    unrelated.
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")

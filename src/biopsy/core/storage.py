@@ -1,9 +1,9 @@
 """Inputs and outputs by URL, through fsspec: copied to this machine while they are needed, and removed again.
 
-Only what a user names as an input or output of a command is looked at in this way, never a value of a table
-or a document; and only the schemes of `SCHEMES`. Copies lie in ``$BIOPSY_STAGING`` (default:
-``~/.cache/biopsy/staging``). A copy for which ``$BIOPSY_STAGING_GB`` gigabytes (default: 50), less what lies
-there already, are too few is not made. What a process that died has left is removed by the next.
+Only inputs and outputs that a user names in a command may be URLs, never values of a table or a document, and
+only with the schemes of `SCHEMES`. Copies are in ``$BIOPSY_STAGING`` (default: ``~/.cache/biopsy/staging``),
+limited to ``$BIOPSY_STAGING_GB`` gigabytes in all (default: 50): a copy that would exceed them is refused.
+Copies of a process that died are removed by the next one.
 """
 
 import atexit
@@ -49,7 +49,7 @@ def show_url(url: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What a storage says of a file.
+    """Metadata of a remote file.
 
     Attributes:
         size: Bytes; None if unknown.
@@ -104,7 +104,7 @@ def staged(url: str) -> Iterator[Path]:
     """Yield the path of a copy of a remote file or folder under its own name; remove it after the block.
 
     Raises:
-        DownloadError: If it cannot be read, or does not come whole.
+        DownloadError: If it cannot be read, or not completely.
         DataError: If it is larger than what the copies may take.
     """
     fs, root = _open(url)
@@ -129,7 +129,7 @@ def staged(url: str) -> Iterator[Path]:
 
 
 def _copy(fs: Any, source: str, target: Path, n_free: float) -> None:
-    """Copy a file, and stop when it is larger than its storage said."""
+    """Copy a file, and stop when it is larger than its metadata state."""
     from fsspec.callbacks import Callback
 
     def check(size: int, value: int, **_: object) -> None:

@@ -135,7 +135,7 @@ def normalize_id(text: object) -> str:
 
 
 def find_lookalikes(ids: Iterable[str]) -> list[list[str]]:
-    """Return groups of ids that may be one: they differ only as `fold_id` says.
+    """Return groups of ids that are probably the same: `fold_id` maps them to one form.
 
     Example:
         >>> find_lookalikes(["p1", "P1", "07", "7", "8"])

@@ -47,7 +47,7 @@ def count_neighbours(table: pd.DataFrame, target: np.ndarray, n_classes: int) ->
 
 
 def find_zones(counts: np.ndarray, target: np.ndarray) -> pd.DataFrame:
-    """Return for each patch whether it lies at the annotated border.
+    """Return for each patch whether it is at the annotated border.
 
     Args:
         counts: Neighbours by label, from `count_neighbours`. They cover the patches of the table only: a
@@ -167,7 +167,7 @@ class SlideViews:
             return None
         thumbnail, scale = self._thumbnail(index)
         image, patch_px = thumbnail.copy(), self._pack.info.patch_px
-        corner = self._place(row) - self._slides[index][1].min(axis=0)
+        corner = self._position(row) - self._slides[index][1].min(axis=0)
         middle, reach = (corner + patch_px / 2) * scale, max(patch_px * scale, 5) / 2 + 2
         first, last = (np.rint(middle + sign * reach).astype(int).tolist() for sign in (-1, 1))
         cv2.rectangle(image, first, last, _PAPER, 3)
@@ -181,18 +181,18 @@ class SlideViews:
             return None
         rows, positions = self._slides[index]
         middle, patch_px = STEPS_AROUND * self._step, self._pack.info.patch_px
-        offset = positions - self._place(row)
+        offset = positions - self._position(row)
         near = (np.abs(offset) <= middle + 0.25 * self._step).all(axis=1)
         scale = AROUND_PX / (2 * middle + patch_px)
         image = np.full((AROUND_PX, AROUND_PX, 3), 255, np.uint8)
         for other, (x, y) in zip(rows[near], offset[near] + middle, strict=True):
-            self._lay(image, int(other), x, y, scale)
+            self._draw_patch(image, int(other), x, y, scale)
         first, last = (round((middle + more) * scale) for more in (0, patch_px))
         cv2.rectangle(image, (first - 3, first - 3), (last + 2, last + 2), _INK, 5)
-        self._lay(image, row, middle, middle, scale)
+        self._draw_patch(image, row, middle, middle, scale)
         return image
 
-    def _lay(self, image: np.ndarray, row: int, x: float, y: float, scale: float) -> None:
+    def _draw_patch(self, image: np.ndarray, row: int, x: float, y: float, scale: float) -> None:
         patch, index = np.ascontiguousarray(self._pack.pixels(row)), int(self._pack.target[row])
         height, width = patch.shape[:2]
         left, top, right, bottom = np.rint(np.array([x, y, x + width, y + height]) * scale).astype(int)
@@ -214,5 +214,5 @@ class SlideViews:
             self._thumbnails[index] = image, scale
         return self._thumbnails[index]
 
-    def _place(self, row: int) -> np.ndarray:
+    def _position(self, row: int) -> np.ndarray:
         return self._pack.table[["x", "y"]].iloc[row].to_numpy(float)

@@ -198,7 +198,7 @@ def _nuclei(
 
 
 def _inside(points: NDArray[np.floating], outline: Floats) -> NDArray[np.bool_]:
-    """Tell which points lie inside a polygon, by counting crossings."""
+    """Return which points are inside a polygon, by counting crossings, bool ``(n,)``."""
     x, y = points[:, :1], points[:, 1:]
     x0, y0 = outline[:, 0], outline[:, 1]
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)

@@ -208,7 +208,7 @@ def make_phantom_slide(
     """Write a phantom slide, and beside it ``<name>.geojson`` with its tumour as QuPath would export it.
 
     Args:
-        path: The TIFF to be; one named ``.svs`` says of itself what Aperio's files say.
+        path: The TIFF to be; one named ``.svs`` has the metadata of Aperio's files.
         seed: With ``patient``, decides the tissue.
         width: Of the slide, in pixels.
         height: Of the slide, in pixels.
@@ -273,7 +273,7 @@ def make_phantom_slide(
 
 
 class _Section:
-    """One piece of tissue, drawn, and the places on the slide where it lies."""
+    """One piece of tissue, and its positions on the slide."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How much stain lies at every point of a region of one slide: stroma, tumour, glands, fat, cells, artefacts.
+"""Amount of stain at every point of a region of one slide: stroma, tumour, glands, fat, cells, artefacts.
 
 A region is drawn with a margin and cropped, and everything random is looked up by position, so regions that
 touch fit together. Amounts are in units of an average stain; optics belong to ``looks``.
@@ -65,8 +65,8 @@ class _Amounts:
     e: Floats
     blood: Floats
 
-    def lay(self, mask: Floats, h: Floats | float, e: Floats | float) -> None:
-        """Replace what lies under a mask."""
+    def replace(self, mask: Floats, h: Floats | float, e: Floats | float) -> None:
+        """Replace haematoxylin and eosin where the mask is 1, in part where it is below 1."""
         self.h = self.h + mask * (h - self.h)
         self.e = self.e + mask * (e - self.e)
 
@@ -96,14 +96,14 @@ def _draw(anatomy: Anatomy, weave: Weave, region: Region) -> _Amounts:
     occupied = np.maximum(np.maximum(organs.gland, organs.bed), 0.85 * epithelium)
     fat, fat_wall = draw_fat(anatomy, weave, region, occupied)
 
-    amounts.lay(organs.bed, 0.16 + 0.05 * grain, 0.42 + 0.1 * fibre)
-    amounts.lay(epithelium, habit.cytoplasm_h * (1 + 0.2 * grain), habit.cytoplasm_e * (1 + 0.15 * grain))
+    amounts.replace(organs.bed, 0.16 + 0.05 * grain, 0.42 + 0.1 * fibre)
+    amounts.replace(epithelium, habit.cytoplasm_h * (1 + 0.2 * grain), habit.cytoplasm_e * (1 + 0.15 * grain))
     dead = epithelium * ramp(2.5 * (region.patchy + region.maps["grade"] - 3.2 + habit.necrosis))
-    amounts.lay(dead, 0.12 + 0.1 * grain, 1.05 + 0.25 * grain)
-    amounts.lay(organs.gland, 0.3 + 0.05 * grain, 0.55 + 0.08 * grain)
-    amounts.lay(organs.wall, 0.08, 0.85 + 0.1 * fibre)
+    amounts.replace(dead, 0.12 + 0.1 * grain, 1.05 + 0.25 * grain)
+    amounts.replace(organs.gland, 0.3 + 0.05 * grain, 0.55 + 0.08 * grain)
+    amounts.replace(organs.wall, 0.08, 0.85 + 0.1 * fibre)
     empty = np.maximum(np.maximum(tumour.hollow, tumour.cleft) * free, organs.hollow)
-    amounts.lay(empty, 0.0, 0.03)
+    amounts.replace(empty, 0.0, 0.03)
     amounts.blood = organs.blood * (0.75 + 0.2 * grain)
 
     living = epithelium * (1 - 0.85 * dead)

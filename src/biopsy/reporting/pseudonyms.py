@@ -128,7 +128,7 @@ class Pseudonymizer:
 
 
 def _match_any(ids: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern of whole ids, the longest first."""
+    """Return a pattern that matches complete ids, the longest first."""
     names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
     return re.compile(rf"(?<![A-Za-z0-9])(?:{names})(?![A-Za-z0-9])") if names else None
 

@@ -79,7 +79,7 @@ class Source:
     def version(self) -> tuple[int, int] | None:
         """Return size and modification time of a slide file; None of a missing one, a pack or a URL.
 
-        Without its inode: network file systems may number a file anew while it is mapped.
+        Without its inode: the inode number may change on network file systems while the slide is mapped.
         """
         state = file_state(self.path) if self.pack is None and self.url is None else None
         return None if state is None else state[1:]

@@ -1,6 +1,6 @@
 """Random changes of training patches: a recipe's augmentation, and a transform of one's own.
 
-*Augmentation* changes a whole batch at once, each patch its own draw, on the device it lies on. Rotation,
+*Augmentation* changes a whole batch at once, each patch with its own random numbers, on its device. Rotation,
 shift, shear and zoom are composed as Keras's ``ImageDataGenerator`` composes them; flips and quarter turns
 move pixels exactly; the stain jitter scales and offsets the amounts of haematoxylin and eosin; RandAugment
 and blur come last, and cutout when the batch is normalised. All draws come from a CPU generator, so every
@@ -19,7 +19,7 @@ from biopsy.training.patch_operations import (
     affine_matrix,
     blur,
     change_stain,
-    cover,
+    erase_squares,
     move_matrices,
     move_pixels,
     warp,
@@ -68,7 +68,7 @@ def cut_out(settings: Augmentation, batch: Tensor, draws: Draws) -> Tensor:
     """
     if not settings.cutout:
         return batch
-    return cover(batch, centre=draws.uniform(2), side=settings.cutout)
+    return erase_squares(batch, centre=draws.uniform(2), side=settings.cutout)
 
 
 def _draw_moves(settings: Augmentation, draws: Draws) -> Tensor:

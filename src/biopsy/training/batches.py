@@ -69,15 +69,15 @@ class Batches:
         target: ``(N,)`` class indices.
         widths: True width of each patch, ``(N,)``; None where none is padded.
         heights: True height of each.
-        stain_transfer: Applied between the two; None for validation.
-        rand_stain_na: Applied after that; None for validation.
-        augmentation: Applied after that, cutout after normalisation; None for validation.
-        transform: Applied after that; see `augmentation.apply_transform`.
+        stain_transfer: Applied first, after resizing; None for validation.
+        rand_stain_na: Applied second; None for validation.
+        augmentation: Applied third, its cutout after normalisation; None for validation.
+        transform: Applied fourth, before normalisation; see `augmentation.apply_transform`.
         drop_last: Leave out a last batch that is not full.
         cached_features: Outputs of the frozen stages for these patches, used unchanged in their place.
-        placed: These patches on the device, resized, from where they are then gathered.
-        processes: Of which each is given its part of every batch; what is drawn for a patch does not depend
-            on their number, except by ``transform``.
+        placed: These patches on the device, resized; batches are gathered from them.
+        processes: Processes of the training, which divide every batch. Random numbers of a patch do not
+            depend on their number, except those of ``transform``.
     """
 
     patches: np.ndarray
@@ -130,11 +130,11 @@ class Batches:
         )
 
     def size(self, n_patches: int, number: int) -> int:
-        """Return the patches of one of the batches that many patches make, in all processes together."""
+        """Return the number of patches of a batch, over all processes, of a pass over ``n_patches``."""
         return min(self.batch_size, n_patches - number * self.batch_size)
 
     def rows(self, order: np.ndarray, number: int) -> np.ndarray:
-        """Return which patches of a batch this process is given."""
+        """Return the rows of this process's part of a batch."""
         whole = np.asarray(order[number * self.batch_size : (number + 1) * self.batch_size])
         return whole[self.processes.part(len(whole))]
 
@@ -146,9 +146,9 @@ class Batches:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(batch, target)`` over patches in the given order, with prefetching.
 
-        Of several processes each is given its part of every batch (see `Processes.part`).
+        Each of several processes yields its part of every batch (see `Processes.part`).
 
-        A batch depends on the order, the seed, the epoch and its own number alone, so starting at batch
+        A batch depends on the order, the seed, the epoch and its own number only, so starting at batch
         ``start`` gives exactly the batches that an uninterrupted pass would have given from there.
 
         Args:

@@ -16,12 +16,11 @@ CHUNK = 4096  # patches resized and sent at a time
 
 
 def place_patches(batches: Batches, rows: np.ndarray, n_visits: int) -> Batches:
-    """Return batches whose patches lie on their device, where that is possible and worth it.
+    """Return batches with all patches in the memory of their GPU, if that saves time and they fit.
 
-    Patches lie there as the network takes them, resized by the same code as otherwise, so batches are the
-    same. Batches come back as they are on a CPU, with cached features, where the training sees fewer patches
-    than there are, and, with a line in the log, where the patches would take more than a quarter of the free
-    memory of the device.
+    Patches are resized to the input of the network by the same code as otherwise, so batches are the same.
+    The batches are returned unchanged on a CPU, with cached features, if the training uses fewer patches than
+    there are, and (which is logged) if the patches need more than a quarter of the GPU's free memory.
 
     Args:
         rows: Rows of the pack that train.

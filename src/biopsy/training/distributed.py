@@ -1,7 +1,7 @@
 """One training over several processes, by PyTorch's distributed data parallel.
 
 torchrun or SLURM starts the same command once per process. Each takes its part of every batch, so the batch
-of the recipe stays what it is, and the weighted mean of the gradients is that of one process. Rank 0 alone
+size of the recipe is kept, and the weighted mean of the gradients is that of one process. Rank 0 alone
 writes: it begins or continues the run, holds its lock, logs, saves checkpoints and makes the classifier.
 """
 
@@ -25,7 +25,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a training as one of them sees them; alone, it does all itself.
+    """Rank of this process, and communication with the other processes of a training (default: none).
 
     Parts are contiguous, of two patches or more (batch normalisation needs a spread), and no patch is in two.
     Where there are too few patches for that, the last processes repeat the part of rank 0 with a weight of
@@ -44,13 +44,13 @@ class Processes:
         return self.rank == 0
 
     def part(self, n: int) -> slice:
-        """Return which of ``n`` patches this process takes."""
+        """Return which of the ``n`` patches of a batch are this process's part."""
         n_parts = self._count_parts(n)
         index = self.rank if self.rank < n_parts else 0
         return slice(n * index // n_parts, n * (index + 1) // n_parts)
 
     def count(self, n: int) -> int:
-        """Return how many of ``n`` patches count here: all of the part, or none where it is repeated."""
+        """Return how many of ``n`` patches count here: those of the part, or 0 if it repeats another."""
         part = self.part(n)
         return part.stop - part.start if self.rank < self._count_parts(n) else 0
 
@@ -86,7 +86,7 @@ class Processes:
         return box[0]
 
     def do_first(self, function: Callable[[], _Value]) -> _Value | None:
-        """Call a function in rank 0 while the others wait, who get None.
+        """Call a function in rank 0 while the others wait; in those, return None.
 
         Raises:
             RunError: In the others, if it raises an error in rank 0.
@@ -108,13 +108,13 @@ class Processes:
         return nn.parallel.DistributedDataParallel(network, static_graph=True)
 
     def copy_state(self, network: nn.Module) -> None:
-        """Give a network the weights and buffers that it has in rank 0."""
+        """Copy weights and buffers of a network from rank 0."""
         if self.world_size > 1:
             for tensor in network.state_dict().values():
                 distributed.broadcast(tensor, 0)
 
     def leave(self) -> None:
-        """Take no further part; rank 0 goes on alone."""
+        """End the communication; rank 0 continues without the others."""
         if self.world_size > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -124,10 +124,10 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that were started with this one; give them and the device of this one.
+    """Connect the processes of a training; yield them and the device of this one.
 
     Raises:
-        RunError: If another process ends before its part is done.
+        RunError: If another process ends early.
     """
     rank, world_size, local_rank = read_launch()
     if world_size == 1:

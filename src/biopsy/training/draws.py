@@ -12,8 +12,8 @@ class Draws:
 
     Attributes:
         generator: A CPU generator; the same state gives the same numbers.
-        n: Number of patches that are drawn for; of several processes, each draws for the whole batch.
-        part: The patches among them whose numbers are returned.
+        n: Number of patches of the batch over all processes, each of which draws for all of them.
+        part: The patches of this process, whose numbers are returned.
     """
 
     generator: Generator
@@ -33,5 +33,5 @@ class Draws:
         return torch.randn(n_sets, self.n, *shape, generator=self.generator)[:, self.part]
 
     def integers(self, below: int) -> Tensor:
-        """Return whole numbers from 0, int64 ``(B,)``."""
+        """Return integers from 0 to below ``below``, int64 ``(B,)``."""
         return torch.randint(below, (self.n,), generator=self.generator)[self.part]

@@ -1,7 +1,6 @@
 """Training loop."""
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -33,14 +32,17 @@ from biopsy.training.runs import EpochRecord, OnEpoch
 from biopsy.training.sampling import class_weights, sample_epoch, sample_passes
 from biopsy.training.weight_averaging import WeightAverage
 
-logger = logging.getLogger(__name__)
-
 CHECK_EVERY = 50  # updates between checks of the loss, which synchronise with the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A training task: recipe, data, preprocessing and engine."""
+    """A training task: recipe, data, preprocessing and engine.
+
+    Attributes:
+        train: Rows of the pack to train on, ``(n_train,)``.
+        val: Rows of the pack to validate on, ``(n_val,)``.
+    """
 
     recipe: Recipe
     pack: Pack
@@ -209,7 +211,7 @@ def _bind(loss_fn: LossFunction, task: Task, rows: np.ndarray) -> LossFunction:
 
 
 def _order(task: Task, number: int) -> np.ndarray:
-    """Return the rows of a pass, without a last batch of one patch (batch normalisation)."""
+    """Return the shuffled rows of a pass, without a last batch of one patch (batch normalisation)."""
     settings, is_by_patient = task.recipe.train, task.recipe.train.sampling == "within-patient"
     order = sample_epoch(
         task.train,
@@ -228,7 +230,7 @@ def _next_batches(
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray, int]]:
     """Yield this process's part of the next updates' batches, over consecutive shuffled passes.
 
-    With each part come its rows of the pack and the size of the whole batch.
+    Each item has the part, its rows of the pack, and the number of patches of the whole batch.
     """
     per_pass = batches.count(len(_order(task, 1)))
     for number, start, stop in sample_passes(step, n_steps, per_pass):

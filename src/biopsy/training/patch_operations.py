@@ -1,6 +1,6 @@
-"""Changes of a batch of patches, each by its own parameters: warp, move, change of stain.
+"""Operations on a batch of patches, each patch with its own parameters: warp, flip, stain, blur, erasing.
 
-Parameters lie on the CPU and are sent to the device of the batch without synchronising.
+Parameters are on the CPU and are sent to the device of the batch without synchronising.
 """
 
 import math
@@ -24,8 +24,8 @@ def affine_matrix(
 ) -> Tensor:
     """Compose rotation, shift, shear and zoom in that order, as in Keras.
 
-    All arguments are ``(B,)``. The matrix leads from a pixel of the *result* to the place in the source that
-    it shows, both counted from the centre, x before y: a zoom below 1 magnifies.
+    All arguments are ``(B,)``. The matrix maps a pixel of the *result* to its position in the source, both
+    ``(x, y)`` from the centre: a zoom below 1 magnifies.
 
     Returns:
         ``(B, 2, 3)``: the linear part and the shift in pixels.
@@ -63,7 +63,7 @@ def move_pixels(batch: Tensor, move: Tensor) -> Tensor:
     """Flip and rotate each patch by multiples of 90 degrees.
 
     Args:
-        batch: ``(B, C, H, W)``; square where a quarter turn is asked for.
+        batch: ``(B, C, H, W)``; square if a patch is rotated by 90 or 270 degrees.
         move: ``(B,)`` on the CPU, ``4 * rot90 + 2 * flip_horizontal + flip_vertical``.
     """
     n, channels, height, width = batch.shape
@@ -96,7 +96,7 @@ def change_stain(batch: Tensor, *, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def blur(batch: Tensor, sigma_px: Tensor) -> Tensor:
-    """Blur each patch with a Gaussian; beyond the border there is nothing, and the weights sum to 1.
+    """Blur each patch with a Gaussian; the weights of the pixels within the patch sum to 1.
 
     Args:
         batch: ``(B, C, H, W)``.
@@ -116,13 +116,13 @@ def _gaussian_weights(length: int, sigma_px: Tensor) -> Tensor:
     return torch.softmax(-precision[:, None, None] * distance**2, dim=2)
 
 
-def cover(batch: Tensor, *, centre: Tensor, side: float) -> Tensor:
-    """Set a square of each patch to zero; what lies beyond the border is not there.
+def erase_squares(batch: Tensor, *, centre: Tensor, side: float) -> Tensor:
+    """Set a square of each patch to zero; the part of a square beyond the border is ignored.
 
     Args:
         batch: ``(B, C, H, W)``.
-        centre: Place of the square ``(B, 2)``, down and across, as fractions of height and width.
-        side: Its side as a fraction of the patch's.
+        centre: Centre of the square ``(B, 2)``, down and across, as fractions of height and width.
+        side: Side of the square, as a fraction of the patch's side.
     """
     inside = []
     for place, length in zip(centre.T, batch.shape[2:], strict=True):

@@ -78,7 +78,7 @@ def fit_postprocessing(
         trained_prior: As `find_trained_prior` gives it.
 
     Raises:
-        MetricError: If a logit is not finite, or the method cannot serve that many classes.
+        MetricError: If a logit is not finite, or the method does not support that many classes.
     """
     info, positive, n_groups = classifier.info, classifier.positive_index, len(np.unique(group_ids))
     scores = score_classes(logits, info.outputs)
@@ -102,7 +102,7 @@ def fit_postprocessing(
 
 
 def warn_of_calibration(classifier: Classifier) -> list[str]:
-    """Return what limits the calibration of a classifier: another method than asked for, few patients."""
+    """Return warnings of a calibration: another method than requested, or few patients."""
     calibrator = classifier.info.calibrator
     reason = calibrator.get("reason")
     instead = f"calibrated by an intercept alone: {reason}" if reason else None

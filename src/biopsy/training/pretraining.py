@@ -250,7 +250,7 @@ def select_patches(pack: Pack, subsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Positives:
-    """Neighbours of ``n`` patches on their slides, of which second views are taken.
+    """Neighbours of ``n`` patches on their slides, from which second views are drawn.
 
     Attributes:
         start: Position in ``neighbours`` of the first neighbour of each patch, and the end, ``(n + 1,)``.

@@ -1,4 +1,4 @@
-"""Record of a self-supervised pre-training, and what it says of the patients of a split."""
+"""Record of a self-supervised pre-training, and the check that its patients are not tested."""
 
 from pathlib import Path
 from typing import Literal, NotRequired

@@ -1,6 +1,6 @@
 """RandAugment for haematoxylin and eosin (Faryna, van der Laak & Litjens 2021, after Cubuk et al. 2020).
 
-A patch is changed by a number of operations in turn, each drawn anew among `OPERATIONS`, with a level drawn
+A patch is changed by a number of operations in turn, each drawn independently from `OPERATIONS`, with a level
 between 0 and the magnitude. An operation of level 0 changes nothing, equalisation excepted. The operations
 and their strengths are those of the authors' code, with these differences:
 
@@ -78,7 +78,7 @@ def _grey(patches: Tensor) -> Tensor:
 
 
 def _smooth(patches: Tensor) -> Tensor:
-    """Average over 3 x 3 pixels, of which the central one weighs five times."""
+    """Average over 3 x 3 pixels; the central one has five times the weight of the others."""
     height, width = patches.shape[2:]
     bordered = functional.pad(patches, (1, 1, 1, 1), mode="replicate")
     total = torch.zeros_like(patches)

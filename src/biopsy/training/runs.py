@@ -151,7 +151,7 @@ class RunInput(TypedDict, total=False):
 
 
 class SeenPatients(TypedDict, total=False):
-    """Patients on whom a model was trained; of a classifier alone, at most its pack is known."""
+    """Patients on whom a model was trained; for a classifier without its run, at most the pack is known."""
 
     model: Required[str]
     """Path of the model, or name of a classifier that ships or is on the hub."""
@@ -462,12 +462,12 @@ def hash_config(
     """Return a hash of everything that defines the result of a run.
 
     Args:
-        recipe: Recipe, of which the defining tables are included.
-        pack: Pack, of which content and classes are included.
+        recipe: Recipe; its defining tables are included.
+        pack: Pack; the hash of its content and its classes are included.
         subsets: Subset of every patch.
         split: Entry of the split in ``run.json``.
         weights: Hash of the initial weights; None for random weights.
-        inputs: Entry ``inputs`` of ``run.json``; their hashes stand for their paths.
+        inputs: Entry ``inputs`` of ``run.json``; hashes are included, paths are not.
     """
     requested = recipe.model_dump(mode="json", include=set(DEFINING_TABLES))
     for name, before in DEFAULTS_BEFORE.items():

@@ -106,7 +106,7 @@ class Study(Written):
 
     Attributes:
         path: The folder.
-        info: What ``study.json`` says.
+        info: Content of ``study.json``.
     """
 
     def __init__(self, path: Path, info: StudyInfo) -> None:

@@ -169,7 +169,7 @@ def train(
 
 @contextlib.contextmanager
 def _hold_lock(run: Run) -> Iterator[None]:
-    """Train a run in one process or group of processes at a time; say what to do where the disk is full."""
+    """Hold the lock of a run, so that no other process trains it; explain errors of a full disk."""
     try:
         with FileLock(run.path / LOCK, timeout=0):
             yield
@@ -185,7 +185,7 @@ def _hold_lock(run: Run) -> Iterator[None]:
 
 
 def _follow(path: Path) -> tuple[Run, Pack]:
-    """Open the run that the first process began or continued, which has verified the pack."""
+    """Open the run of rank 0, which has verified the pack."""
     run = Run.open(path)
     return run, run.open_pack(verify=False)
 
@@ -206,7 +206,7 @@ def open_data(data: Pack | Path | str) -> Pack:
 def _fix_precision(recipe: Recipe, device: str) -> Recipe:
     """Return a recipe with ``train.precision = "auto"`` replaced by the precision of this device.
 
-    A run keeps it, so resuming and evaluating the run elsewhere use the same precision.
+    It is stored with the run, so resuming and evaluating use it on other devices too.
     """
     precision = pick_precision(recipe.train.precision, device)
     if precision == recipe.train.precision:

@@ -1,7 +1,8 @@
 """Protocols that divide patches into subsets or folds, by name; one function each.
 
 ``groups`` divides patients, slides and sites, ``published`` follows official and published splits,
-``pseudo_slides`` stands in for unknown slides, ``leakage`` makes the conditions of the leakage experiment.
+``pseudo_slides`` clusters patches where slides are unknown, ``leakage`` makes the conditions of the leakage
+experiment.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""Error analysis: which patches are wrong, where they lie, what goes with being wrong."""
+"""Error analysis: misclassified patches, their positions, and properties associated with errors."""

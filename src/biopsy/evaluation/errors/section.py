@@ -67,7 +67,7 @@ def _describe_counts(facts: RunFacts, document: Errors) -> str:
 
 
 def _describe_zones(document: Errors) -> list[Block]:
-    """Return the errors at annotated borders and elsewhere."""
+    """Return the errors at annotated borders and away from them."""
     zones, unit = document["zones"], document["unit"]
     if not zones:
         return [

@@ -129,7 +129,7 @@ class SymmetricPool(nn.Module):
 
 
 def _halve(in_channels: int, out_channels: int, side: int, *, from_image: bool = False) -> SymmetricConv2d:
-    """Return a convolution with stride 2 that lies symmetrically on an input of that side."""
+    """Return a convolution with stride 2 whose windows are symmetric on an input of that side."""
     return SymmetricConv2d(in_channels, out_channels, 4 - side % 2, 2, 1, from_image=from_image)
 
 

@@ -154,7 +154,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def create_timm(model: str, size: tuple[int, int], **arguments: Any) -> nn.Module:
-    """Return a network of timm for an input size, which those with a fixed one are told."""
+    """Return a network of timm; those with a fixed input size are built for ``size``, ``(width, height)``."""
     import timm
 
     settings = timm.models.get_pretrained_cfg(model)
