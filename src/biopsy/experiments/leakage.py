@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
-import pandas as pd
 
 from biopsy.core.errors import RunError, SplitError
 from biopsy.core.seeds import make_rng
 from biopsy.data.packs import Pack
 from biopsy.data.protocols import LEAK_PROTOCOLS
 from biopsy.data.protocols.groups import divide_groups
+from biopsy.data.protocols.leakage import count_rarer_class
 from biopsy.data.splits import Split, find_split, with_subsets
 from biopsy.data.splits import split as make_split
 from biopsy.recipes import Recipe
@@ -239,8 +239,7 @@ def choose_leaking(pack: Pack) -> list[str]:
     """
     if pack.unit == "patch":
         return []
-    counts = pd.crosstab(pack.group_ids, pack.target)
-    rarer = counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
+    rarer = count_rarer_class(pack.group_ids, pack.target)
     rarer = rarer[rarer >= MIN_PATCHES].sort_values(ascending=False, kind="stable")
     return sorted(str(name) for name in rarer.index[:N_LEAKING])
 

@@ -285,9 +285,18 @@ def measure(counts: Counts, names: Iterable[str] | None = None) -> dict[str, flo
         >>> measure(sort_scores([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9]).count(), ["auroc", "sensitivity"])
         {'auroc': 0.75, 'sensitivity': 0.5}
     """
-    metrics = registry(type(counts))
-    names = list(metrics if names is None else names)
-    for name in names:
-        if name not in metrics:
-            raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}", "name")
-    return {name: metrics[name].compute(counts) for name in names}
+    kind = type(counts)
+    metrics = registry(kind).values() if names is None else [find_metric(name, kind) for name in names]
+    return {metric.name: metric.compute(counts) for metric in metrics}
+
+
+def find_metric(name: str, kind: type) -> Metric:
+    """Return a metric of a type of sample (see `registry`) by name.
+
+    Raises:
+        MetricError: If there is none, with the nearest names.
+    """
+    metrics = registry(kind)
+    if name not in metrics:
+        raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}", "name")
+    return metrics[name]

@@ -7,10 +7,10 @@ from math import ceil
 import numpy as np
 from scipy import stats
 
-from biopsy.core.errors import MetricError, suggest
+from biopsy.core.errors import MetricError
 from biopsy.core.text import count, plural
 from biopsy.statistics.intervals import GroupedSample
-from biopsy.statistics.metrics import registry
+from biopsy.statistics.metrics import find_metric
 from biopsy.statistics.resampling import MIN_GROUPS, Floats, Resampler, check_level, fewest_informative
 
 CORRELATIONS = (0.0, 0.5, 0.8)
@@ -58,10 +58,7 @@ def influence_groups(samples: Sequence[GroupedSample], name: str, *, unit: str =
     Args:
         samples: One per seed, of the same patches; the metric is the mean over them.
     """
-    metrics = registry(type(samples[0].count()))
-    if name not in metrics:
-        raise MetricError(f"metric {name!r} does not exist: {suggest(name, metrics)}", "name")
-    metric, n_groups = metrics[name], len(samples[0].groups)
+    metric, n_groups = find_metric(name, type(samples[0].count())), len(samples[0].groups)
     for sample in samples:
         if np.isnan(metric.compute(sample.count())):
             raise MetricError(f"{name} is undefined: {metric.why_undefined(sample.count())}", "undefined")

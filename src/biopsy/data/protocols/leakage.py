@@ -108,10 +108,16 @@ def _resolve_leak_patients(request: Request) -> tuple[np.ndarray, np.ndarray, st
     is_tested, is_validation = request.group_ids == test_ids[0], request.group_ids == validation_ids[0]
     if len(request.test_ids) == 2:
         return is_tested, is_validation, request.test_ids[1]
-    counts = pd.crosstab(request.group_ids, request.pack.target).drop([test_ids[0], validation_ids[0]])
-    rarer = counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
+    rarer = count_rarer_class(request.group_ids, request.pack.target)
+    rarer = rarer.drop([test_ids[0], validation_ids[0]], errors="ignore")
     has_both = len(rarer) and rarer.max() > 0
     return is_tested, is_validation, str(rarer.idxmax()) if has_both else ""
+
+
+def count_rarer_class(group_ids: np.ndarray, target: np.ndarray) -> pd.Series:
+    """Return the patches of each group's rarer class by group; nothing if all patches are of one class."""
+    counts = pd.crosstab(group_ids, target)
+    return counts.min(axis=1) if counts.shape[1] > 1 else counts.iloc[:0, 0]
 
 
 def _draw_half(target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
