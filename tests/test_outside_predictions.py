@@ -390,6 +390,22 @@ def name_labels(target, probs):
     return np.array(["normal", "tumour"])[target]
 
 
+@pytest.mark.parametrize(
+    ("rows", "facts"),
+    [
+        (["1;0,75", "0;0,5", "1;1"], ["column prob", "decimal commas", "0,75"]),
+        (["1;0.75", "0;n/a", "1;1"], ["column prob", "'n/a'"]),
+        (["yes;0.75", "no;0.5"], ["no and yes", "--positive"]),
+        ([], ["no rows"]),
+    ],
+)
+def test_cells_of_spreadsheets_are_named(tmp_path, rows, facts):
+    path = tmp_path / "table.csv"
+    path.write_text("\ufefftarget;prob\r\n" + "".join(f"{row}\r\n" for row in rows), encoding="utf-8")
+    with refuses(DataError, path, *facts):
+        biopsy.evaluate(path)
+
+
 @pytest.mark.parametrize("order", [("normal", "tumour"), ("tumour", "normal")])
 def test_the_positive_class_of_two_columns_is_found_by_its_name(tmp_path, order):
     columns = {f"prob_{name}": lambda t, p, name=name: p[:, int(name == "tumour")] for name in order}

@@ -16,6 +16,7 @@ from biopsy.data.protocols.published import follow_recipe, read_cases
 from biopsy.data.splits import find_split, load_split, save_split
 from biopsy.data.splits import split as make_split
 from biopsy.data.splits import split as split_pack
+from conftest import draw_patches
 from refusals import refuses
 
 MakePack = Callable[..., Pack]
@@ -319,3 +320,10 @@ def test_left_out_patches_survive_the_csv(make_pack: MakePack, tmp_path: Path) -
     split = make_split(pack, protocol="official", cases=write_lists(tmp_path / "lists"), save=False)
     save_split(pack, split)
     assert (load_split(pack, "official").subsets(pack) == split.subsets(pack)).all()
+
+
+def test_patients_of_a_pack_without_ids_are_refused_with_the_way_to_give_them(tmp_path):
+    images, table = draw_patches(4, 4)
+    pack = Pack.from_arrays(images, table["target"], class_names=["a", "b"], out=tmp_path / "p")
+    with refuses(SplitError, "'007'", "by patch", "prepare", "--patients", reason="patient"):
+        split_pack(pack, protocol="patients", test_patients=["007"])

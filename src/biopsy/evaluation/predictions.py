@@ -401,6 +401,8 @@ def evaluate_table(
             f"of true classes (one of {', '.join(TRUTH_COLUMNS)}) and of probabilities (one of "
             f"{', '.join(PROB_COLUMNS)}, or prob_<class> for every class)"
         )
+    if table.empty:
+        raise DataError(f"{path} has a heading and no rows: nothing to evaluate")
     if table[truth].isna().all():
         raise DataError(
             f"{path} holds predictions without true classes: its column {truth!r} is empty; fill it in"
@@ -415,6 +417,9 @@ def evaluate_table(
     if class_names is not None and len(class_names) == 2:
         positive = positive or _find_positive_column(path, table, class_names, prob_columns, prob)
         _refuse_numbers(path, table[truth], class_names, positive)
+    elif class_names is None and positive is None:
+        _require_positive(path, table[truth])
+    _refuse_text(path, table[prob_columns if class_names is not None else [prob]])
     _warn_of_others(path, table, truth, TRUTH_COLUMNS)
     if class_names is None:
         _warn_of_others(path, table, prob, PROB_COLUMNS)
@@ -440,6 +445,28 @@ def evaluate_table(
         f"{GROUP_COLUMNS[group.lower()]}s from {group}" if group else "no column of patients",
     )
     return evaluation
+
+
+def _require_positive(path: Path | str, labels: pd.Series) -> None:
+    """Refuse two names of classes of which none is known as positive."""
+    names = sorted(set(labels.dropna())) if pd.api.types.is_string_dtype(labels) else []
+    if len(names) == 2 and find_positive(names) is None:
+        raise DataError(f"{path}: positive class of {' and '.join(names)} unknown: set --positive")
+
+
+def _refuse_text(path: Path | str, probs: pd.DataFrame) -> None:
+    """Refuse cells that are not numbers, with the first one."""
+    for name, cells in probs.items():
+        known = cells.dropna()
+        text = known[pd.to_numeric(known, errors="coerce").isna()].astype(str)
+        if text.empty:
+            continue
+        if text.str.fullmatch(r"[+-]?\d*,\d+").all():
+            raise DataError(
+                f"{path}: column {name} has decimal commas, such as {text.iloc[0]}: write points (in a "
+                "spreadsheet, set the language of the numbers to English before saving)"
+            )
+        raise DataError(f"{path}: column {name} has {text.iloc[0]!r} where a probability was expected")
 
 
 def _find_positive_column(

@@ -214,6 +214,12 @@ def check_known(names: Sequence[str], group_ids: np.ndarray, unit: str) -> None:
     """Refuse names that are not among ``group_ids``."""
     options = set(group_ids.tolist())
     for name in names:
+        if name not in options and unit == "patch":
+            raise SplitError(
+                f"no patch is called {name!r}: this split is by patch; to split by patient, prepare the pack "
+                "with --patients",
+                "patient",
+            )
         if name not in options:
             hint = (
                 suggest(name, options) if len(options) < 50 else suggest(name, options).partition("known:")[0]
