@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from biopsy.core.errors import DataError
-from biopsy.data.tables import add_people, check_ids, join_columns
+from biopsy.data.tables import check_ids, join_columns, join_patients
 from refusals import refuses
 
 
@@ -40,29 +40,29 @@ def csv(tmp_path):
         "slide_id,patient_id\ns1,007\ns2,8\n",
     ],
 )
-def test_people_by_csv_keep_their_zeros(table, csv, text):
-    found, record = add_people(table, csv(text))
+def test_patients_by_csv_keep_their_zeros(table, csv, text):
+    found, record = join_patients(table, csv(text))
     assert found["patient_id"].tolist() == ["007", "007", "8"]
     assert record["file"] == "x.csv" and record["without_patient_id"] == 0
     assert found["slide_id"].tolist() == ["s1", "s1", "s2"]
 
 
 @pytest.mark.parametrize("pattern", [r"(p\d)_", r"(?P<patient>p\d)_(?P<n>\d)", r"(?P<patient_id>p\d)_"])
-def test_people_by_pattern(table, pattern):
-    found, record = add_people(table, pattern)
+def test_patients_by_pattern(table, pattern):
+    found, record = join_patients(table, pattern)
     assert found["patient_id"].tolist() == ["p1", "p1", "p2"]
     assert record == {"pattern": pattern, "without_patient_id": 0}
 
 
 def test_a_pattern_can_name_slides_and_sites(table):
-    found, _ = add_people(table, r"(?P<site>\w)/(?P<slide>p\d)_")
+    found, _ = join_patients(table, r"(?P<site>\w)/(?P<slide>p\d)_")
     assert found["site_id"].tolist() == ["a", "a", "b"]
     assert found["slide_id"].tolist() == ["p1", "p1", "p2"]
     assert found["patient_id"].isna().all()
 
 
 def test_patches_without_a_patient_are_counted(table, csv):
-    found, record = add_people(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
+    found, record = join_patients(table, csv("patch_id,patient_id,wsi\na/p1_1,1,\nb/p2_1,,s9\n"))
     assert (record["without_patient_id"], record["without_slide_id"]) == (2, 0)
     assert found["slide_id"].tolist() == ["s1", "s1", "s9"]  # what the table does not say stays as it was
 
@@ -78,17 +78,17 @@ def test_patches_without_a_patient_are_counted(table, csv):
         (("  ", "\u00a0", "P2"), [None, None, "P2"]),
     ],
 )
-def test_people_are_read_in_one_spelling(table, csv, cells, patients):
+def test_patients_are_read_in_one_spelling(table, csv, cells, patients):
     ids = ["a/p1_1.png", "a\\p1_2", " b/p2_1 "]
     text = "".join(f"{patch},{cell}\n" for patch, cell in zip(ids, cells, strict=True)).replace("\\\\", "\\")
-    found, _ = add_people(table, csv("Patch_ID,Patient\n" + text))
+    found, _ = join_patients(table, csv("Patch_ID,Patient\n" + text))
     assert [None if pd.isna(name) else name for name in found["patient_id"]] == patients
     checked, _ = check_ids(found.assign(slide_id=None))
     assert checked["patient_id"].notna().tolist() == [True] * 3 or patients[0] is None
 
 
 def test_rows_without_a_patch_are_counted_and_named_with_the_likely_patch(table, csv, caplog):
-    add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,1\nB/P2_1,2\n"))
+    join_patients(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,1\nB/P2_1,2\n"))
     assert "1 of 3 rows match no patch of the data set: 'B/P2_1' (perhaps 'b/p2_1')" in caplog.text
     table["patient_id"] = ["03", "03", "04"]
     join_columns(table, csv("patient_id,age\n3,60\n04,61\n"))
@@ -97,7 +97,7 @@ def test_rows_without_a_patch_are_counted_and_named_with_the_likely_patch(table,
 
 def test_what_a_table_says_of_a_patient_replaces_the_source_with_a_warning(table, csv, caplog):
     table["patient_id"] = ["1", "1", "2"]
-    found, _ = add_people(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,9\n"))
+    found, _ = join_patients(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,9\n"))
     assert found["patient_id"].tolist() == ["1", "9", "2"]
     assert "patient_id of the source, 9 for 1 of a/p1_2" in caplog.text
 
@@ -133,9 +133,9 @@ def test_ids_that_are_likely_one_are_named(table, ids, caplog):
         ("", ["empty"]),
     ],
 )
-def test_people_refusals(table, csv, text, facts):
+def test_patients_refusals(table, csv, text, facts):
     with refuses(DataError, "x.csv", *facts):
-        add_people(table, csv(text))
+        join_patients(table, csv(text))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_people_refusals(table, csv, text, facts):
 )
 def test_pattern_refusals(table, pattern, facts):
     with refuses(DataError, *facts):
-        add_people(table, pattern)
+        join_patients(table, pattern)
 
 
 def test_join_by_each_key_keeps_nulls_and_types(table, csv):

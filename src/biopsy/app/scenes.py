@@ -188,8 +188,8 @@ class Entry:
     """A slide of the list.
 
     Attributes:
-        key: Names it in addresses.
-        name: Names it for people.
+        key: Identifier in URLs.
+        name: Shown in the list.
         facts: What the list shows and sorts by: ``positive_mm2``, ``abstained_share``, ``ood_share``,
             ``n_patches``, ``n_errors``; None where unknown.
         positive: What ``positive_mm2`` is the area of, such as "predicted tumour".
@@ -259,7 +259,7 @@ class Sheet:
 
 
 @dataclass
-class Exhibit:
+class ViewerContent:
     """Everything that one page shows.
 
     Attributes:
@@ -312,7 +312,7 @@ class Exhibit:
 
 def open_sources(
     paths: Sequence[Path], *, model: Run | Classifier | Path | str | None = None, mpp: float | None = None
-) -> Exhibit:
+) -> ViewerContent:
     """Find out what the paths name: runs, packs, maps, folders of maps, slides, folders of slides.
 
     A map is joined with its slide: one that is named too, the one that ``status.csv`` names, or one of that
@@ -332,24 +332,24 @@ def open_sources(
     slides = [path for path in paths if path not in runs and path not in maps and path not in packs]
     sources = list_sources(slides, mpp) if slides else []
     sources += [source for path in packs for source in _list_stitched(path, mpp)]
-    exhibit = Exhibit(", ".join(path.resolve().name for path in paths), {}, {})
+    content = ViewerContent(", ".join(path.resolve().name for path in paths), {}, {})
     for run in (Run.open(path) for path in runs):
-        _add_run(exhibit, run, mpp)
+        _add_run(content, run, mpp)
     used: set[str] = set()
     for path, files in maps.items():
         status_paths = _read_status(path if path.is_dir() else path.parent.parent)
         for file in files:
             source, note = _find_slide(file, sources, status_paths, mpp)
             used |= set() if source is None else {source.name}
-            _add_map(exhibit, file, source, note)
-    sheets = {path: _add_pack(exhibit, Pack.open(path)) for path in packs}
+            _add_map(content, file, source, note)
+    sheets = {path: _add_pack(content, Pack.open(path)) for path in packs}
     for source in sources:
         if source.name not in used:
-            _add_source(exhibit, source, sheets.get(source.path))
-    _check_slides([entry for entry in exhibit.entries.values() if entry.sheet is None], exhibit.sheets)
+            _add_source(content, source, sheets.get(source.path))
+    _check_slides([entry for entry in content.entries.values() if entry.sheet is None], content.sheets)
     if model is not None:
-        exhibit.classifier = open_classifier(model)
-    return exhibit
+        content.classifier = open_classifier(model)
+    return content
 
 
 def _check_slides(entries: Sequence[Entry], sheets: Mapping[str, Sheet]) -> None:
@@ -439,7 +439,7 @@ def _read_summary(file: Path) -> SlideSummary:
         return {}
 
 
-def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | None) -> None:
+def _add_map(content: ViewerContent, file: Path, source: Source | None, note: str | None) -> None:
     summary = _read_summary(file)
     positive, checked = summary.get("positive"), summary.get("out_of_distribution")
     facts = {
@@ -453,7 +453,7 @@ def _add_map(exhibit: Exhibit, file: Path, source: Source | None, note: str | No
     predicted = f"predicted {class_title(positive_class)}" if positive_class else ""
     key, opener = _key(file, name), partial(_open_map, file, source, note)
     warning = checked and warn_of_areas(checked["share"], checked["quantile"])
-    exhibit.entries[key] = Entry(key, name, opener, facts, predicted, warning=warning)
+    content.entries[key] = Entry(key, name, opener, facts, predicted, warning=warning)
 
 
 def _open_map(file: Path, source: Source | None, note: str | None) -> Scene:
@@ -493,7 +493,7 @@ def _open_source(source: Source) -> Scene:
     return Scene(StitchedPicture(pack, index, grid, overview), grid.slide_mpp, grid, patches, labels)
 
 
-def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
+def _add_source(content: ViewerContent, source: Source, sheet: Sheet | None) -> None:
     facts, annotated = {"n_patches": None if source.index is None else float(len(source.index))}, ""
     if sheet is not None:
         annotated = f"annotated {class_title(sheet.pack.info.positive_class or '')}"
@@ -501,7 +501,7 @@ def _add_source(exhibit: Exhibit, source: Source, sheet: Sheet | None) -> None:
     key = _key(source.path, source.name)
     sheet_key = sheet.key if sheet else None
     opener = partial(_open_source, source)
-    exhibit.entries[key] = Entry(key, source.name, opener, facts, annotated, sheet_key)
+    content.entries[key] = Entry(key, source.name, opener, facts, annotated, sheet_key)
 
 
 def _area_mm2(classes: np.ndarray, sheet: Sheet, source: Source) -> float | None:
@@ -512,26 +512,26 @@ def _area_mm2(classes: np.ndarray, sheet: Sheet, source: Source) -> float | None
     return float((classes == sheet.labels.positive).sum() * (sheet.pack.info.patch_px * mpp / 1000) ** 2)
 
 
-def _add_pack(exhibit: Exhibit, pack: Pack) -> Sheet:
+def _add_pack(content: ViewerContent, pack: Pack) -> Sheet:
     labels = Labels(pack.class_names, pack.positive_index, None)
     patches = Patches(target=pack.target, ids=pack.table["patch_id"].to_numpy(str))
     sheet = Sheet(_key(pack.path, ""), pack.path.name, pack, labels, patches)
-    exhibit.sheets[sheet.key] = sheet
+    content.sheets[sheet.key] = sheet
     return sheet
 
 
-def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
+def _add_run(content: ViewerContent, run: Run, mpp: float | None) -> None:
     """Add a run's pack with its predictions, the stitched slides and the report beside it."""
     pack = run.open_pack(verify=False)
     classifier = run.classifier
     labels = Labels(pack.class_names, pack.positive_index, classifier.threshold)
-    probs, abstained = _read_predictions(run, pack, exhibit.notes)
+    probs, abstained = _read_predictions(run, pack, content.notes)
     patches = Patches(probs, abstained, None, pack.target, pack.table["patch_id"].to_numpy(str))
     sheet = Sheet(_key(run.path, ""), run.path.name, pack, labels, patches, run, classifier)
-    exhibit.sheets[sheet.key] = sheet
-    exhibit.classifier = classifier
+    content.sheets[sheet.key] = sheet
+    content.classifier = classifier
     if (run.path / "report.html").is_file():
-        exhibit.report = run.path / "report.html"
+        content.report = run.path / "report.html"
     pred = labels.decide(probs)
     for source in _list_stitched(pack.path, mpp):
         index = source.index
@@ -547,7 +547,7 @@ def _add_run(exhibit: Exhibit, run: Run, mpp: float | None) -> None:
         key = _key(run.path, source.name)
         predicted = f"predicted {class_title(classifier.info.positive_class or '')}"
         opener = partial(_open_predicted, source, sheet)
-        exhibit.entries[key] = Entry(key, source.name, opener, facts, predicted, sheet.key)
+        content.entries[key] = Entry(key, source.name, opener, facts, predicted, sheet.key)
 
 
 def _read_predictions(run: Run, pack: Pack, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from biopsy.app.annotations import (
     to_features,
 )
 from biopsy.app.pictures import TILE_PX, count_levels, encode_jpeg, read_tile
-from biopsy.app.scenes import Exhibit, Labels, Patches, Scene, Sheet, open_sources
+from biopsy.app.scenes import Labels, Patches, Scene, Sheet, ViewerContent, open_sources
 from biopsy.app.web import Guard, name_errors
 from biopsy.core.errors import DataError, SlideError
 from biopsy.core.tables import write_csv
@@ -57,12 +57,12 @@ def make_viewer(
     inputs = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not inputs:
         raise DataError("nothing to look at was named: give a slide, map, run, folder or pack")
-    exhibit = open_sources(inputs, model=model, mpp=mpp)
+    content = open_sources(inputs, model=model, mpp=mpp)
     first = inputs[0].resolve()
     file = (
         Path(annotations) if annotations is not None else first.with_name(f"{first.name}.annotations.jsonl")
     )
-    viewer = _Viewer(exhibit, Annotations(file), who or _account(), _read_queue(queue, exhibit))
+    viewer = _Viewer(content, Annotations(file), who or _account(), _read_queue(queue, content))
     app = FastAPI(title="biopsy view", docs_url=None, redoc_url=None, openapi_url=None)
     name_errors(app)
     viewer.add_routes(app)
@@ -114,9 +114,9 @@ class _Viewer:
     """The addresses of the page."""
 
     def __init__(
-        self, exhibit: Exhibit, annotations: Annotations, who: str, queue: list[dict[str, object]]
+        self, content: ViewerContent, annotations: Annotations, who: str, queue: list[dict[str, object]]
     ) -> None:
-        self.exhibit, self.annotations, self.who, self.queue = exhibit, annotations, who, queue
+        self.content, self.annotations, self.who, self.queue = content, annotations, who, queue
 
     def add_routes(self, app: FastAPI) -> None:
         handlers: dict[str, Callable[..., Any]] = {
@@ -148,14 +148,14 @@ class _Viewer:
         return FileResponse(STATIC / "index.html", headers={"content-security-policy": _POLICY})
 
     def report(self) -> Response:
-        if self.exhibit.report is None:
+        if self.content.report is None:
             raise HTTPException(404, "there is no report beside what is shown: `biopsy report RUN` writes it")
-        return FileResponse(self.exhibit.report, headers={"content-security-policy": "sandbox allow-popups"})
+        return FileResponse(self.content.report, headers={"content-security-policy": "sandbox allow-popups"})
 
     def state(self) -> dict[str, object]:
-        exhibit = self.exhibit
+        content = self.content
         return {
-            "title": exhibit.title,
+            "title": content.title,
             "slides": [
                 {
                     "key": entry.key,
@@ -165,15 +165,15 @@ class _Viewer:
                     "warning": entry.warning,
                     **entry.facts,
                 }
-                for entry in exhibit.entries.values()
+                for entry in content.entries.values()
             ],
-            "sheets": [{"key": sheet.key, "name": sheet.name} for sheet in exhibit.sheets.values()],
-            "report": exhibit.report is not None,
-            "explains": exhibit.classifier is not None,
+            "sheets": [{"key": sheet.key, "name": sheet.name} for sheet in content.sheets.values()],
+            "report": content.report is not None,
+            "explains": content.classifier is not None,
             "who": self.who,
             "writable": self.annotations.is_writable,
             "annotations": str(self.annotations.path),
-            "notes": exhibit.notes,
+            "notes": content.notes,
             "queue": self.queue,
             "tile_px": TILE_PX,
             "colour_maps": _colour_maps(),
@@ -181,10 +181,10 @@ class _Viewer:
 
     # --- slides
     def slide(self, key: str) -> dict[str, object]:
-        scene = self.exhibit.scene(key)
+        scene = self.content.scene(key)
         document = {
             "key": key,
-            "name": self.exhibit.entries[key].name,
+            "name": self.content.entries[key].name,
             "width": scene.picture.width,
             "height": scene.picture.height,
             "mpp": scene.mpp,
@@ -209,25 +209,25 @@ class _Viewer:
 
     def tile(self, key: str, level: int, column: int, row: int) -> Response:
         try:
-            return _jpeg(read_tile(self.exhibit.scene(key).picture, level, column, row))
+            return _jpeg(read_tile(self.content.scene(key).picture, level, column, row))
         except (SlideError, OSError):  # OpenSlide reads no more after an error
-            self.exhibit.close(key)
+            self.content.close(key)
             raise
 
     def thumbnail(self, key: str) -> Response:
-        return _jpeg(self.exhibit.scene(key).picture.overview)
+        return _jpeg(self.content.scene(key).picture.overview)
 
     def layer(self, key: str) -> Response:
-        scene = self.exhibit.scene(key)
+        scene = self.content.scene(key)
         if scene.grid is None:
             raise HTTPException(404, "this slide has no map")
         return Response(scene.layer(), media_type="application/octet-stream")
 
     def regions(self, key: str) -> list[dict[str, object]]:
-        return self.exhibit.scene(key).regions
+        return self.content.scene(key).regions
 
     def patch(self, key: str, x: float, y: float) -> dict[str, object]:
-        scene = self.exhibit.scene(key)
+        scene = self.content.scene(key)
         index = scene.patch_at(x, y)
         if index is None:
             raise HTTPException(404, "no patch lies here")
@@ -237,19 +237,19 @@ class _Viewer:
         return {
             "place": key,
             "patch": index,
-            "slide": self.exhibit.entries[key].name,
+            "slide": self.content.entries[key].name,
             "x": int(grid.x[index]),
             "y": int(grid.y[index]),
             "box": [left, top, side],
             "target": self._target_on_slide(key, scene, index),
-            **_describe_patch(scene.labels, scene.patches, index, self.exhibit.classifier),
+            **_describe_patch(scene.labels, scene.patches, index, self.content.classifier),
         }
 
     def explain_on_slide(self, key: str, index: int) -> dict[str, object]:
-        scene = self.exhibit.scene(key)
+        scene = self.content.scene(key)
         if scene.grid is None or not 0 <= index < len(scene.grid):
             raise HTTPException(404, "there is no such patch")
-        rows, sheet = scene.patches.rows, self.exhibit.entries[key].sheet
+        rows, sheet = scene.patches.rows, self.content.entries[key].sheet
         if rows is not None and sheet is not None:
             return self.explain_on_sheet(sheet, int(rows[index]))
         left, top, side = _corner(scene, index)
@@ -273,7 +273,7 @@ class _Viewer:
         column: str = "",
         value: str = "",
     ) -> dict[str, object]:
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         frame = sheet.frame
         if column:
             frame = _filter(frame, column, value)
@@ -296,7 +296,7 @@ class _Viewer:
         }
 
     def sheet_patch(self, key: str, row: int) -> dict[str, object]:
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         _require_row(sheet, row)
         record = sheet.frame.iloc[row]
         return {
@@ -305,22 +305,22 @@ class _Viewer:
             "target": str(record["patch_id"]),
             "columns": {name: _plain(value) for name, value in record.items() if name != "row"},
             "on_slide": self._find_on_slide(sheet, row),
-            **_describe_patch(sheet.labels, sheet.patches, row, self.exhibit.classifier),
+            **_describe_patch(sheet.labels, sheet.patches, row, self.content.classifier),
         }
 
     def sheet_image(self, key: str, row: int) -> Response:
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         _require_row(sheet, row)
         return _jpeg(sheet.pixels(row))
 
     def explain_on_sheet(self, key: str, row: int) -> dict[str, object]:
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         _require_row(sheet, row)
         nearest = f"api/sheets/{key}/nearest/{row}" if sheet.run is not None else None
         return self._explain(sheet.pixels(row)) | {"nearest": nearest}
 
     def nearest(self, key: str, row: int) -> list[dict[str, object]]:
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         _require_row(sheet, row)
         if sheet.classifier is None:
             raise HTTPException(404, "only for a run it is known which patches were trained on")
@@ -329,11 +329,11 @@ class _Viewer:
         return find_nearest(sheet, row)
 
     def _explain(self, pixels: np.ndarray) -> dict[str, object]:
-        if self.exhibit.classifier is None:
+        if self.content.classifier is None:
             raise HTTPException(404, "no model was named that could explain: pass --model")
         from biopsy.app.explaining import explain_patch
 
-        return explain_patch(self.exhibit.classifier, pixels)
+        return explain_patch(self.content.classifier, pixels)
 
     # --- annotations
     def list_annotations(self) -> dict[str, object]:
@@ -381,15 +381,15 @@ class _Viewer:
 
     def _look_up(self, new: NewAnnotation) -> tuple[_Target, Labels | None]:
         """Return what is annotated and the class that is shown there."""
-        if new.place in self.exhibit.sheets:
-            sheet = self.exhibit.sheet(new.place)
+        if new.place in self.content.sheets:
+            sheet = self.content.sheet(new.place)
             if new.patch is None:
                 raise DataError("on a sheet only patches can be annotated")
             _require_row(sheet, new.patch)
             shown = _shown(sheet.labels, sheet.patches, new.patch)
             patch_id = str(sheet.pack.table["patch_id"].iloc[new.patch])
             place = self._find_on_slide(sheet, new.patch)
-            slide = None if place is None else self.exhibit.entries[place["key"]].name
+            slide = None if place is None else self.content.entries[place["key"]].name
             polygon = None if place is None else _square(*place["box"])
             return (
                 {
@@ -401,7 +401,7 @@ class _Viewer:
                 },
                 sheet.labels,
             )
-        scene, name = self.exhibit.scene(new.place), self.exhibit.entries[new.place].name
+        scene, name = self.content.scene(new.place), self.content.entries[new.place].name
         if new.patch is None:
             if new.region is None or (new.polygon is None and new.verdict != "removed"):
                 raise DataError("give a patch, or the id and polygon of a region")
@@ -428,7 +428,7 @@ class _Viewer:
         if scene.patches.ids is not None:
             return str(scene.patches.ids[index])
         assert scene.grid is not None
-        return f"{self.exhibit.entries[key].name}@{int(scene.grid.x[index])},{int(scene.grid.y[index])}"
+        return f"{self.content.entries[key].name}@{int(scene.grid.x[index])},{int(scene.grid.y[index])}"
 
     def _find_on_slide(self, sheet: Sheet, row: int) -> _Place | None:
         """Return where a patch of a sheet lies among the slides of the page."""
@@ -436,7 +436,7 @@ class _Viewer:
         if record[["x", "y"]].isna().any():
             return None
         names = {str(record["slide_id"]), str(record["patient_id"])}
-        for entry in self.exhibit.entries.values():
+        for entry in self.content.entries.values():
             if entry.sheet == sheet.key and entry.name in names:
                 side = sheet.pack.info.patch_px
                 return {"key": entry.key, "box": [int(record["x"]), int(record["y"]), side]}
@@ -444,7 +444,7 @@ class _Viewer:
 
     # --- exports
     def export_geojson(self, key: str) -> Response:
-        scene, name = self.exhibit.scene(key), self.exhibit.entries[key].name
+        scene, name = self.content.scene(key), self.content.entries[key].name
         names = scene.labels.names if scene.labels else []
         features = list(to_features(self.annotations.current(), name, names, scene.corner))
         document = {"type": "FeatureCollection", "features": features}
@@ -455,11 +455,11 @@ class _Viewer:
     def export_labels(self, key: str) -> Response:
         import tempfile
 
-        sheet = self.exhibit.sheet(key)
+        sheet = self.content.sheet(key)
         slides = [
             (entry.name, rows)
-            for entry in self.exhibit.entries.values()
-            if entry.sheet == key and (rows := self.exhibit.scene(entry.key).patches.rows) is not None
+            for entry in self.content.entries.values()
+            if entry.sheet == key and (rows := self.content.scene(entry.key).patches.rows) is not None
         ]
         table = label_sheet(sheet.pack, slides, self.annotations.current())
         with tempfile.TemporaryDirectory() as folder:
@@ -590,16 +590,16 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, object]]:
+def _read_queue(path: Path | str | None, content: ViewerContent) -> list[dict[str, object]]:
     """Return the patches that `next` chose, as places on this page; those that are not on it are left out."""
     if path is None:
         return []
     from biopsy.app.queue import read_queue
 
-    key_of = {entry.name: entry.key for entry in exhibit.entries.values()}
+    key_of = {entry.name: entry.key for entry in content.entries.values()}
     rows = {
         patch_id: (sheet.key, row)
-        for sheet in exhibit.sheets.values()
+        for sheet in content.sheets.values()
         for row, patch_id in enumerate(sheet.pack.table["patch_id"].astype(str))
     }
     result = []
@@ -611,7 +611,7 @@ def _read_queue(path: Path | str | None, exhibit: Exhibit) -> list[dict[str, obj
         elif item["slide"] in key_of:
             result.append({**item, "place": None, "patch": None, "slide_key": key_of[item["slide"]]})
     if not result:
-        exhibit.notes.append(
+        content.notes.append(
             f"none of the patches of {path} is on this page: name the pack or slides as well"
         )
     return result

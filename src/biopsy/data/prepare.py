@@ -18,7 +18,7 @@ from biopsy.data.datasets.base import Dataset, Listing, find_positive, refuse_em
 from biopsy.data.pack_files import describe_origin
 from biopsy.data.packing import Progress, write_listing
 from biopsy.data.packs import Pack, is_pack
-from biopsy.data.tables import add_people, check_ids, fold_classes, join_columns, relabel
+from biopsy.data.tables import check_ids, fold_classes, join_columns, join_patients, relabel
 
 if TYPE_CHECKING:  # slow import, needed for trees only
     from biopsy.data.splits import Split
@@ -255,7 +255,7 @@ def _add_tables(
     if listing.table.empty:
         raise refuse_empty(listing.skipped)
     if patients is not None:
-        listing.table, origin["patients"] = add_people(listing.table, patients)
+        listing.table, origin["patients"] = join_patients(listing.table, patients)
     if labels is not None:
         listing.table, class_names, origin["labels"] = relabel(listing.table, labels, listing.class_names)
         if class_names != listing.class_names:

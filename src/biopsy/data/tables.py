@@ -97,13 +97,13 @@ def _find_key(path: Path | str, rows: pd.DataFrame, keys: Sequence[str], values:
     return key
 
 
-def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, dict[str, object]]:
+def join_patients(table: pd.DataFrame, patients: str | Path) -> tuple[pd.DataFrame, dict[str, object]]:
     """Fill ``patient_id``, ``slide_id`` and ``site_id`` from a csv or from a pattern for the path.
 
     Args:
-        people: A csv with a column patch_id, id, source or slide_id and at least one of patient_id, slide_id
-            (or wsi) and site_id; or a regular expression searched in ``source``, with groups named patient,
-            slide or site (or a first group, the patient).
+        patients: A csv with a column patch_id, id, source or slide_id and at least one of patient_id,
+            slide_id (or wsi) and site_id; or a regular expression searched in ``source``, with groups named
+            patient, slide or site (or a first group, the patient).
 
     Returns:
         The table, and the record for ``pack.json``.
@@ -111,20 +111,20 @@ def add_people(table: pd.DataFrame, people: str | Path) -> tuple[pd.DataFrame, d
     Raises:
         DataError: If the csv or pattern matches no row of the table.
     """
-    is_csv = Path(people).is_file() or str(people).lower().endswith((".csv", ".csv.gz"))
-    result, record = _look_up_people(table, people) if is_csv else _match_people(table, str(people))
+    is_csv = Path(patients).is_file() or str(patients).lower().endswith((".csv", ".csv.gz"))
+    result, record = _look_up_patients(table, patients) if is_csv else _match_patients(table, str(patients))
     completed = {}
     for column in result:
         added, existing = result[column], table[column]
         if added.isna().all():
-            raise DataError(f"--patients {people} has no {column} for any of the {len(table):,} patches")
+            raise DataError(f"--patients {patients} has no {column} for any of the {len(table):,} patches")
         differing = added.notna() & existing.notna() & (added != existing)
         if differing.any():
             first = table["patch_id"][differing].iloc[0]
             logger.warning(
                 "--patients %s changes for %s patches the %s of the source, %s for %s of %s first",
                 *(
-                    people,
+                    patients,
                     f"{differing.sum():,}",
                     column,
                     added[differing].iloc[0],
@@ -247,17 +247,17 @@ def _check_matches(path: Path | str, keys: pd.Index, ids: pd.Series) -> None:
         )
 
 
-def _look_up_people(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
+def _look_up_patients(table: pd.DataFrame, path: Path | str) -> tuple[pd.DataFrame, dict[str, object]]:
     rows = read_patch_table(path, _PERSON_COLUMNS)
     key = _find_key(path, rows, (*_PATCH_KEYS, "slide_id"), ID_COLUMNS)
     values = [name for name in ID_COLUMNS if name in rows.columns and name != key]
-    people = rows.set_index(key)[values]
+    patients = rows.set_index(key)[values]
     keys = table["patch_id" if key == "id" else key]
-    _check_matches(path, people.index, keys)
-    return people.reindex(keys).set_axis(table.index), {**describe_file(path), "key": key}
+    _check_matches(path, patients.index, keys)
+    return patients.reindex(keys).set_axis(table.index), {**describe_file(path), "key": key}
 
 
-def _match_people(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, object]]:
+def _match_patients(table: pd.DataFrame, pattern: str) -> tuple[pd.DataFrame, dict[str, object]]:
     try:
         expression = re.compile(pattern)
     except re.error as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from biopsy.core.errors import DataError, RecipeError, suggest
-from biopsy.core.files import sha256_file
+from biopsy.core.files import expand_home, sha256_file
 from biopsy.models.classifier import WEIGHTS, Classifier, StartWeights
 from biopsy.models.networks import build_network, count_parameters
 from biopsy.models.networks.encoders import PREFIX, find_encoder
@@ -276,7 +276,7 @@ def make_network(
     if model.lora_rank:
         add_lora(network, model.lora_rank, seed)
     file, licence = (path.name, NOT_STATED) if path else (None, None)
-    given = Path(os.path.expanduser(model.weights))
+    given = expand_home(model.weights)
     inside = path and given in path.parents and (given.resolve().name / path.relative_to(given)).as_posix()
     return network, StartWeights(
         pretrained=model.pretrained,
@@ -380,7 +380,7 @@ def find_weights_file(weights: str) -> Path | None:
     The folder of a run, classifier, bundle or pre-training stands for its weights, any other folder for
     itself. A run or classifier in the working directory hides the classifier that ships by its name.
     """
-    path = Path(os.path.expanduser(weights))
+    path = expand_home(weights)
     tags = {"", *(known.tag for known in KNOWN_WEIGHTS)}
     if weights in tags or weights.startswith(PREFIX) or is_shipped(weights):
         return None
