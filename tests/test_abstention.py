@@ -326,7 +326,7 @@ def test_a_verdict_needs_an_interval_to_be_against():
     ]
 
 
-def test_the_command_line_says_it_in_a_line():
+def test_the_summary_holds_share_target_and_verdict():
     few, enough = (fit(POPULATION.draw(n, 40, seed=0)) for n in (8, 25))
     refused = judge(few, NEW)
     assert refused.reason and refused.reason in abstention_summary(refused)
@@ -366,7 +366,7 @@ def words(facts):
     return Page(render_report(ReportDocument("Abstention", "", summary, [section]))).text
 
 
-def test_the_chapter_holds_the_guarantee_to_account():
+def test_the_section_states_whether_the_guarantee_is_met():
     facts = chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.97, 0.97]})
     section = describe_abstention(facts)
     assert section.id == "abstention" and [block.kind for block in section.blocks][-1] == "pictures"
@@ -387,14 +387,14 @@ def test_the_chapter_holds_the_guarantee_to_account():
     assert columns["IDC", MEASURES["coverage"]] == "-"
 
 
-def test_the_chapter_of_a_refusal_states_why_and_what_the_plain_version_would_guarantee():
+def test_the_section_without_a_guarantee_states_its_reason():
     text = words(chapter(fit(POPULATION.draw(1, 400, seed=0))))
     assert "No coverage guarantee and no abstention: an error rate of 0.1 needs at least" in text
     assert "there is 1." in text and "its target and the coverage that it reached" in text
     assert "The coverage guarantee was" not in text and "Risk-coverage" in text
 
 
-def test_a_guarantee_missed_is_broken_or_open():
+def test_a_guarantee_not_reached_is_violated_or_inconclusive():
     section = describe_abstention(chapter(fit(POPULATION.draw(25, 40, seed=0)) | {"quantiles": [0.2, 0.2]}))
     assert "The coverage guarantee was violated on these patients, by" in section.blocks[1].text
     assert section.blocks[1].tone == "warning"
@@ -408,12 +408,12 @@ def test_a_guarantee_missed_is_broken_or_open():
     )
 
 
-def test_a_report_on_the_calibration_subset_says_it_tests_nothing():
+def test_a_report_on_the_calibration_subset_states_that_the_guarantee_is_not_tested():
     text = words(chapter(fit(POPULATION.draw(25, 40, seed=0)), subset="validation"))
     assert "The prediction sets were fitted on these patches" in text
 
 
-def test_no_chapter_for_runs_from_before():
+def test_runs_of_older_versions_have_no_guarantee():
     assert describe_abstention(make_small_facts()) is None
     text = words(chapter({}))
     assert BEFORE in text

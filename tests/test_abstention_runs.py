@@ -84,7 +84,7 @@ def test_what_is_evaluated_is_what_is_predicted(promising, tmp_path):
     assert again["abstained"].tolist() == found["abstained"].tolist()
 
 
-def test_a_classifier_from_before_is_read_and_answers_everything(trained_run, tmp_path):
+def test_a_classifier_of_an_older_version_predicts_without_abstention(trained_run, tmp_path):
     run = copy_run(trained_run, tmp_path)
     path = run.path / "classifier" / "classifier.json"
     document = json.loads(path.read_text())

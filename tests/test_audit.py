@@ -44,7 +44,7 @@ def alter(pack: Pack, change: Callable[[np.ndarray, pd.DataFrame], None]) -> Pac
     return Pack.open(pack.path)
 
 
-def test_a_clean_pack_has_nothing_to_say(make_pack: MakePack) -> None:
+def test_a_clean_pack_has_no_issues(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=5)
     audit = audit_pack(pack, make_split(pack, protocol="patients", save=False))
     assert find_blocking_issues(audit) == []
@@ -93,7 +93,7 @@ def test_duplicates_across_any_fold_are_found(make_pack: MakePack) -> None:
     assert audit_pack(pack, split)["split"]["duplicates_across_subsets"]["count"] == 1
 
 
-def test_blank_duplicates_are_counted_apart_and_spoil_nothing(make_pack: MakePack) -> None:
+def test_blank_duplicates_are_counted_separately_and_do_not_block(make_pack: MakePack) -> None:
     def whiten(images: np.ndarray, _: pd.DataFrame) -> None:
         images[[0, 11, 20]] = 255
 
@@ -132,7 +132,7 @@ def test_places_of_different_patients_do_not_meet(make_pack: MakePack) -> None:
     assert audit_pack(make_pack(n_patients=3))["label_conflicts"]["repeated_places"] == 0
 
 
-def test_a_patient_on_two_subsets_spoils_unless_published(make_pack: MakePack) -> None:
+def test_a_patient_in_two_subsets_blocks_unless_published(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=4)
     recipe = {"method": "shuffled-paths", "seed": 42, "train": 0.8, "validation": 0.1}
     published = make_split(pack, protocol="as-published", recipe=recipe, save=False)
@@ -147,7 +147,7 @@ def test_a_patient_on_two_subsets_spoils_unless_published(make_pack: MakePack) -
     ]
 
 
-def test_a_named_patient_on_two_subsets_spoils_whatever_others_lack(make_pack: MakePack) -> None:
+def test_a_named_patient_in_two_subsets_blocks_though_other_ids_are_missing(make_pack: MakePack) -> None:
     ids = [None, *np.repeat(["P0", "P1", "P2", "P3"], 12).tolist()[1:]]
     pack = make_pack(n_patients=4, columns={"patient_id": ids, "slide_id": None})
     split = make_split(pack, protocol="patients", save=False)

@@ -217,7 +217,7 @@ def test_patches_without_patients_are_their_own_unit():
 # Evaluation.
 
 
-def test_before_and_after_stand_in_the_metrics(run):
+def test_the_metrics_hold_values_before_and_after_calibration(run):
     metrics = evaluate(run, prevalence=0.02)
     found = metrics["calibration"]
     assert found["method"] == "platt" and found["n_patients"] == 5

@@ -73,7 +73,7 @@ def texts(section):
     return " ".join(block.text for block in section.blocks if isinstance(block, Text))
 
 
-def test_the_calibration_chapter(facts):
+def test_the_calibration_section(facts):
     section = describe_calibration(facts)
     assert section.id == "calibration" and FITTED["warning"].capitalize() in texts(section)
     (table,) = (block for block in section.blocks if isinstance(block, Table))
@@ -95,7 +95,7 @@ def test_without_calibration_there_is_one_column(facts):
     assert table.columns == ["measure", "not calibrated"]
 
 
-def test_the_decision_chapter(facts):
+def test_the_decision_section(facts):
     section = describe_decisions(facts)
     points, prevalence = (block for block in section.blocks if isinstance(block, Table))
     reached = facts.metrics.operating_points[0].achieved["sensitivity"].value
@@ -111,7 +111,7 @@ def test_points_on_the_subset_that_chose_them_have_no_drift(facts):
     assert table.columns != table_of_points(facts.metrics.operating_points, "test").columns
 
 
-def test_without_operating_points_there_is_no_chapter():
+def test_without_operating_points_there_is_no_section():
     assert describe_decisions(run_facts()) is None
 
 

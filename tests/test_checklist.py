@@ -29,7 +29,7 @@ def test_every_section_that_an_item_names_can_be_in_a_report():
     assert named - {"answer", "subgroups"} <= sections
 
 
-def test_what_the_report_lacks_is_not_done():
+def test_items_whose_sections_are_missing_are_not_done():
     checklist = describe_checklist([Section("data", "The data", [])]).blocks[1]
     answers = {item.number: item.sections for item in checklist.items}
     assert answers["12a"] == [("data", "The data")]
@@ -37,12 +37,12 @@ def test_what_the_report_lacks_is_not_done():
     assert answers["1"] == [("answer", "Summary")]
 
 
-def test_fairness_is_answered_by_subgroups_only():
+def test_the_item_of_fairness_needs_subgroups():
     patients = [Section("patients", "Patients", [])]
     with_groups = describe_checklist(patients, has_subgroups=True).blocks[1]
     assert {item.number: item.sections for item in with_groups.items}["14"] == [("patients", "Patients")]
 
 
-def test_the_page_says_not_done_and_links():
+def test_the_page_marks_items_not_done_and_links_sections():
     text = render_report(report_of_run(make_small_facts()))
     assert "not done" in text and '<a href="#data">Data</a>' in text

@@ -89,7 +89,7 @@ def test_an_undefined_difference_is_left_out_of_the_figure():
         (entry(0.0, reason="no spread", p=1.0, p_holm=1.0), "identical AUROC"),
     ],
 )
-def test_the_verdict_says_no_more_than_was_found(found, said):
+def test_the_verdict_follows_from_the_intervals(found, said):
     made = document(found, found)
     assert re.search(said, describe_verdict(made, made.differences[0]))
 

@@ -34,7 +34,7 @@ def render_chapter(facts):
     return Page(render_report(ReportDocument("t", "s", summary, [describe_errors(facts)])))
 
 
-def test_mistakes_are_the_surest_and_named(page, facts):
+def test_the_most_confident_errors_are_shown_with_their_ids(page, facts):
     table = facts.predictions
     missed = table[(table["target"] == 1) & (table["prob"] < THRESHOLD)].sort_values("prob")
     alarms = table[(table["target"] == 0) & (table["prob"] >= THRESHOLD)].sort_values("prob", ascending=False)
@@ -94,7 +94,7 @@ def test_the_hypotheses_are_tested_by_name(facts):
     assert "“heterogeneous.”" in text and "blue and yellow" not in text
 
 
-def test_patches_without_patients_or_places_say_so():
+def test_missing_patients_and_coordinates_are_stated():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     mistakes = make_mistakes(table, unit="patch")
     changes = {"results": {"errors": draw_case_views(mistakes, overview=False)}}
@@ -107,7 +107,7 @@ def test_patches_without_patients_or_places_say_so():
     )
 
 
-def test_few_patients_and_no_errors_say_so():
+def test_few_patients_and_no_errors_are_stated():
     table = make_predictions(IDS[:2])
     few = render_chapter(make_error_facts(IDS[:2], predictions=table)).text
     assert "Inconclusive: too few false negatives" in few
@@ -120,18 +120,18 @@ def test_few_patients_and_no_errors_say_so():
     assert "0 of 0 IDC patches are false negatives" in empty
 
 
-def test_what_users_name_is_escaped():
+def test_names_of_users_are_escaped():
     bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "c", "d", "e", "f"]
     page = render_chapter(make_error_facts(bad))
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 1  # the page's own
     assert f"patient {bad[0]}" in page.text or f"patient {bad[1]}" in page.text
 
 
-def test_a_run_without_the_record_has_no_such_chapter():
+def test_a_run_without_error_analysis_has_no_section():
     assert describe_errors(make_facts(get_patch=None)) is None
 
 
-def test_no_id_of_evaluated_or_training_patients_gets_through(facts):
+def test_hidden_ids_of_evaluated_and_training_patients_are_nowhere(facts):
     hidden = hide_run(facts, {"errors": hide_errors})
     document = ReportDocument("t", "s", Summary("?", [], unit="patient"), [describe_errors(hidden)])
     text = render_report(document)

@@ -123,7 +123,7 @@ def hidden(facts, faithfulness):
     return render_report(report_of_run(facts, hide_ids=True))
 
 
-def test_the_report_shows_maps_and_answers(without, facts, explained):
+def test_the_report_shows_saliency_maps_and_hypotheses(without, facts, explained):
     text = explained
     page = Page(text).text
     assert {"explanation", "hypotheses"} <= set(Page(text).sections)

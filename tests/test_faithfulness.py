@@ -153,7 +153,7 @@ def traced_map(corner):
     return corner[2]["integrated_gradients"]
 
 
-def test_a_network_that_forgets_changes_its_maps_and_an_edge_detector_does_not(corner):
+def test_randomised_weights_change_saliency_maps_and_not_an_edge_detector(corner):
     classifier, patches, maps, _ = corner
     index = np.ones(4, int)
     layers = dict.fromkeys(maps) | {"grad_cam": "conv"}

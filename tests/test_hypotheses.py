@@ -84,7 +84,7 @@ def test_the_opposite_is_called_the_opposite():
     assert found.verdict == "contradicted" and found.measures[0].auroc.high < 0.5
 
 
-def test_three_slides_cannot_say():
+def test_three_slides_are_inconclusive():
     found = check_errors("less stained", *make_table(n_patients=3), seed=0, unit="slide")
     assert found.verdict == "inconclusive"
     assert found.measures[0].auroc.reason in found.answer and "3 slides" in found.answer

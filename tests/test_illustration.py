@@ -55,7 +55,7 @@ def test_errors_are_the_surest_and_right_ones_of_each_class(judged):
     pd.testing.assert_frame_equal(examples, again)
 
 
-def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
+def test_errors_alternate_between_kinds_most_confident_first(judged, monkeypatch):
     frame, about = judged.predictions("test")
     rng = np.random.default_rng(0)
     prob = rng.random(len(frame))
@@ -75,7 +75,7 @@ def test_mistakes_come_in_turn_surest_first(judged, monkeypatch):
     assert [name for name in shown if name in alarms] == alarms[:2]
 
 
-def test_until_it_is_opened_the_test_subset_is_left_alone(unopened):
+def test_the_test_subset_is_not_explained_before_its_evaluation(unopened):
     written = biopsy.explain(unopened, errors=2, method="saliency", device="cpu")
     assert {entry["subset"] for entry in written["patches"]} == {"validation"}
     assert not (unopened.path / "predictions" / "test.parquet").exists()
@@ -328,7 +328,7 @@ def test_the_command_prints_a_table_and_the_sheets(judged, tmp_path):
 # --- in the report
 
 
-def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
+def test_a_report_computes_nothing_and_lists_missing_results(judged):
     for folder in ("explain", "errors"):
         shutil.rmtree(judged.path / folder, ignore_errors=True)
     (path,) = biopsy.report(judged)
@@ -340,7 +340,7 @@ def test_a_report_computes_nothing_and_names_what_it_lacks(judged):
 
 
 @pytest.mark.slow
-def test_a_complete_report_runs_what_is_missing_and_reads_it_again(judged):
+def test_a_complete_report_computes_missing_results_once(judged):
     shutil.rmtree(judged.path / "explain", ignore_errors=True)
     measure_hypotheses(judged)
     (path,) = biopsy.report(judged, complete=True)

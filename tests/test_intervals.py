@@ -347,7 +347,7 @@ def test_intervals_of_few_unequal_patients_hold_the_truth():
     assert len(held) > 100 and np.mean(held) > 0.87
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     """150 cohorts of 12 patients: 95 % nominal, .88 is 4 standard errors below."""
     population, names, held = Population(auroc=0.83), ["auroc", "sensitivity"], {"ours": [], "wilson": []}
     truth = {"auroc": 0.83, "sensitivity": population.sensitivity(0.3)}

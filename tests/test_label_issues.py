@@ -125,7 +125,7 @@ def test_a_closed_test_subset_is_not_looked_at(noisy, tmp_path):
     assert set(table["patient_id"]) == {"8863", "8864"}
 
 
-def test_the_page_is_whole_and_sends_nothing(noisy, tmp_path):
+def test_the_page_is_self_contained(noisy, tmp_path):
     run, _, _ = noisy
     called = call("label-issues", str(run.path), "--out", str(tmp_path / "out"), "--n", "4")
     assert called.exit_code == 0, called.output

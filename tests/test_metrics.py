@@ -181,7 +181,7 @@ def test_perfect_and_reversed_predictors():
     assert reversed_["brier"] == 1
 
 
-def test_a_constant_predictor_knows_nothing():
+def test_a_constant_predictor_is_at_chance():
     target, prob = np.array([1, 0, 0, 0]), np.full(4, 0.25)
     ours = measure(sort_scores(target, prob).count())
     assert ours["auroc"] == 0.5

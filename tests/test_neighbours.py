@@ -101,7 +101,7 @@ def test_zones_add_up_and_the_border_is_harder_where_it_was_made_harder():
     assert measure_zones(np.full(4, None), score(target[:4], prob[:4], target[:4], unit="patch"), 0.5) == {}
 
 
-def test_doubt_is_the_share_of_voices_after_laplace():
+def test_doubt_is_the_smoothed_share_of_votes():
     counts = np.array([[7.0, 1.0], [8.0, 0.0], [np.nan, np.nan], [np.nan, np.nan], [0.0, 1.0]])
     target = np.array([1, 0, 1, 1, 0])
     probs = np.array([[np.nan, np.nan], [0.9, 0.1], [0.8, 0.2], [np.nan, np.nan], [np.nan, np.nan]])
@@ -111,7 +111,7 @@ def test_doubt_is_the_share_of_voices_after_laplace():
     assert found["n_for"].fillna(-1).tolist() == [7, 0, -1, -1, 1]
 
 
-def test_of_several_classes_the_one_with_most_voices_is_suggested():
+def test_the_class_with_most_votes_is_suggested():
     counts, probs = np.array([[1.0, 3.0, 4.0], [1.0, 3.0, 4.0]]), np.array([[0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
     found = rank_label_issues(counts, np.array([2, 0]), probs)
     assert found["suggested"].tolist() == [1, 2]

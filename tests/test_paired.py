@@ -116,7 +116,7 @@ def test_a_level_that_is_none_is_refused():
 
 
 @pytest.mark.parametrize("n_patients", [10, 20, pytest.param(50, marks=pytest.mark.slow)])
-def test_chance_alone_is_called_a_difference_one_time_in_twenty(n_patients):
+def test_the_false_positive_rate_is_the_nominal_five_percent(n_patients):
     rng = np.random.default_rng(n_patients)
     n_cohorts, wrong = 300, 0
     for _ in range(n_cohorts):

@@ -60,7 +60,7 @@ def summaries_alone(monkeypatch):
     monkeypatch.setattr("biopsy.reporting.compose.list_sections", list)
 
 
-def test_nothing_leaves_the_page_and_only_its_own_script_runs(report):
+def test_the_page_is_self_contained_and_runs_only_its_own_script(report):
     page = Page(report)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -123,7 +123,7 @@ def test_tables_hold_what_was_measured(report):
         assert heading in page
 
 
-def test_four_slides_are_put_together_again(report):
+def test_four_slides_are_reassembled(report):
     text = Page(report).text
     shown = re.findall(r"Slide (\d+)-slide: 64 patches, (\d+) IDC", text)
     assert len(shown) == 4 and all(count != "0" for _, count in shown)
@@ -150,12 +150,12 @@ def with_auroc(facts, value, low, high, gain=None):
         ((np.nan, None, None), None, "AUROC is not defined: only 3 patients."),
     ],
 )
-def test_the_verdict_says_no_more_than_the_intervals(auroc, gain, words):
+def test_the_verdict_follows_from_the_intervals(auroc, gain, words):
     assert words in state_verdict(with_auroc(make_small_facts(), *auroc, gain))
 
 
 @pytest.mark.parametrize("names", [("0", "1"), ("non_idc", "idc")])
-def test_names_of_classes_can_be_read(names):
+def test_class_names_are_readable(names):
     facts = make_small_facts()
     old = list(facts.class_names)
     renamed = {f"prob_{before}": f"prob_{name}" for before, name in zip(old, names, strict=True)}
@@ -187,7 +187,7 @@ SHIPPED = {"pretrained": True, "weights": "idc", "file": "weights.safetensors", 
     ],
 )
 @pytest.mark.usefixtures("summaries_alone")
-def test_the_summary_says_what_was_trained_and_from_where(trainable, weights, words):
+def test_the_summary_names_trained_layers_and_initial_weights(trainable, weights, words):
     facts = make_small_facts()
     recipe = facts.recipe.model_copy(
         update={"model": facts.recipe.model.model_copy(update={"trainable": trainable})}
@@ -245,7 +245,7 @@ def test_the_classes_of_the_subsets_are_drawn(report):
     assert len(drawn) == len(plain) + 1 and ">49 (" not in text
 
 
-def test_missing_intervals_and_values_state_why():
+def test_missing_intervals_and_values_have_a_reason():
     facts = make_small_facts(("8863", "8865", "8867"))
     patch = {**facts.metrics.patch, "auroc": Interval(np.nan, reason="one class only")}
     changed = replace(facts, metrics=replace(facts.metrics, patch=patch))
@@ -256,7 +256,7 @@ def test_missing_intervals_and_values_state_why():
     assert f" {reason}." in text and "none (b)" in text, "under the table"
 
 
-def test_what_users_name_is_escaped():
+def test_names_of_users_are_escaped():
     bad = ["<script>alert(1)</script>", "a&b\"'$x_{$", "{{ 7*7 }}"]
     facts = make_facts(
         (*bad, "d4", "e5", "f6"),
@@ -300,7 +300,7 @@ def test_hiding_changes_no_number_and_tells_patients_apart(hidden):
     assert sorted(rows) == list("123456")
 
 
-def test_no_ids_at_all_still_make_a_report():
+def test_a_report_without_ids():
     table = make_predictions(("a", "b")).assign(patient_id=None, slide_id=None, x=np.nan, y=np.nan)
     metrics = make_metrics(table.assign(patient_id=np.arange(len(table)) // 10))
     interval = replace(metrics.interval, unit="patch")
@@ -387,11 +387,11 @@ def test_every_kind_of_block_is_written():
         ("x", "x"),
     ],
 )
-def test_numbers_are_written_for_readers(value, shown):
+def test_numbers_are_formatted(value, shown):
     assert number(value) == shown
 
 
-def test_tables_are_made_of_values():
+def test_tables_format_values_and_number_reasons():
     few, wide = Interval(0.5, reason="only 3 patients"), Interval(0.8423, 0.79, 0.891)
     rows = [["a", 8151, wide], ["b", None, few], ["c", np.float64("nan"), few]]
     table = make_table(["name", "n", "AUROC"], rows, caption="Table", note="Note.", fold_long=True)
@@ -406,7 +406,7 @@ def test_tables_are_made_of_values():
     assert (long.caption, long.fold) == ("", "Table")
 
 
-def test_openings_are_reported():
+def test_evaluations_of_the_test_subset_are_reported():
     assert describe_openings({"times": 1, "runs": 1, "kept_with": "pack"}).startswith(
         "This test subset has been evaluated 1 time, by 1 run"
     )

@@ -79,7 +79,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.parametrize("network", ["cancernet", "baruah", "dabydeen_hedges", "residual", "vgg16"])
-def test_a_compiled_network_says_what_pytorch_says(network):
+def test_a_compiled_network_has_the_logits_and_features_of_pytorch(network):
     classifier = classifier_of(network)
     with open_runtime(classifier, "cpu", "fp32", n_threads=1) as runtime:
         assert runtime.software[0] == "openvino"
@@ -141,7 +141,7 @@ def test_threads_that_share_a_network_get_the_same_logits(compiled):
             assert np.array_equal(found, alone)
 
 
-def test_64_bits_stay_with_pytorch():
+def test_float64_is_run_by_pytorch():
     classifier = classifier_of(build_network("cancernet", n_classes=2, input_px=32, seed=0))
     classifier.network.register_buffer("table", torch.zeros(1, dtype=torch.float64))
     before = torch.get_num_threads()
@@ -156,7 +156,7 @@ class Sorted(torch.nn.Module):
         return values[:, :2]
 
 
-def test_what_openvino_cannot_follow_stays_with_pytorch(caplog):
+def test_a_network_that_openvino_cannot_convert_is_run_by_pytorch(caplog):
     classifier = classifier_of(Sorted())
     software, logits = ask(classifier, PATCHES)
     assert software == "torch" and logits.shape == (21, 2)
@@ -164,7 +164,7 @@ def test_what_openvino_cannot_follow_stays_with_pytorch(caplog):
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-4, 0), (1, 100)])
-def test_a_network_that_comes_out_otherwise_stays_with_pytorch(scale, offset, caplog, monkeypatch):
+def test_a_network_whose_converted_logits_differ_is_run_by_pytorch(scale, offset, caplog, monkeypatch):
     """Whatever the size of its logits and the distance between those of two classes."""
     monkeypatch.setattr(compiling, "_split", lambda weight: (weight, weight))
     classifier = classifier_of("cancernet")
@@ -236,7 +236,7 @@ def quantised(bundle):
 
 
 @pytest.mark.slow  # NNCF takes seconds to import
-def test_a_quantised_network_is_near_and_its_own(quantised):
+def test_a_quantised_network_is_close_to_the_original_and_damage_is_refused(quantised):
     classifier = Classifier.load(quantised)
     software, logits = ask(classifier, PATCHES, "int8", n_threads=2)
     assert software == "openvino"

@@ -119,7 +119,7 @@ def test_numbers_follow_from_the_pooled_predictions(finished):
         assert (found["gain"]["mean"], found["gain"]["min"]) == pytest.approx((gain.mean(), gain.min()))
 
 
-def test_its_report_is_one_file_that_needs_nothing(finished, tmp_path):
+def test_the_report_is_one_self_contained_file(finished, tmp_path):
     made, _ = finished
     for hide_ids in (False, True):
         (path,) = report(made.path, out=tmp_path / "report.html", hide_ids=hide_ids)
@@ -130,7 +130,7 @@ def test_its_report_is_one_file_that_needs_nothing(finished, tmp_path):
         assert all((str(8863 + 2 * index) in text) is not hide_ids for index in range(6))
 
 
-def test_asking_again_trains_and_opens_nothing(finished, tmp_path):
+def test_a_finished_study_is_not_trained_or_evaluated_again(finished, tmp_path):
     made, _ = finished
     pack = made.runs()[0].open_pack()
     before, ledger = weights(made), (pack.path / "ledger.jsonl").read_text()

@@ -61,7 +61,7 @@ def test_folds_without_an_auroc_show_their_accuracy():
     assert "nan" not in page and "of -" not in page and "dotted line" not in page
 
 
-def test_folds_are_named_by_whom_they_test():
+def test_folds_are_named_by_their_test_patients():
     table = pd.DataFrame({"fold": [0, 1], "tested": ["8863", " ".join(["8865"] * 9)]})
     assert name_folds(table) == ["8863", "1"] and name_folds(table[["fold"]]) == ["0", "1"]
     facts = make_study()
@@ -70,7 +70,7 @@ def test_folds_are_named_by_whom_they_test():
     assert "patient-1" in page and not re.search("8863|8865|8867", page)
 
 
-def test_folds_that_test_equally_many_patients_stay_apart():
+def test_folds_with_equally_many_test_patients_are_distinct():
     """Two folds of 24 patients each, two seeds: today's page must say two folds, not one with four seeds."""
     table = pd.DataFrame({"fold": [0, 1, 0, 1], "tested": ["24 patients"] * 4, "seed": [0, 0, 1, 1]})
     assert name_folds(table) == ["0 (24 patients)", "1 (24 patients)"] * 2
@@ -82,7 +82,7 @@ def test_folds_that_test_equally_many_patients_stay_apart():
     assert results.by_fold["n_seeds"].tolist() == [3, 3, 3] and results.n_seeds == 3
 
 
-def test_pooled_numbers_stand_beside_the_means_within_folds():
+def test_pooled_metrics_are_shown_beside_means_within_folds():
     facts = make_study()
     within = {"auroc": FoldMean(0.925, 0.893, 0.951, 3)}
     page = Page(render_report(report_of_study(replace(facts, within_folds=within))))
