@@ -164,7 +164,7 @@ def test_many_patients_are_drawn_with_the_seed():
     ("wrong", "confidence", "reason"),
     [([], [], "shape"), ([True], [0.5, 0.6], "shape"), ([True, False], [0.5, np.nan], "missing")],
 )
-def test_what_has_no_curve_is_refused(wrong, confidence, reason):
+def test_data_without_a_risk_coverage_curve_are_refused(wrong, confidence, reason):
     with refuses(MetricError, reason=reason):
         risk_coverage_curve(wrong, confidence)
 

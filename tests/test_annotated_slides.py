@@ -66,7 +66,7 @@ def shares(pack, polygon, scale=2.0):
     return np.array([mask[y : y + side, x : x + side].mean() for x, y in corners])
 
 
-def test_labels_are_what_covers_half_of_a_patch(slides):
+def test_a_label_is_the_class_that_covers_half_of_the_patch(slides):
     pack = cut(slides())
     assert pack.class_names == ["Stroma", "Tumor"] and pack.info.dataset == "annotated-slides"
     found = np.stack([shares(pack, STROMA), shares(pack, TUMOUR)])
@@ -249,7 +249,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_is_refused(slides, name):
+def test_annotations_that_do_not_fit_the_slide_are_refused(slides, name):
     made, options, facts = REFUSALS[name]
     folder = slides(**made)
     with refuses((DataError, SlideError), *facts):
@@ -316,7 +316,7 @@ def labels(pack):
 
 
 @pytest.mark.parametrize(("mpp", "patch_px"), [(1.0, 16), (0.65, 20)])
-def test_what_a_map_left_open_comes_back_without_a_label(slides, tmp_path, mpp, patch_px):
+def test_abstained_patches_of_a_map_return_without_a_label(slides, tmp_path, mpp, patch_px):
     folder = slides(None)
     info = make_classifier(patch_px=patch_px, input_px=16).info
     info = info.model_copy(update={"mpp": mpp, "conformal": {"quantiles": [0.95, 0.9]}})

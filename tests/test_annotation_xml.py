@@ -185,7 +185,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_file_of_annotations_is_refused(read, name):
+def test_files_that_are_not_annotations_are_refused(read, name):
     text, reason = BAD[name]
     with refuses(FileFormatError, "case.xml", reason=reason):
         read(text)

@@ -84,7 +84,7 @@ def test_outlines_of_other_planes_are_named(write, caplog, plane):
     assert len(read_annotations(write([there])).items) == 1 and "1 outlines" in caplog.text
 
 
-def test_what_says_nothing_of_a_class_is_counted(write):
+def test_areas_without_a_class_are_counted(write):
     features = [
         feature(),
         feature(name=None),
@@ -187,7 +187,7 @@ def test_collections_give_their_areas_and_empty_geometries_none(write):
 @pytest.mark.parametrize(
     "rest", [[[5, 0]] * 4, [[5, 0, 7, 1]] * 4, [[5, 0], [9, 9, 9]] * 2], ids=["2", "4", "mixed"]
 )
-def test_what_stands_after_x_and_y_is_left_out(write, rest):
+def test_further_coordinates_after_x_and_y_are_ignored(write, rest):
     ring = [[0, 0], *([x, i, *more] for i, (x, _, *more) in enumerate(rest)), [0, 10], [0, 0]]
     found = read_annotations(write([feature([ring])]))
     assert found.items[0].polygon.equals(Polygon([place[:2] for place in ring]))

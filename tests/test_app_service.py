@@ -184,7 +184,7 @@ def test_limits_are_kept(client, images):
     assert client.get("/health").status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_back(trained_run, images, tmp_path):
+def test_a_full_queue_answers_with_a_time_to_retry(trained_run, images, tmp_path):
     limits = replace(LIMITS, waiting_patches=5)
     app = make_service(trained_run, out=tmp_path / "jobs", device="cpu", limits=limits)
     with TestClient(app, raise_server_exceptions=False) as client:

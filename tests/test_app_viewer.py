@@ -453,7 +453,7 @@ def test_where_nothing_can_be_written_it_is_reported(make_pack, tmp_path):
         {"region": "../etc", "polygon": [[0, 0], [1, 1], [2, 0]], "verdict": "right"},
     ],
 )
-def test_what_makes_no_sense_is_refused(make_pack, said):
+def test_invalid_annotations_are_refused(make_pack, said):
     client = open_page(make_pack().path)
     [sheet] = client.get("/api/state").json()["sheets"]
     refused = post(client, place=sheet["key"], **said)
@@ -474,7 +474,7 @@ def test_other_sites_and_other_names_are_refused(make_pack):
         assert client.get(path).status_code == 404
 
 
-def test_what_is_no_source_is_refused(tmp_path):
+def test_paths_that_cannot_be_viewed_are_refused(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(DataError):
             make_viewer(path)

@@ -59,7 +59,7 @@ def test_entries_are_in_order_and_without_junk(archive):
     ("name", "junk"),
     [("./a.png", False), ("a/.b/c", True), ("a.b/c", False), ("Thumbs.db", True), ("Thumbs.dbx", False)],
 )
-def test_what_is_junk(name, junk):
+def test_hidden_and_system_files_are_ignored(name, junk):
     assert is_junk(name) == junk
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_entry_is_named_when_it_is_read(tmp_path):
         archive.read(bad._replace(method=12))
 
 
-def test_an_entry_that_unpacks_to_more_than_it_says_is_stopped(tmp_path):
+def test_an_entry_that_unpacks_to_more_than_its_stated_size_is_stopped(tmp_path):
     archive = open_archive(write_zip(tmp_path / "x.zip", {"bomb.png": bytes(10**6)}, zipfile.ZIP_DEFLATED))
     entry = archive.entries[0]
     with refuses(DataError, "1,000 bytes"):

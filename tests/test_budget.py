@@ -46,7 +46,7 @@ def test_runs_end_in_time_unless_they_are_as_short_as_can_be(asked, seconds):
         assert 1 <= lengths[name].updates <= need.full.updates
 
 
-def test_what_a_short_recipe_leaves_goes_to_the_others():
+def test_time_that_a_short_recipe_leaves_goes_to_the_others():
     def need(steps):
         return Need(1, Length(1, steps), Speed(1.0, 0.0, 0.0), 1, 1)
 

@@ -211,7 +211,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_makes_no_pack_is_refused(case, tmp_path):
+def test_inputs_that_make_no_pack_are_refused(case, tmp_path):
     arguments, options, facts = REFUSED[case]
     with refuses(DataError, *facts):
         Pack.from_arrays(*arguments, **options)

@@ -159,7 +159,7 @@ def test_nothing_in_a_bundle_names_a_folder_of_this_machine(bundle):
         assert not any(home in script.read(name) for name in script.namelist())
 
 
-def test_the_card_says_what_the_records_say(bundle, trained_run):
+def test_the_card_agrees_with_the_records(bundle, trained_run):
     card = (bundle.path / "README.md").read_text()
     for wanted in (
         "not a medical device",
@@ -218,7 +218,7 @@ def test_parity_that_is_no_number_is_refused():
         bundles._require_parity(known)
 
 
-def test_what_cannot_be_exported_is_refused(trained_run, tmp_path, make_pack):
+def test_classifiers_that_cannot_be_exported_are_refused(trained_run, tmp_path, make_pack):
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()

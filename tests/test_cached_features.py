@@ -120,7 +120,7 @@ def test_where_it_cannot_help_nothing_is_computed(pack, tmp_path, caplog, traina
 
 
 @pytest.mark.parametrize("bound", ["bytes", "disk"])
-def test_what_would_take_too_much_room_is_not_kept(pack, tmp_path, caplog, monkeypatch, bound):
+def test_features_larger_than_the_limit_are_not_cached(pack, tmp_path, caplog, monkeypatch, bound):
     network, batches = make_network(), make_batches(pack)
     n_bytes = 47 * 128 * 8 * 8 * 4  # two poolings of 32 px
     if bound == "bytes":
@@ -162,7 +162,7 @@ def test_a_training_comes_out_as_without(pack, tmp_path, caplog, monkeypatch):
     assert files[0] == files[1]
 
 
-def test_what_is_frozen_stays_as_it_was(pack, tmp_path):
+def test_frozen_layers_do_not_change(pack, tmp_path):
     run = train_tiny(pack, tmp_path / "run", *FROZEN)
     start = build_network("cancernet", n_classes=2, input_px=16, seed=0).state_dict()
     trained = weights(run)

@@ -104,7 +104,7 @@ def test_thresholds_are_chosen_on_calibrated_probabilities(trained_run):
     assert trained_run.info["threshold"].items() <= frozen[0].items()
 
 
-def test_calibrated_scores_are_what_an_export_puts_out(trained_run):
+def test_calibrated_scores_equal_those_of_an_export(trained_run):
     for method in ("temperature", "platt", "isotonic", "none"):
         logits, target, groups = draw(200)
         for outputs in ("softmax", "sigmoid"):
@@ -349,7 +349,7 @@ def test_it_needs_no_pack(run):
     assert Run.open(run.path).info["config_sha256"] is None
 
 
-def test_what_cannot_be_calibrated_is_refused(run, tmp_path):
+def test_runs_that_cannot_be_calibrated_are_refused(run, tmp_path):
     with refuses(MetricError, "'plat'", "'platt'"):
         calibrate(run, method="plat")
     with FileLock(run.path / LOCK), refuses(RunError, "another process"):

@@ -307,7 +307,7 @@ def test_probabilities_of_exactly_0_and_1(method):
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 @pytest.mark.parametrize("method", FITTED)
-def test_what_is_not_finite_is_refused(method, wrong):
+def test_values_that_are_not_finite_are_refused(method, wrong):
     scores, target = draw(20)
     scores[3, 1] = wrong
     with refuses(MetricError, "1", "finite", "row 3"):
@@ -339,7 +339,7 @@ def test_an_unknown_method_is_named():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_written_reads_back_equal(method):
+def test_a_stored_calibrator_is_read_back_equal(method):
     scores, target = draw()
     fitted = fit_calibrator(scores, target, method, trained_prior=[0.4, 0.6])
     read = calibrator_from_dict({**fitted.to_dict(), "fitted_on": "validation"})

@@ -178,7 +178,7 @@ def test_interrupted_training_states_how_to_go_on(replace):
         ("predict", ["run", "x.png"]),
     ],
 )
-def test_interrupting_another_verb_says_to_run_it_again(replace, verb, arguments):
+def test_an_interrupted_command_proposes_to_run_it_again(replace, verb, arguments):
     replace(verb, KeyboardInterrupt())
     result = call(verb, *arguments)
     assert result.exit_code == 130
@@ -343,7 +343,7 @@ def fetch_and_log(name, out, **options):
     return FetchResult("pcam", Path("there"), (), ())
 
 
-def test_what_the_library_logs_is_on_stderr_and_reported_once(replace):
+def test_log_messages_go_to_stderr_once(replace):
     replace("fetch", fetch_and_log)
     result = call("fetch", "pcam", "--out", "there")
     assert result.stdout == "there\n"

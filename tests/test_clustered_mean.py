@@ -38,6 +38,6 @@ def test_bounds_are_kept():
 
 
 @pytest.mark.parametrize("values", [[], [np.nan, 1.0], [1.0, 2.0, 3.0]])
-def test_what_has_no_mean_is_refused(values):
+def test_values_without_a_mean_are_refused(values):
     with refuses(MetricError, "finite"):
         clustered_mean(values, ["a", "b"], seed=0)

@@ -159,7 +159,7 @@ def test_finished_slides_are_kept_and_changed_questions_asked_again(make_slide, 
     assert map_again(stride_um=8) > other
 
 
-def test_what_fails_is_named_and_the_rest_done(make_slide, tmp_path):
+def test_failing_slides_are_named_and_the_others_mapped(make_slide, tmp_path):
     make_slide("a.tiff")
     make_slide("unknown.png")
     (tmp_path / "unknown.png").write_bytes(b"no image at all")

@@ -95,7 +95,7 @@ def test_rows_without_a_patch_are_counted_and_named_with_the_likely_patch(table,
     assert "'3' (perhaps '03')" in caplog.text
 
 
-def test_what_a_table_says_of_a_patient_replaces_the_source_with_a_warning(table, csv, caplog):
+def test_patients_of_a_table_replace_those_of_the_source_with_a_warning(table, csv, caplog):
     table["patient_id"] = ["1", "1", "2"]
     found, _ = join_patients(table, csv("patch_id,patient_id\na/p1_1,1\na/p1_2,9\n"))
     assert found["patient_id"].tolist() == ["1", "9", "2"]

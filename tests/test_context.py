@@ -57,7 +57,7 @@ def test_a_patch_without_neighbours_keeps_its_logits():
     assert np.allclose(no_place, logits, atol=1e-6)
 
 
-def test_the_shape_of_the_tissue_says_nothing():
+def test_the_shape_of_the_tissue_does_not_change_predictions():
     """Equal logits stay equal wherever neighbours are missing."""
     rng = np.random.default_rng(1)
     cells = rng.choice(100, 40, replace=False)
@@ -146,7 +146,7 @@ def test_a_slide_map_is_made_with_context(pack, run, tmp_path):
         assert np.allclose(np.sort(slide_map.probs[:, 1]), np.sort(expected["prob"]), atol=1e-4)
 
 
-def test_what_is_exported_takes_single_patches(pack, run, tmp_path):
+def test_exported_networks_take_single_patches(pack, run, tmp_path):
     bundle = export(run, tmp_path / "bundle")
     assert max(known["probs"] for known in bundle.parity["largest_difference"].values()) < 1e-5
     assert Classifier.load(bundle.path).info.context == 1.5

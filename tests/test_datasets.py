@@ -74,7 +74,7 @@ def test_every_tree_is_recognised_and_read(name, tmp_path):
     pack.verify()
 
 
-def test_every_layout_has_a_tree_and_says_whose_it_is():
+def test_every_layout_has_an_example_tree_and_a_source():
     of_patches = {name.partition("-")[0] for name, layout in DATASETS.items() if not layout.cuts_slides}
     assert {layout for layout, *_ in EXPECTED.values()} == of_patches
     for layout in DATASETS.values():
@@ -90,7 +90,7 @@ def test_a_zip_gives_the_pack_of_the_folder(name, tmp_path):
     assert np.array_equal(packed.patches, folder.patches)
 
 
-def test_idc_says_who_where_and_what(tmp_path):
+def test_idc_file_names_give_patient_place_and_class(tmp_path):
     pack = prepare(TREES / "idc", tmp_path / "x.pack")
     row = pack.table.set_index("patch_id").loc["8863_idx5_x51_y1_class1"]
     assert (row["patient_id"], row["slide_id"], row["x"], row["y"], row["target"]) == (
@@ -467,7 +467,7 @@ def test_numbers_as_class_names_are_in_order_of_value(tmp_path, make_patches):
     assert prepare(tmp_path / "x", tmp_path / "x.pack").class_names == ["9", "10", "benign"]
 
 
-def test_what_no_layout_knows_is_refused_with_what_was_looked_for(tmp_path):
+def test_unknown_layouts_are_refused_and_known_ones_listed(tmp_path):
     (tmp_path / "x").mkdir()
     shutil.copy(next((TREES / "classes/adenosis").iterdir()), tmp_path / "x" / "a.png")
     with refuses(DataError, "'a.png'", "idc"):

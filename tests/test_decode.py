@@ -257,7 +257,7 @@ def sixteen_bit_rgb_png():
         ),
     ],
 )
-def test_what_has_no_certain_colour_is_refused_in_one_line(data, fact, reason):
+def test_images_of_ambiguous_colour_are_refused_in_one_line(data, fact, reason):
     with refuses(DataError, fact, reason=reason):
         decode(data)
 

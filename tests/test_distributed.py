@@ -118,7 +118,7 @@ def test_slurm_counts_where_an_address_is_set_and_torchrun_before_it(environment
     assert read_launch() == Launch(1, 2, 1)
 
 
-def test_what_several_processes_cannot_share_is_refused(environment, capsys):
+def test_settings_that_several_processes_cannot_share_are_refused(environment, capsys):
     environment(TORCHRUN)
     with refuses(RecipeError, "one GPU"), join_processes("cuda:1"):
         pass

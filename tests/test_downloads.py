@@ -24,7 +24,7 @@ def test_a_file_arrives_whole(server, tmp_path):
     assert does.asked == [None]
 
 
-def test_what_is_there_is_not_fetched_again(server, tmp_path):
+def test_existing_files_are_not_downloaded_again(server, tmp_path):
     base, does = server
     get(data_file(base), tmp_path)
     again = get(data_file(base), tmp_path)

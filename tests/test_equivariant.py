@@ -183,6 +183,6 @@ def test_a_stored_classifier_and_its_exports_give_the_same_probabilities(tmp_pat
         ({"base_channels": 0}, ["base_channels=0"]),
     ],
 )
-def test_what_has_not_eight_symmetries_is_refused(params, facts):
+def test_inputs_without_the_eight_symmetries_are_refused(params, facts):
     with refuses(RecipeError, NAME, *facts):
         build_network(NAME, n_classes=2, **{"input_px": 50} | params)

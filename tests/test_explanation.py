@@ -263,7 +263,7 @@ def test_the_first_layer_is_the_first_convolution_or_its_rectifier():
         ({"channels": "some"}, "value", ["channels='some'"]),
     ],
 )
-def test_what_cannot_be_explained_is_refused(asked, reason, facts):
+def test_options_that_do_not_fit_are_refused(asked, reason, facts):
     classifier = make_classifier(make_network("cancernet"))
     with refuses(RecipeError, *facts, reason=reason):
         explain_patches(classifier, draw_patches(1), engine=CPU, **asked)
@@ -274,7 +274,7 @@ def test_a_network_without_convolutions_has_no_first_layer():
         explain_patches(make_classifier(make_linear(), input_px=8), draw_patches(1, 8), method="activations")
 
 
-def test_every_method_says_what_it_shows_and_what_not():
+def test_every_method_describes_what_it_shows_and_its_limits():
     assert {"saliency", "activations"} <= set(METHODS)
     for method in METHODS.values():
         assert method.shows and method.caveat and method.compute.__doc__

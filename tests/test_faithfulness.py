@@ -214,7 +214,7 @@ def test_every_pixel_has_the_rank_of_its_cell(side):
     np.testing.assert_array_equal(rank_cells(np.zeros((1, side, side)))[0, 0], cell)
 
 
-def test_what_is_left_of_a_blurred_patch_is_slow_colour():
+def test_a_blurred_patch_keeps_low_frequencies_only():
     patches = draw_noise(2)
     blurred = blur_patches(patches)
     assert blurred.std() < 0.2 * patches.std()
@@ -398,7 +398,7 @@ def test_the_verb_measures_with_the_flag_and_the_report_shows_it(judged, monkeyp
         ({"methods": ["grad_cam"], "layer": "nowhere"}, "'nowhere'", "name"),
     ],
 )
-def test_what_cannot_be_tested_is_refused(judged, asked, fact, reason):
+def test_explanations_that_cannot_be_tested_are_refused(judged, asked, fact, reason):
     with refuses(RecipeError, fact, reason=reason):
         measure_faithfulness(judged, n_patches=2, device="cpu", **asked)
 

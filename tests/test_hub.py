@@ -26,7 +26,7 @@ def bundle(trained_run, tmp_path_factory):
     return export(trained_run, tmp_path_factory.mktemp("hub") / "bundle").path
 
 
-def test_what_is_published_predicts_the_same_at_the_commit_named(hub, bundle, trained_run, tmp_path):  # noqa: F811
+def test_a_published_classifier_predicts_the_same_at_its_commit(hub, bundle, trained_run, tmp_path):  # noqa: F811
     result = publish(bundle, "lab/breast")
     assert hub.repositories["lab/breast"][result.commit].keys() == set(result.files)
     patch = trained_run.open_pack(verify=False).patches[0]
@@ -57,7 +57,7 @@ def test_a_commit_stays_pinned_and_opens_offline(hub, bundle, trained_run):  # n
     ("name", "reason"),
     [("lab/none", "missing"), ("lab/breast@v9", "revision"), ("breast", "name"), ("a/b/c", "name")],
 )
-def test_what_the_hub_does_not_have_is_refused(hub, name, reason):  # noqa: F811
+def test_repositories_and_files_missing_on_the_hub_are_refused(hub, name, reason):  # noqa: F811
     hub.repositories["lab/breast"] = {"a" * 40: {"README.md": b"# nothing"}}
     with pytest.raises(HubError) as error:
         open_classifier(f"hf:{name}")

@@ -122,7 +122,7 @@ def make_classifier(name="cancernet", network=None, **changes):
     return Classifier(info, network or make_network(name, info.preprocessing))
 
 
-def test_features_are_what_the_last_layer_sees(network, patches):
+def test_features_are_the_input_of_the_last_layer(network, patches):
     index = np.array([5, 2])
     logits, features = predict_with_features(
         make_classifier(network=network), patches, index=index, engine=ENGINE
@@ -144,7 +144,7 @@ def test_features_are_what_the_last_layer_sees(network, patches):
         pytest.param("residual", "d4", marks=pytest.mark.slow),
     ],
 )
-def test_what_openvino_computes_is_within_1e5_of_pytorch(name, tta, monkeypatch):
+def test_openvino_is_within_1e5_of_pytorch(name, tta, monkeypatch):
     monkeypatch.setattr(runtimes, "MIN_PATCHES_TO_CONVERT", 1)
     classifier = make_classifier(name, tta=tta, preprocessing=Preprocessing(input_px=32, resize="bilinear"))
     rng = np.random.default_rng(0)

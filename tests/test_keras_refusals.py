@@ -21,7 +21,7 @@ def cancernet_file(tmp_path):
     return write_keras(tmp_path / "cancernet.keras", layers, make_config(layers, input_px=48)), layers
 
 
-def test_another_architecture_says_where_and_which(tmp_path):
+def test_another_architecture_is_refused_with_the_differing_layer(tmp_path):
     baruah, cancernet = (
         keras_layers(build(name, input_px=px)) for name, px in (("baruah", 50), ("cancernet", 48))
     )
@@ -58,7 +58,7 @@ def test_a_layer_of_another_shape_is_named_and_nothing_is_carried(tmp_path):
         ({"SeparableConv2D": {"data_format": "channels_first"}}, ("'separable_conv2d'",), "value"),
     ],
 )
-def test_what_weights_do_not_tell_the_configuration_does(tmp_path, changes, facts, reason):
+def test_settings_that_weights_do_not_show_are_read_from_the_configuration(tmp_path, changes, facts, reason):
     layers = keras_layers(build(input_px=48))
     path = write_keras(tmp_path / "a.keras", layers, make_config(layers, input_px=48, **changes))
     if reason is None:
@@ -211,7 +211,7 @@ def test_a_file_that_was_cut_short_is_one_line(tmp_path):
             assert error.value.reason in ("syntax", "columns")
 
 
-def test_what_is_no_keras_file_is_refused(tmp_path):
+def test_files_that_are_not_of_keras_are_refused(tmp_path):
     (tmp_path / "text.h5").write_text("conv2d")
     (tmp_path / "empty.keras").write_bytes(b"")
     (tmp_path / "saved_model").mkdir()

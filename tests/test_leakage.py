@@ -222,7 +222,7 @@ def test_wrong_patients_are_refused(make_pack: MakePack, tested: str, validating
         make_leak_splits(make_pack(n_patients=4), tested, validating)
 
 
-def test_what_cannot_be_measured_is_refused(make_pack: MakePack) -> None:
+def test_packs_and_settings_without_a_measurable_leak_are_refused(make_pack: MakePack) -> None:
     target = np.concatenate([np.zeros(12, int), np.tile([0, 1], 18)])
     one_class = make_pack("one.pack", n_patients=4, columns={"target": target})
     with refuses(SplitError, "8863", "non_idc"):

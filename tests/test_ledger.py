@@ -41,7 +41,7 @@ def test_openings_are_counted_by_split_fold_and_subset(make_pack: MakePack, tmp_
     assert count_openings(pack, split="folds", fold=0) == nobody
 
 
-def test_an_entry_says_when_and_of_what(make_pack: MakePack, tmp_path: Path) -> None:
+def test_an_entry_records_time_and_subject(make_pack: MakePack, tmp_path: Path) -> None:
     pack = make_pack(n_patients=1)
     assert record_opening(pack, tmp_path, entry()) == pack.path / FILE
     found = json.loads((pack.path / FILE).read_text())

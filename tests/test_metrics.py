@@ -285,7 +285,7 @@ def test_an_unknown_metric_names_the_nearest():
 
 
 @pytest.mark.parametrize("metrics", [METRICS, MULTICLASS_METRICS], ids=["two classes", "more"])
-def test_every_metric_says_what_it_means(metrics):
+def test_every_metric_has_a_description(metrics):
     for metric in metrics.values():
         assert 10 < len(metric.meaning) < 120
         assert "Return" not in metric.meaning and "\n" not in metric.meaning

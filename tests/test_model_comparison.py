@@ -252,7 +252,7 @@ def test_a_run_against_a_copy_is_exactly_zero(pair, tmp_path):
     assert pd.read_csv(tmp_path / "same" / "changed.csv").empty
 
 
-def test_what_turned_patch_by_patch(found, pack, pair):
+def test_changed_decisions_are_listed_by_patch(found, pack, pair):
     document, out = found
     _, (first, second) = pair
     right = (first >= 0.5) == (pack.target == 1), (second >= 0.4) == (pack.target == 1)
@@ -279,7 +279,7 @@ def test_what_turned_patch_by_patch(found, pack, pair):
     )
 
 
-def test_what_is_written(found):
+def test_the_written_files_of_a_comparison(found):
     _, out = found
     names = ["changed.csv", "comparison.csv", "comparison.json", "figure.svg", "report.html"]
     assert sorted(path.name for path in out.iterdir()) == [MANIFEST, *names]

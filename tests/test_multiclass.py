@@ -223,7 +223,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_what_allows_no_metric_is_refused(change, message):
+def test_labels_without_any_metric_are_refused(change, message):
     arguments = {"target": [0, 1, 2, 0], "probs": np.full((4, 3), 1 / 3), "group_ids": [1, 1, 2, 2]} | change
     group_ids = arguments.pop("group_ids")
     with pytest.raises(MetricError) as refused:

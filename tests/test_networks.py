@@ -127,7 +127,7 @@ def test_one_logit_is_a_sigmoid():
     assert torch.allclose(nn.functional.cross_entropy(logits, target), wanted)
 
 
-def test_what_the_authors_left_open_are_parameters():
+def test_settings_that_the_authors_do_not_state_are_parameters():
     network = build_network(
         "baruah", n_classes=2, input_px=50, filters=8, n_convolutions=3, n_dense=1, dense=16
     )
@@ -354,7 +354,7 @@ def test_a_librarys_vit_takes_another_size():
         ("torchvision:vit_b_32", {}, ["torchvision:vit_b_32", "input_px=50"]),
     ],
 )
-def test_what_a_library_does_not_have_is_refused(name, params, facts):
+def test_names_unknown_to_a_library_are_refused(name, params, facts):
     with refuses(RecipeError, *facts):
         build_network(name, n_classes=2, input_px=50, **params)
 

@@ -30,7 +30,7 @@ def test_discs_that_stand_apart_are_all_found_where_they_are(mpp, n):
         assert np.abs((found + 0.5) * mpp - (x, y)).max(axis=1).min() <= 1.5 * mpp
 
 
-def test_what_is_no_blob_is_not_counted():
+def test_only_blobs_are_counted():
     assert len(find_nuclei(np.full((40, 40), 0.7), 0.5)) == 0, "evenly dark"
     ramp = np.tile(np.linspace(0, 1, 40), (40, 1))
     assert len(find_nuclei(ramp, 0.5)) == 0

@@ -209,7 +209,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_allows_no_evaluation_is_refused(case):
+def test_predictions_that_cannot_be_evaluated_are_refused(case):
     arguments, options, facts = REFUSED[case]
     with refuses(MetricError, *facts):
         biopsy.evaluate_predictions(*arguments, **options)

@@ -89,7 +89,7 @@ def test_a_sheet_shows_each_patch_and_its_maps():
     assert drawn == svg(draw_overlays(rows, ["saliency", "activation 3"])) and "most" in drawn
 
 
-def test_what_does_not_fit_is_refused():
+def test_maps_and_pictures_that_do_not_fit_are_refused():
     with refuses(DataError, "(7, 9)", "(9, 7)"):
         superimpose(PATCH, np.zeros((7, 9)))
     with refuses(DataError, "1 rows", "2 maps"):

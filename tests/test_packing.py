@@ -142,7 +142,7 @@ def lying_png(n_px):
 
 @pytest.mark.parametrize("n_px", [20, 2000])
 @pytest.mark.parametrize("sample_rows", [3, 256])
-def test_what_decodes_sets_the_size_not_a_header_that_lies(
+def test_the_size_is_that_of_the_decoded_image_not_of_the_header(
     make_idc_zip, tmp_path, monkeypatch, n_px, sample_rows
 ):
     monkeypatch.setattr(packing, "_SAMPLE_ROWS", sample_rows)
@@ -274,7 +274,7 @@ def test_one_class_or_one_patient_is_data_with_a_warning(make_idc_zip, tmp_path,
     ]
 
 
-def test_the_pack_says_where_it_comes_from(make_idc_zip, tmp_path):
+def test_the_pack_records_its_origin(make_idc_zip, tmp_path):
     csv = tmp_path / "age.csv"
     csv.write_text("patient_id,age\n8863,61\n8865,\n1,50\n")
     pack = prepare(make_idc_zip(n_patients=2), tmp_path / "x.pack", join=csv, positive="non_idc", mpp=3.9)

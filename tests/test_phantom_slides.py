@@ -133,7 +133,7 @@ def test_sections_repeat_and_the_rest_is_glass(folder):
     assert areas == pytest.approx([slide.tumour.area / 5] * 5)
 
 
-def test_an_svs_says_what_aperios_say(folder):
+def test_an_svs_has_the_metadata_of_aperio_files(folder):
     truth = make_phantom_slide(folder / "case.svs", seed=0, width=200, height=200, mpp=0.5, drawn_mpp=2.8)
     with open_slide(truth.path) as slide:
         assert (slide.format, slide.mpp, slide.objective) == ("aperio", 0.5, 20.0)

@@ -65,7 +65,7 @@ def test_degrees_of_freedom_are_those_of_patients_who_carry_the_metric():
     assert few.n_patients > all_carry.n_patients and few.high > all_carry.high and few.low < all_carry.low
 
 
-def test_what_is_asked_moves_the_number():
+def test_the_number_of_patients_follows_the_request():
     def needed(sd=0.1, n=20, **asked):
         return plan_patients(sd, n, **{"difference": 0.05, **asked})
 

@@ -88,7 +88,7 @@ def run_code(code: str, site: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-def test_what_a_package_adds_is_used_in_every_process(site, tmp_path):
+def test_additions_of_a_package_are_used_in_every_process(site, tmp_path):
     write_pack(
         tmp_path, n_patients=9, patches_per_patient=6, official_subsets=("train", "validation", "test")
     )

@@ -280,7 +280,7 @@ def test_a_collapse_is_recognised(pack, whole, tmp_path, caplog):
 # --- results
 
 
-def test_the_document_says_what_was_learned_from(pack, whole):
+def test_the_document_records_the_patients_learned_from(pack, whole):
     document = read_json(whole.path / DOCUMENT, format=FORMAT)
     assert document["status"] == "finished"
     assert document["pack"]["content_sha256"] == pack.info.content_sha256

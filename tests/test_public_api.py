@@ -39,7 +39,7 @@ def test_every_command_is_a_function_and_every_function_a_command():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_the_source_says_of_a_function_is_what_importing_it_says(name):
+def test_signatures_read_from_the_source_equal_those_at_import(name):
     """Same parameters, defaults and docstring; a callback is a parameter that takes nothing from a shell."""
     read, imported = read_function(*list_functions()[name]), parameters_of(name)
     assert [*read.signature.parameters, *read.callbacks] == sorted(
@@ -134,7 +134,7 @@ def test_importing_the_package_and_any_help_load_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_what_runs_no_network_does_without_torch(make_pack):
+def test_functions_without_a_network_do_not_import_torch(make_pack):
     names = "fetch publish view serve inspect split slide list evaluate compare calibrate label_issues next"
     code = (
         "import sys, biopsy\n"

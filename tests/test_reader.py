@@ -32,7 +32,7 @@ def cut(image, x, y, width, height):
     return padded[y + 500 : y + 500 + height, x + 500 : x + 500 + width]
 
 
-def test_what_a_slide_says_of_itself(slide):
+def test_metadata_of_a_slide(slide):
     assert (slide.width, slide.height) == (600, 400)
     assert (slide.mpp, slide.mpp_source, slide.objective) == (0.5, "slide", None)
     assert slide.format == "generic-tiff" and slide.path.name == "slide.tiff"
@@ -67,7 +67,7 @@ def test_levels_are_read_at_level_0_coordinates(slide):
             np.testing.assert_array_equal(read, cut(image, x, y, 20, 15))
 
 
-def test_what_openslide_reads_is_the_same(make_slide):
+def test_pixels_equal_those_of_openslide(make_slide):
     path = make_slide(compression="jpeg")
     with open_slide(path) as slide:
         other = OpenSlideBackend(path)
@@ -77,7 +77,7 @@ def test_what_openslide_reads_is_the_same(make_slide):
         other.close()
 
 
-def test_what_openslide_leaves_transparent_is_white(make_slide):
+def test_transparent_pixels_of_openslide_are_white(make_slide):
     backend = OpenSlideBackend(make_slide())
     read = backend.read(0, 590, 390, 20, 20)  # a slide itself never asks beyond the edge
     backend.close()
@@ -256,7 +256,7 @@ def test_a_plain_tiff_may_say_its_mpp(tmp_path):
 
 @pytest.mark.parametrize("tile", [None, (128, 128)])
 @pytest.mark.parametrize(("size", "unit"), [(0.5, "\u00b5m"), (500, "nm"), (0.0005, "mm"), (0.5, None)])
-def test_an_ome_tiff_says_its_mpp_in_its_metadata(tmp_path, tile, size, unit):
+def test_the_mpp_of_an_ome_tiff_is_that_of_its_metadata(tmp_path, tile, size, unit):
     """As Bio-Formats and tifffile write it, with or without tags of resolution of their own."""
     sizes = {f"PhysicalSize{axis}": size for axis in "XY"}
     units = {f"PhysicalSize{axis}Unit": unit for axis in "XY"} if unit else {}

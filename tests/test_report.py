@@ -292,7 +292,7 @@ def test_hidden_ids_are_nowhere(report, hidden):
     assert "replaced by numbers" not in Page(report).text
 
 
-def test_hiding_changes_no_number_and_tells_patients_apart(hidden):
+def test_hidden_ids_change_no_number_and_stay_distinct(hidden):
     facts, page = make_facts(HIDDEN_IDS), Page(hidden).text
     for name in ("auroc", "sensitivity", "specificity"):
         assert f"{facts.metrics.patch[name].value:.3f}" in page

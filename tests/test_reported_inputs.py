@@ -808,7 +808,7 @@ def test_an_area_named_as_a_class_without_having_it_is_refused(tmp_path, about):
     ],
 )
 @pytest.mark.parametrize("program", ["qupath", "asap"])
-def test_an_area_without_a_class_is_labelled_as_the_user_says(tmp_path, program, unclassified, counts):
+def test_an_area_without_a_class_is_labelled_as_requested(tmp_path, program, unclassified, counts):
     write_slide(tmp_path / "s" / "case01.tif")
     if program == "qupath":
         notes = tmp_path / "case01.geojson"

@@ -67,7 +67,7 @@ def test_each_condition_is_compared_with_its_reference_on_the_same_patches():
         (99, 1000, True, "smoke, method only"),
     ],
 )
-def test_what_a_row_is_worth_is_reported(updates, published, method_only, label):
+def test_the_level_of_evidence_of_a_row_is_reported(updates, published, method_only, label):
     paper = BASELINE | {"published_updates": published, "method_only": method_only}
     rows = [run_row("published", None, 0, 0.9, updates=updates)]
     assert summarise({"p": paper}, pd.DataFrame(rows), {}, METRICS).papers["p"].label == label

@@ -40,13 +40,13 @@ def change(run, **fields):
     write_json(path, json.loads(path.read_text()) | fields)
 
 
-def test_a_finished_run_holds_what_the_formats_page_says(trained_run):
+def test_a_finished_run_has_the_files_of_the_formats_page(trained_run):
     files = [path for path in trained_run.path.rglob("*") if path.is_file() and path.name != LOCK]
     best = f"checkpoints/best-{trained_run.info['chosen_epoch']:04d}.safetensors"
     assert {str(path.relative_to(trained_run.path)) for path in files} == FILES | {best}
 
 
-def test_run_json_says_what_was_requested_and_the_outcome(trained_run):
+def test_run_json_records_request_and_outcome(trained_run):
     info, pack = trained_run.info, trained_run.open_pack()
     assert info["format"] == "biopsy-run/1" and info["status"] == "finished"
     assert re.fullmatch(r"idc-small-s0-\d{8}T\d{6}-[0-9a-f]{4}", info["id"])
@@ -117,7 +117,7 @@ def test_subsets_are_kept_as_they_were_trained(copied):
         ("classifier/weights.safetensors", lambda path: Run.open(path).classifier),
     ],
 )
-def test_what_a_run_rests_on_is_refused_once_it_was_changed(copied, name, use):
+def test_a_run_is_refused_once_its_inputs_changed(copied, name, use):
     use(copied.path)
     path = copied.path / name
     content = bytearray(path.read_bytes())
@@ -176,7 +176,7 @@ def test_a_pack_that_moved_with_its_run_is_found(trained_run, tmp_path):
             run.open_pack()
 
 
-def test_what_is_no_run_or_another_format_is_refused(copied, tmp_path):
+def test_folders_that_are_not_runs_or_of_another_format_are_refused(copied, tmp_path):
     with refuses(RunError, "run.json", "biopsy train"):
         Run.open(tmp_path)
     assert Run.open(copied) is copied and repr(copied) == "<Run copy: finished>"
@@ -194,7 +194,7 @@ def test_an_unfinished_run_has_no_classifier(copied):
         _ = Run.open(copied.path).classifier
 
 
-def test_what_was_not_made_yet_is_named(copied):
+def test_missing_results_are_named(copied):
     shutil.rmtree(copied.path / "predictions")
     with refuses(RunError, "test.parquet", "biopsy evaluate"):
         copied.predictions("test")

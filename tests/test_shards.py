@@ -84,7 +84,7 @@ def test_a_claim_is_taken_over_from_the_dead_only(tmp_path, owner, is_taken):
 
 
 @pytest.mark.parametrize(("moment", "n_left"), [("Path.write_text", 0), ("os.link", 1), ("files._remove", 2)])
-def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path, moment, n_left):
+def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path, moment, n_left):
     """Killed before its claim is written, before it is in place, and before its temporary name is removed."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom biopsy.core import files\n"
@@ -154,7 +154,7 @@ def test_shards_one_after_another_leave_what_one_process_leaves(slides, tmp_path
 
 
 @pytest.mark.slow
-def test_what_another_process_has_is_left_to_it_while_it_lives(slides, tmp_path):
+def test_slides_claimed_by_a_living_process_are_left_to_it(slides, tmp_path):
     model, out = save_classifier(tmp_path / "c"), tmp_path / "out"
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     leave_claim(out, "1", pid=other.pid)

@@ -107,7 +107,7 @@ def test_a_list_may_be_of_another_language_and_system(tmp_path):
     assert source.path == tmp_path / "sub" / "a.tif" and source.mpp == 0.25
 
 
-def test_what_is_no_file_is_listed_so_that_it_is_named(tmp_path):
+def test_missing_files_are_listed_so_that_they_are_reported(tmp_path):
     folder = touch(tmp_path / "a", "a.tif")
     os.mkfifo(folder / "pipe.tif")
     (folder / "gone.svs").symlink_to("nowhere")

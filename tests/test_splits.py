@@ -107,7 +107,7 @@ def test_a_rare_class_reaches_every_subset(seed: int) -> None:
     assert set(parts[target == 3]) == {0, 1, 2}
 
 
-def test_what_the_tested_patients_will_not_allow_is_stated(
+def test_metrics_that_the_tested_patients_do_not_allow_are_stated(
     make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=20, patches_per_patient=6)
@@ -243,7 +243,7 @@ def test_folds_test_every_patient_once(make_pack: MakePack) -> None:
         make_split(pack, protocol="patients", save=False).subsets(pack, 0)
 
 
-def test_a_split_by_patch_says_that_patients_are_unknown(make_pack: MakePack) -> None:
+def test_a_split_by_patch_warns_that_patients_are_unknown(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns={"patient_id": None, "slide_id": None})
     _, text, table = make_split(pack, protocol="patients", save=False).blocks()
     assert "--patients" in str(text) and isinstance(table, Table)
@@ -287,7 +287,7 @@ def test_a_patch_without_a_patient_is_left_out_and_patients_stay_whole(
     assert pack.table["patch_id"][0] in caplog.text
 
 
-def test_what_others_get_does_not_depend_on_patches_without_a_patient(make_pack: MakePack) -> None:
+def test_patches_without_a_patient_do_not_change_the_subsets_of_others(make_pack: MakePack) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(0, 1))
     known = Pack(pack.path, pack.info, pack.patches, pack.table[2:].reset_index(drop=True))
     for seed in range(3):

@@ -136,7 +136,7 @@ def test_copies_are_bounded(memory, staging, monkeypatch):
         pass
 
 
-def test_what_is_not_there_or_lies_outside_is_refused(memory, monkeypatch):
+def test_missing_files_and_paths_outside_are_refused(memory, monkeypatch):
     with refuses(DownloadError, "memory://nothing", reason="missing"), staged("memory://nothing"):
         pass
     memory.pipe({"/f/x": b""})

@@ -86,7 +86,7 @@ def test_refusals(write, content, reason):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_paths_that_are_not_regular_files_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, reason in [("pipe", "not-regular"), (".", "not-regular"), ("none", "missing")]:
         with pytest.raises(FileFormatError) as caught:

@@ -272,7 +272,9 @@ def test_refusals(pack, whole, tmp_path):
         ([], {"plot": "curves.txt"}, RunError, ["curves.txt", ".png, .svg, .pdf"]),
     ],
 )
-def test_what_would_stop_a_run_later_is_refused_at_once(pack, tmp_path, settings, options, error, facts):
+def test_errors_that_would_stop_a_run_later_are_refused_at_once(
+    pack, tmp_path, settings, options, error, facts
+):
     with refuses(error, *facts):
         train_tiny(pack, tmp_path / "run", *settings, **options)
     assert not (tmp_path / "run").exists()

@@ -58,7 +58,7 @@ def refusal(reason: str) -> "pytest.RaisesExc[UserFileError]":
 # --- folders that hold a user's files too
 
 
-def test_what_was_written_before_is_replaced_and_anything_else_stays(tmp_path):
+def test_own_outputs_are_replaced_and_other_files_stay(tmp_path):
     folder = tmp_path / "out"
     put(folder, a="1", m__x="1", m__y="1")
     (folder / "notes").write_text("mine")
@@ -289,7 +289,7 @@ def test_a_file_takes_the_place_of_files_only(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "text"
 
 
-def test_what_is_read_is_not_written(tmp_path):
+def test_inputs_are_never_written(tmp_path):
     pack = tmp_path / "a.pack"
     pack.mkdir()
     (pack / "patches.parquet").write_text("mine")
@@ -307,7 +307,7 @@ def test_what_is_read_is_not_written(tmp_path):
 # --- what dead processes left
 
 
-def test_what_a_dead_process_left_goes_and_nothing_else(tmp_path):
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     dead = [abandon(tmp_path, is_folder=True), abandon(tmp_path)]
     mine = [
         ".mine.partial",
@@ -326,7 +326,7 @@ def test_what_a_dead_process_left_goes_and_nothing_else(tmp_path):
     remove_abandoned(tmp_path / "never")
 
 
-def test_every_refusal_says_what_stands_where_and_what_to_do(tmp_path):
+def test_every_refusal_names_the_file_and_a_remedy(tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(DataError) as caught:
         write_output(tmp_path / "a", "ours")

@@ -196,7 +196,7 @@ def test_maps_pass_and_what_does_not_follow_is_named(maps):
     assert failed(report) == {"regions.geojson"} and statuses(report)["other files"] == "WARN"
 
 
-def test_what_cannot_be_verified_is_refused(tmp_path, make_pack):
+def test_paths_that_cannot_be_verified_are_refused(tmp_path, make_pack):
     with refuses(DataError, tmp_path):
         verify(tmp_path)
     with refuses(DataError, "run"):

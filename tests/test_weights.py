@@ -71,7 +71,7 @@ def same_states(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_every_known_weight_says_what_one_must_know():
+def test_every_known_weight_has_source_licence_and_hash():
     for known in list_weights():
         assert find_weights(known.tag) == known
         assert known.file and known.page and known.licence and known.digest
@@ -346,7 +346,7 @@ class Unwanted:
         return (exec, ("raise SystemExit('executed')",))
 
 
-def test_what_is_not_weights_is_refused_and_never_executed(tmp_path):
+def test_files_that_are_not_weights_are_refused_and_never_executed(tmp_path):
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Unwanted(), protocol=2))
     torch.save({"state_dict": Unwanted()}, tmp_path / "zip.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
