@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biopsy.core.errors import SlideError
-from biopsy.slides.grids import PatchGrid, cut_blocks, lay_grid, pick_stride
+from biopsy.slides.grids import PatchGrid, cut_blocks, cut_strips, lay_grid, pick_stride
 from refusals import refuses
 
 
@@ -110,6 +110,20 @@ def test_a_slide_is_read_once_in_blocks_of_half_the_bound_or_more(downsample):
     areas = [block.width_px * block.height_px * downsample**2 for block in cut_blocks(grid, downsample)]
     assert sum(areas) == 60_000 * 50**2 * downsample**2
     assert np.mean(areas) > 4_000_000
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 50, 700, 10**6]), st.sampled_from([8.0, 32.0]))
+@settings(max_examples=20, deadline=None)
+def test_every_block_is_in_one_strip_and_strips_are_similar(seed, max_patches, downsample):
+    row, column = np.nonzero(np.random.default_rng(seed).random((60, 80)) < 0.5)
+    grid = PatchGrid(column, row, 16, 16, 1.0, 1.0, 10_000, 10_000)
+    n_patches = [len(block.index) for block in cut_blocks(grid, downsample)]
+    strips = cut_strips(grid, downsample, max_patches)
+    assert [number for strip in strips for number in range(*strip)] == list(range(len(n_patches)))
+    sizes = [sum(n_patches[first:stop]) for first, stop in strips]
+    n_strips = -(-len(grid) // max_patches)
+    assert min(sizes) > 0 and max(sizes) < len(grid) / n_strips + max(n_patches) + 1
+    assert len(strips) == n_strips or max(n_patches) > len(grid) / n_strips
 
 
 def test_strides_cut_a_patch_into_equal_parts():

@@ -87,12 +87,19 @@ def test_a_cluster_that_is_not_there_is_one_line(slides, tmp_path):
 
 
 @pytest.mark.slow
-def test_slides_on_a_cluster_that_loses_a_node_are_those_of_one_process(cluster, slides, tmp_path):
+@pytest.mark.parametrize("max_patches", [50_000, 300])
+def test_slides_on_a_cluster_that_loses_a_node_are_those_of_one_process(
+    cluster, slides, make_slide, tmp_path, max_patches
+):
+    for seed in (3, 5, 7):  # four bands of blocks
+        name = f"{seed:02}.tiff"
+        make_slide(name, seed=seed, width=400, height=4000).replace(slides / name)
     model, out = save_classifier(tmp_path / "c"), tmp_path / "out"
     slide(model, slides, out=tmp_path / "whole", device="cpu")
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    command = [*CLI, "slide", str(model), str(slides), "--device", "cpu", "--out", str(out)]
+    code = f"import biopsy.slides.cohorts as it; it.MAX_PATCHES_PER_TASK = {max_patches}; {CLI[2]}"
+    command = [*CLI[:2], code, "slide", str(model), str(slides), "--device", "cpu", "--out", str(out)]
     command += ["--engine", "ray", "--address", cluster.address]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(list(out.glob("*/summary.json"))) < 3:

@@ -6,7 +6,8 @@ settings); a slide with the same request is not mapped again. ``status.csv`` lis
 
 With ``shard``, several processes share one folder: each maps slides that are neither finished nor claimed by
 another process, starting with its share of the list. With the engine ``ray``, the processes of a cluster map
-one claimed slide each at a time, and this process writes ``status.csv``.
+one claimed slide each at a time, or a strip of a slide with many patches, and this process writes
+``status.csv``.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ from biopsy.data.packs import Pack
 from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision
 from biopsy.models.out_of_distribution import OOD_ADVICE
-from biopsy.slides.inference import OnProgress
+from biopsy.slides.grids import BlockRange
+from biopsy.slides.inference import OnProgress, StripLogits
 from biopsy.slides.mapping import Mapped, Mapper
 from biopsy.slides.maps import SlideMap
 from biopsy.slides.outputs import (
@@ -58,11 +60,13 @@ from biopsy.slides.outputs import (
     write_outputs,
 )
 from biopsy.slides.sources import Source, list_sources, refuse_own_data
+from biopsy.slides.tasks import MAX_PATCHES_PER_TASK, SlideTask, TaskQueue
 from biopsy.training.runs import Run
 
 STATUS = "status.csv"
 _FAILED = ".failed.json"
 _LOCK_S = 10.0
+_OTHER_REQUEST = "slide or versions differ on a node of the cluster"
 
 Status = Literal["waiting", "done", "failed"]
 
@@ -83,7 +87,6 @@ class Row(TypedDict, total=False):
 
 
 Record = Callable[[Row], None]
-Request = dict[str, object]
 
 COLUMNS = (
     *("slide", "source", "status", "reason", "n_patches", "mpp", "mpp_source", "positive_mm2"),
@@ -209,8 +212,8 @@ def slide(
         shard: ``I/N``: process I of N that share ``out``, on one or several machines. It starts with its
             share of the slides, continues with slides not finished or claimed by others, takes over those of
             processes that died, and ends when all slides are done.
-        engine: ``ray`` maps the slides on a Ray cluster (extra ``ray``), one slide per core or GPU; all nodes
-            must have slides and ``out`` under the same paths.
+        engine: ``ray`` maps the slides on a Ray cluster (extra ``ray``), one slide, or part of a large one,
+            per core or GPU; all nodes must have slides and ``out`` under the same paths.
         address: Address of the Ray cluster, such as ``HOST:6379`` (default: ``RAY_ADDRESS``, else a local
             cluster, which is started if none is running).
         on_progress: Called with the numbers of patches done and in all of the current slide.
@@ -321,37 +324,60 @@ def _map_on_ray(
 ) -> None:
     """Map slides on a Ray cluster, whose processes open the classifier once."""
     addresses = {source.name: source.address for source in sources}
-    tasks = (
-        (replace(source, path=_locate(source.path), pack=None), mapper.request(source)) for source in sources
+    tasks = TaskQueue(
+        SlideTask(
+            replace(source, path=_locate(source.path), pack=None), mapper.request(source), source.version()
+        )
+        for source in sources
     )
-    prepare = partial(_prepare_worker, _locate(out), open_mapper)
-    for (source, _), row in run_tasks(prepare, tasks, address=address, device=mapper.device):
-        if isinstance(row, TaskLost):
-            row = _row(source, "failed", reason=str(row))
-        row["source"] = printable(addresses[source.name])
+    prepare = partial(_prepare_worker, _locate(out), open_mapper, MAX_PATCHES_PER_TASK)
+    for task, result in run_tasks(prepare, tasks, address=address, device=mapper.device):
+        if isinstance(result, TaskLost):
+            result = _row(task.source, "failed", reason=str(result))
+        row = tasks.add_result(task, result)
+        if row is None:
+            continue
+        row["source"] = printable(addresses[task.source.name])
         record(row)
         if n_patches := row.get("n_patches"):
             mapper.report(n_patches, n_patches)
 
 
 def _prepare_worker(
-    out: Path, open_mapper: Callable[[], Mapper], n_cores: int
-) -> Callable[[tuple[Source, Request]], Row]:
+    out: Path, open_mapper: Callable[[], Mapper], max_patches: int, n_cores: int
+) -> Callable[[SlideTask], Row | list[BlockRange] | StripLogits]:
     mapper = open_mapper()
     mapper.n_threads = n_cores
 
-    def map_one(task: tuple[Source, Request]) -> Row:
-        source, request = task
+    def work(task: SlideTask) -> Row | list[BlockRange] | StripLogits:
+        source = task.source
         if source.index is not None:
             source = replace(source, pack=Pack.open(source.path))
+        if task.blocks is not None:
+            return _predict_strip(task, task.blocks, mapper)
         with Claims(out) as claims, claims.wait_for(source.name):
             row = _find_row(out, source, mapper)
-            if row is None and mapper.request(source) != request:
-                reason = "slide or versions differ on a node of the cluster"
-                return _row(source, "failed", reason=reason)
-            return row or _write(out, next(mapper.map([source])), mapper)
+            if row is None and mapper.request(source) != task.request:
+                return _row(source, "failed", reason=_OTHER_REQUEST)
+            if row is not None:
+                return row
+            if task.strips:
+                mapped: Mapped | list[BlockRange] = mapper.join(source, task.version, task.strips)
+            else:
+                mapped = mapper.map_or_divide(source, max_patches)
+            return mapped if isinstance(mapped, list) else _write(out, mapped, mapper)
 
-    return map_one
+    return work
+
+
+def _predict_strip(task: SlideTask, blocks: BlockRange, mapper: Mapper) -> StripLogits | Row:
+    """Return the logits of a strip, or the failed slide; nothing is written, so nothing is claimed."""
+    try:
+        if mapper.request(task.source) != task.request:
+            raise SlideError(_OTHER_REQUEST)
+        return mapper.predict_strip(task.source, task.version, blocks)
+    except (OSError, DataError) as error:
+        return _row(task.source, "failed", reason=str(error))
 
 
 def _locate(path: Any) -> Any:

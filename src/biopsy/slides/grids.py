@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,6 +14,9 @@ _READ_PX = 6_000_000  # pixels of the file per block: 24 MB in OpenSlide
 _CELLS_AT_ONCE = 2**22  # grid positions checked for tissue at once: 0.1 GB
 _READ_PATCHES = 4096  # patches per block, a limit for overlapping patches
 _READ_ROWS = 512  # rows of the file per block: wide blocks make use of OpenSlide's tile cache
+
+BlockRange = tuple[int, int]
+"""The number of the first block of a strip, and that after its last."""
 
 
 @dataclass(frozen=True)
@@ -220,3 +224,15 @@ def cut_blocks(grid: PatchGrid, downsample: float) -> Iterator[Block]:
             x_px[index] - left,
             y_px[index] - top,
         )
+
+
+def cut_strips(grid: PatchGrid, downsample: float, max_patches: int) -> list[BlockRange]:
+    """Divide the blocks of a grid into strips of consecutive blocks with similar numbers of patches.
+
+    Args:
+        max_patches: Number of patches per strip, exceeded by less than a block.
+    """
+    n_strips = -(-len(grid) // max_patches)
+    ends = np.cumsum([len(block.index) for block in cut_blocks(grid, downsample)])
+    last = np.searchsorted(ends, len(grid) * np.arange(1, n_strips + 1) // n_strips)
+    return list(pairwise([0, *(np.unique(last) + 1).tolist()]))

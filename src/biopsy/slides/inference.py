@@ -7,7 +7,7 @@ blocks are in memory at a time, and logits do not depend on the number of thread
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -27,6 +27,8 @@ from biopsy.slides.grids import Block, PatchGrid, cut_blocks, lay_grid, pick_str
 from biopsy.slides.sources import Source
 
 OnProgress = Callable[[int, int], None]
+Cut = Callable[[PatchGrid, float], Iterable[Block]]
+"""Returns the blocks to be predicted, as `cut_blocks`."""
 
 N_CHECKED = 250  # patches per slide checked for being out of distribution; standard error of at most 3 %
 
@@ -53,6 +55,22 @@ class View:
     files: contextlib.ExitStack
 
 
+class StripLogits(NamedTuple):
+    """Logits of some blocks of a slide.
+
+    Attributes:
+        patch_index: Indices of their patches in the grid, ascending, int ``(n,)``.
+        logits: ``(n, n_classes)``.
+        is_ood: Mask of the checked ones that are out of distribution, bool.
+        software: Name and version of the runtime.
+    """
+
+    patch_index: np.ndarray
+    logits: np.ndarray
+    is_ood: np.ndarray
+    software: tuple[str, str]
+
+
 @dataclass
 class SlideLogits:
     """Logits of a slide, collected block by block, or the error.
@@ -65,6 +83,7 @@ class SlideLogits:
             ``(n_checked,)``.
         error: Why there are no logits.
         n_done: Number of patches done.
+        index: Indices of the patches of each block with logits.
     """
 
     source: Source
@@ -74,6 +93,7 @@ class SlideLogits:
     is_ood: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     error: DataError | None = None
     n_done: int = 0
+    index: list[np.ndarray] = field(default_factory=list, repr=False)
     _checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
 
     def add(self, block: Block, outputs: "_Outputs") -> None:
@@ -81,6 +101,7 @@ class SlideLogits:
         if self.logits is None:
             self.logits = np.empty((len(self.view.grid), outputs.logits.shape[1]), np.float32)
         self.logits[block.index] = outputs.logits
+        self.index.append(block.index)
         if len(outputs.checked):
             index = block.index[self.view.checked[block.index]]
             self._checked.append((index, outputs.checked, outputs.features))
@@ -95,6 +116,27 @@ class SlideLogits:
         if self.view is not None:
             self.view.files.close()
         return self
+
+    def to_strip(self) -> StripLogits:
+        """Return the logits of the predicted blocks alone."""
+        assert self.logits is not None
+        index = np.sort(np.concatenate(self.index))
+        return StripLogits(index, self.logits[index], self.is_ood, self.software)
+
+
+def join_strips(source: Source, view: View, strips: Sequence[StripLogits]) -> SlideLogits:
+    """Return the logits of a slide from those of its strips, in any order, and close the slide.
+
+    Raises:
+        SlideError: If the strips are not those of the grid.
+    """
+    index, logits, is_ood = (np.concatenate(parts) for parts in list(zip(*strips, strict=True))[:3])
+    view.files.close()
+    order = np.argsort(index)
+    if not np.array_equal(index[order], np.arange(len(view.grid))):
+        raise SlideError(f"the strips of {source.path} are of another grid of patches: map it again")
+    is_ood = is_ood[np.argsort(index[view.checked[index]])]
+    return SlideLogits(source, strips[0].software, view, logits[order], is_ood)
 
 
 class _Outputs(NamedTuple):
@@ -151,6 +193,7 @@ def predict_slides(
     stride_um: float | None = None,
     n_threads: int | None = None,
     on_progress: OnProgress | None = None,
+    cut: Cut = cut_blocks,
 ) -> Iterator[SlideLogits]:
     """Yield the logits of each slide, in order.
 
@@ -158,6 +201,7 @@ def predict_slides(
 
     Args:
         on_progress: Called with the numbers of patches done and in all of the current slide.
+        cut: Called with the grid and the downsample of each slide; returns the blocks to be predicted.
     """
     n_threads = n_threads or count_cores()
     waiting: deque[_Piece] = deque()
@@ -202,7 +246,7 @@ def predict_slides(
         def submit(view: View, block: Block) -> "Future[Any]":
             return pool.submit(read, view, block)
 
-        for piece in _submit_blocks(chain(first, opening), runtime.software, submit):
+        for piece in _submit_blocks(chain(first, opening), runtime.software, cut, submit):
             waiting.append(piece)
             yield from collect(2 * n_threads)
         yield from collect(0)
@@ -227,6 +271,7 @@ def _open_ahead(
 def _submit_blocks(
     opening: Iterable[tuple[Source, "Future[View]"]],
     software: tuple[str, str],
+    cut: Cut,
     submit: Callable[[View, Block], Any],
 ) -> Iterator[_Piece]:
     """Yield the pieces of all slides; a block is submitted when its piece is requested."""
@@ -237,6 +282,6 @@ def _submit_blocks(
         except DataError as error:
             slide.error = error
         else:
-            for block in cut_blocks(slide.view.grid, slide.view.downsample):
+            for block in cut(slide.view.grid, slide.view.downsample):
                 yield slide, block, submit(slide.view, block)
         yield slide, None, None

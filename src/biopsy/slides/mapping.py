@@ -1,9 +1,9 @@
 """Mapping of slides and packs by a classifier."""
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,17 @@ from biopsy.models.classifier import Classifier, Tta
 from biopsy.models.hardware import Precision, pick_device, pick_precision
 from biopsy.models.hub import is_on_hub
 from biopsy.models.runtimes import list_runtimes
-from biopsy.slides.grids import PatchGrid
-from biopsy.slides.inference import OnProgress, SlideLogits, View, predict_slides
+from biopsy.slides.grids import Block, BlockRange, PatchGrid, cut_blocks, cut_strips
+from biopsy.slides.inference import (
+    Cut,
+    OnProgress,
+    SlideLogits,
+    StripLogits,
+    View,
+    join_strips,
+    open_view,
+    predict_slides,
+)
 from biopsy.slides.maps import SlideMap, check_probs
 from biopsy.slides.outputs import MappedSlide, OutOfDistributionShare, list_files
 from biopsy.slides.sources import Source, stitch_slide
@@ -175,8 +184,46 @@ class Mapper:
             else:
                 yield from self._map_files(group)
 
+    def map_or_divide(self, source: Source, max_patches: int) -> Mapped | list[BlockRange]:
+        """Return the map of a slide, or the strips of a slide file with more than ``max_patches`` patches."""
+        if source.pack is not None or source.url is not None:
+            return next(self.map([source]))
+
+        def cut(grid: PatchGrid, downsample: float) -> Iterable[Block]:
+            return cut_blocks(grid, downsample) if len(grid) <= max_patches else ()
+
+        slide = next(self._predict(iter([source]), cut))
+        if slide.view is None or len(slide.view.grid) <= max_patches:
+            return self._map_logits(slide)
+        return cut_strips(slide.view.grid, slide.view.downsample, max_patches)
+
+    def predict_strip(
+        self, source: Source, version: tuple[int, int] | None, blocks: BlockRange
+    ) -> StripLogits:
+        """Return the logits of a strip of a slide.
+
+        Raises:
+            DataError: If the strip cannot be read, or the slide is not of this version.
+        """
+        self._versions[source.name] = version
+        strip = self._predict(iter([source]), lambda *grid: islice(cut_blocks(*grid), *blocks))
+        self._require_logits(slide := next(strip))
+        return slide.to_strip()
+
+    def join(self, source: Source, version: tuple[int, int] | None, strips: Sequence[StripLogits]) -> Mapped:
+        """Return the map of a slide from the logits of its strips."""
+        self._versions[source.name] = version
+        try:
+            slide = join_strips(source, open_view(source, self.classifier, self.stride_um), strips)
+        except DataError as error:
+            return Mapped(source, error)
+        return self._map_logits(slide)
+
     def _map_files(self, sources: Iterator[Source]) -> Iterator[Mapped]:
-        for slide in predict_slides(
+        return map(self._map_logits, self._predict(sources, cut_blocks))
+
+    def _predict(self, sources: Iterator[Source], cut: Cut) -> Iterator[SlideLogits]:
+        return predict_slides(
             self._note_versions(sources),
             self.classifier,
             device=self.device,
@@ -184,15 +231,22 @@ class Mapper:
             stride_um=self.stride_um,
             n_threads=self.n_threads,
             on_progress=self.report,
-        ):
-            try:
-                if slide.error is not None or slide.view is None or slide.logits is None:
-                    raise slide.error or SlideError(f"{slide.source.path} was not mapped")
-                self._require_unchanged(slide.source)
-                slide_map, tissue = self._make_map(slide, slide.view, slide.logits), slide.view.tissue
-                yield Mapped(slide.source, MappedSlide(slide_map, tissue, detections=self.detections))
-            except DataError as error:
-                yield Mapped(slide.source, error)
+            cut=cut,
+        )
+
+    def _map_logits(self, slide: SlideLogits) -> Mapped:
+        try:
+            view, logits = self._require_logits(slide)
+            slide_map = self._make_map(slide, view, logits)
+        except DataError as error:
+            return Mapped(slide.source, error)
+        return Mapped(slide.source, MappedSlide(slide_map, view.tissue, detections=self.detections))
+
+    def _require_logits(self, slide: SlideLogits) -> tuple[View, np.ndarray]:
+        if slide.error is not None or slide.view is None or slide.logits is None:
+            raise slide.error or SlideError(f"{slide.source.path} was not mapped")
+        self._require_unchanged(slide.source)
+        return slide.view, slide.logits
 
     def _note_versions(self, sources: Iterator[Source]) -> Iterator[Source]:
         for source in sources:
