@@ -38,13 +38,19 @@ def classifier_of(network, *, px=32, patches=PATCHES, **preprocessing):
 
 
 def set_statistics(network, batch):
-    """Give normalisations the statistics of a batch, as training does, and random scales and shifts."""
+    """Give normalisations the statistics of a batch, as training does, and random scales and shifts.
+
+    The first convolution has a random bias, which is zero in a new network, if it has one at all.
+    """
     generator = torch.Generator().manual_seed(1)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
             layer.momentum = 1.0
             layer.weight.data.uniform_(0.5, 1.5, generator=generator)
             layer.bias.data.uniform_(-0.5, 0.5, generator=generator)
+    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+    if convolutions and convolutions[0].bias is not None:
+        convolutions[0].bias.data.uniform_(-0.1, 0.1, generator=generator)
     with torch.no_grad():
         network.train()(batch)
     network.eval()
