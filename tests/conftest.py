@@ -272,7 +272,7 @@ def own_registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """Give libraries one thread, here and in all processes: on inputs this small a second one only waits."""
+    """Limit libraries to one thread in all processes: on inputs this small a second one only waits."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

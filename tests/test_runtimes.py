@@ -38,7 +38,7 @@ def classifier_of(network, *, px=32, patches=PATCHES, **preprocessing):
 
 
 def set_statistics(network, batch):
-    """Give normalisations the statistics of a batch, as training does, and random scales and shifts.
+    """Set statistics of normalisations to those of a batch, and random scales and shifts, as training does.
 
     The first convolution has a random bias, which is zero in a new network, if it has one at all.
     """

@@ -36,8 +36,6 @@ from biopsy.training.open_model import open_classifier
 from biopsy.training.runs import Run
 
 if TYPE_CHECKING:
-    from shapely import Polygon
-
     from biopsy.evaluation.errors.nearest_training_patches import TrainingReference
 
 logger = logging.getLogger(__name__)
@@ -129,7 +127,7 @@ class Scene:
             for region, ood_share in zip(regions, ood_shares.tolist(), strict=True)
         ]
 
-    def _share_out_of_distribution(self, polygons: Sequence["Polygon"]) -> np.ndarray:
+    def _share_out_of_distribution(self, polygons: Sequence[shapely.Polygon]) -> np.ndarray:
         """Return the out-of-distribution share of the checked patches in each polygon, NaN without any."""
         grid, ood = self.grid, self.patches.ood
         if grid is None or ood is None or not polygons:

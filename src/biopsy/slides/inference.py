@@ -83,7 +83,6 @@ class SlideLogits:
             ``(n_checked,)``.
         error: Why there are no logits.
         n_done: Number of patches done.
-        index: Indices of the patches of each block with logits.
     """
 
     source: Source
@@ -93,7 +92,6 @@ class SlideLogits:
     is_ood: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     error: DataError | None = None
     n_done: int = 0
-    index: list[np.ndarray] = field(default_factory=list, repr=False)
     _checked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
 
     def add(self, block: Block, outputs: "_Outputs") -> None:
@@ -101,7 +99,6 @@ class SlideLogits:
         if self.logits is None:
             self.logits = np.empty((len(self.view.grid), outputs.logits.shape[1]), np.float32)
         self.logits[block.index] = outputs.logits
-        self.index.append(block.index)
         if len(outputs.checked):
             index = block.index[self.view.checked[block.index]]
             self._checked.append((index, outputs.checked, outputs.features))
@@ -117,10 +114,10 @@ class SlideLogits:
             self.view.files.close()
         return self
 
-    def to_strip(self) -> StripLogits:
+    def to_strip(self, blocks: Iterable[Block]) -> StripLogits:
         """Return the logits of the predicted blocks alone."""
         assert self.logits is not None
-        index = np.sort(np.concatenate(self.index))
+        index = np.sort(np.concatenate([block.index for block in blocks]))
         return StripLogits(index, self.logits[index], self.is_ood, self.software)
 
 

@@ -206,9 +206,13 @@ class Mapper:
             DataError: If the strip cannot be read, or the slide is not of this version.
         """
         self._versions[source.name] = version
-        strip = self._predict(iter([source]), lambda *grid: islice(cut_blocks(*grid), *blocks))
-        self._require_logits(slide := next(strip))
-        return slide.to_strip()
+
+        def cut(grid: PatchGrid, downsample: float) -> Iterable[Block]:
+            return islice(cut_blocks(grid, downsample), *blocks)
+
+        slide = next(self._predict(iter([source]), cut))
+        view, _ = self._require_logits(slide)
+        return slide.to_strip(cut(view.grid, view.downsample))
 
     def join(self, source: Source, version: tuple[int, int] | None, strips: Sequence[StripLogits]) -> Mapped:
         """Return the map of a slide from the logits of its strips."""

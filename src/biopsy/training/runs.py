@@ -479,12 +479,17 @@ def hash_config(
         "recipe": requested,
         "pack": pack.info.content_sha256,
         "classes": [pack.class_names, pack.info.positive_class],
-        "subsets": hashlib.sha256("\n".join(subsets.tolist()).encode()).hexdigest(),
+        "subsets": hash_subsets(subsets),
         "split": [split["as_published"], split["test_is_validation"]],
         "seed": seed,
         "weights": weights,
     }
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def hash_subsets(subsets: np.ndarray) -> str:
+    """Return a hash of the subset of every patch."""
+    return hashlib.sha256("\n".join(subsets.tolist()).encode()).hexdigest()
 
 
 def require_empty(path: Path) -> None:

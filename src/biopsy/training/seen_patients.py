@@ -1,6 +1,5 @@
 """Patients of a pack whom a model knows from its own training or that of models it learned from."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from biopsy.models.weights import find_weights_file
 from biopsy.recipes import Recipe
 from biopsy.training.pretraining_record import DOCUMENT as PRETRAINING
 from biopsy.training.pretraining_record import PretrainingInfo, read_pretraining
-from biopsy.training.runs import DOCUMENT, Run, SeenPatients
+from biopsy.training.runs import DOCUMENT, Run, SeenPatients, hash_subsets
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ def _describe_run(run: Run, pack: Pack) -> SeenPatients:
         subsets = run.subsets(theirs)
     except RunError:
         return record
-    record["subsets_sha256"] = _hash_subsets(subsets)
+    record["subsets_sha256"] = hash_subsets(subsets)
     if theirs.unit != "patch":
         record["train"], record["validation"] = (
             np.unique(theirs.group_ids[subsets == subset]).tolist() for subset in ("train", "validation")
@@ -192,12 +191,8 @@ def _describe_pretraining(
     if info["patients"] is not None:
         record["train"], record["validation"] = info["patients"], []
     elif used["content_sha256"] == pack.info.content_sha256:  # and so with the same split, or it is refused
-        record["subsets_sha256"] = _hash_subsets(subsets)
+        record["subsets_sha256"] = hash_subsets(subsets)
     return record
-
-
-def _hash_subsets(subsets: np.ndarray) -> str:
-    return hashlib.sha256("\n".join(subsets.tolist()).encode()).hexdigest()
 
 
 def _refuse_earlier(name: str, records: list[SeenPatients], pack: Pack, subsets: np.ndarray) -> bool:
@@ -205,7 +200,7 @@ def _refuse_earlier(name: str, records: list[SeenPatients], pack: Pack, subsets:
     is_recorded = True
     for record in records:
         is_same = record.get("content_sha256") == pack.info.content_sha256
-        if is_same and record.get("subsets_sha256") == _hash_subsets(subsets):
+        if is_same and record.get("subsets_sha256") == hash_subsets(subsets):
             continue
         earlier = f"{name} learned from {record['model']}, which"
         is_same_dataset = record.get("dataset", pack.info.dataset) == pack.info.dataset
