@@ -31,7 +31,7 @@ from biopsy.core.errors import FileFormatError, RecipeError, RunError, SplitErro
 from biopsy.core.files import LOCK, create_directory, sha256_file, write_atomic, write_json
 from biopsy.core.results import Result, number
 from biopsy.core.seeds import derive, make_rng
-from biopsy.core.text import count_patches
+from biopsy.core.text import count, count_patches
 from biopsy.data.coordinates import REACH, find_slides, find_step, has_coordinates
 from biopsy.data.packs import Pack
 from biopsy.data.splits import Split
@@ -83,7 +83,7 @@ class Pretraining(Result):
         m, last = self.document, self.document["log"][-1]
         patches = count_patches(m["n_patches"], len(m["patients"] or []), m["unit"])
         return [
-            f"{m['network']} pre-trained for {m['epochs']} epochs on {patches}: "
+            f"{m['network']} pre-trained for {count(m['epochs'], 'epoch')} on {patches}: "
             f"loss {number(last['loss'])}, spread of the embeddings {number(last['spread'])}",
             f"start a training from it with --set model.weights={self.weights}",
         ]
