@@ -246,7 +246,7 @@ def sixteen_bit_rgb_png():
         (encode(Image.new("CMYK", (4, 4)), "JPEG"), "CMYK", "colour"),
         (encode(Image.new("CMYK", (4, 4)), "TIFF"), "CMYK", "colour"),
         (encode(Image.new("LAB", (4, 4)), "TIFF"), "LAB", "colour"),
-        (encode(Image.new("F", (4, 4)), "TIFF"), "16 bits", "colour"),
+        (encode(Image.new("F", (4, 4)), "TIFF"), "32 bits", "colour"),
         (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "PNG"), "16 bits", "colour"),
         (encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF"), "16 bits", "colour"),
         (sixteen_bit_rgb_png(), "16 bits", "colour"),

@@ -176,8 +176,8 @@ def _decode_by_rules(data: Data) -> np.ndarray:
     with _without_warnings(), _decoder_errors(), _open(data) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise DataError("has several pages or frames; expected one image", "pages")
-        if _bits(image, data) > 8:
-            raise DataError("has 16 bits per channel; save it as 8-bit RGB", "colour")
+        if (bits := _bits(image, data)) > 8:
+            raise DataError(f"has {bits} bits per channel; save it as 8-bit RGB", "colour")
         if image.mode not in _KNOWN_MODES:
             raise DataError(
                 f"is of mode {image.mode}, which has no defined conversion to RGB; save it as 8-bit RGB",

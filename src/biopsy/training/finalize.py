@@ -80,7 +80,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         logits = classifier.add_context(logits, pack.table.iloc[task.val])
         fit_run_postprocessing(run, recipe, classifier, logits, *val)
     warnings = [
-        _warn_unsettled(normalisation, progress.step),
+        _warn_unsettled(normalisation, progress.step, epoch_chosen=recipe.train.checkpoint == "best"),
         warn_of_spread(classifier, logits, run.validation_subset),
         run.info["weights"].get("warning"),
         *(file.get("warning") for file in run.info.get("inputs", {}).values()),
@@ -109,7 +109,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     )
 
 
-def _warn_unsettled(record: NormalisationRecord | None, n_updates: int) -> str | None:
+def _warn_unsettled(record: NormalisationRecord | None, n_updates: int, *, epoch_chosen: bool) -> str | None:
     if record is None or record["settled"]:
         return None
     if not record["reestimated"]:
@@ -119,7 +119,8 @@ def _warn_unsettled(record: NormalisationRecord | None, n_updates: int) -> str |
         )
     return (
         f"the running statistics of batch normalisation had not converged after {n_updates:,} updates and "
-        f"were recomputed on {record['n_patches']:,} training patches; the epoch was chosen before that"
+        f"were recomputed on {record['n_patches']:,} training patches"
+        + ("; the epoch was chosen before that" if epoch_chosen else "")
     )
 
 

@@ -177,9 +177,8 @@ def cached_features(
         if error.reason != "missing":
             logger.warning("features are computed again: %s", error)
     logger.info(
-        "computing features, the numbers by which the network %s describes a patch, of %s patches; its "
-        "weights are kept, and only a logistic regression on the features is trained",
-        *(name, f"{len(pack):,}"),
+        "computing the features of %s patches by %s, whose weights stay as they are",
+        *(f"{len(pack):,}", name),
     )
     started = time.perf_counter()
     features = _compute(network, pack, preprocessing, engine)

@@ -33,7 +33,7 @@ def read(name):
         raise ValueError(f"is of mode {image.mode} or has several frames; save it as 8-bit RGB")
     depths = [data[24]] if image.format == "PNG" else getattr(image, "tag_v2", {}).get(258, [8])
     if max(depths) > 8:
-        raise ValueError("has 16 bits a channel; save it as 8-bit RGB")
+        raise ValueError(f"has {max(depths)} bits per channel; save it as 8-bit RGB")
     return image.convert("RGB")
 skipped = 0
 for name in sys.argv[1:]:
