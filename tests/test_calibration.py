@@ -12,7 +12,9 @@ from scipy.special import softmax
 
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import LOCK
+from biopsy.data.splits import split
 from biopsy.evaluation.calibration.recalibrate import calibrate
+from biopsy.evaluation.calibration.section import describe_calibrator
 from biopsy.evaluation.evaluate import evaluate
 from biopsy.models.classifier import Classifier, score_classes
 from biopsy.recipes import load_recipe
@@ -263,6 +265,63 @@ def test_a_prevalence_that_is_none_is_refused_before_the_test_subset_is_opened(r
     with refuses(MetricError, "0.02"):
         evaluate(run, prevalence=2.0)
     assert not (run.path / "predictions" / "test.parquet").exists()
+
+
+# For another prevalence.
+
+
+def test_a_run_is_calibrated_for_another_prevalence(run, tmp_path):
+    before, threshold = run.classifier, run.info["threshold"]["value"]
+    logits, target, _ = read(run)
+    result = calibrate(run, prevalence=0.05)
+    record = result["calibrator"]
+    assert (record["prevalence"], record["fitted_prevalence"]) == (0.05, target.mean())
+    redone = Run.open(run.path)
+    odds = (0.05 / 0.95) / (target.mean() / (1 - target.mean()))
+    old, new = (one.probs(logits)[:, 1] for one in (before, redone.classifier))
+    np.testing.assert_allclose(new / (1 - new), odds * old / (1 - old), rtol=1e-9)
+    np.testing.assert_array_equal(new >= redone.info["threshold"]["value"], old >= threshold)
+    assert "5 %" in describe_calibrator(record) and "5 %" in str(result)
+    again = train_tiny(
+        run.open_pack(), tmp_path / "again", *LIVELY, "decision.prevalence=0.05", recipe="idc-small"
+    )
+    assert again.classifier.info.calibrator == redone.classifier.info.calibrator
+    assert again.classifier.info.thresholds == redone.classifier.info.thresholds
+    assert calibrate(redone)["calibrator"]["prevalence"] == 0.05  # the recipe keeps it
+    assert calibrate(Run.open(run.path), method="none")["calibrator"] == {"method": "none"}
+    restored = calibrate(Run.open(run.path), prevalence=0)["calibrator"]
+    assert restored == before.info.calibrator
+
+
+def test_single_patches_are_calibrated_again_too(make_pack, tmp_path):
+    pack = make_pack(n_patients=8, patches_per_patient=8)
+    patients = sorted(set(pack.table["patient_id"]))
+    split(pack, protocol="patients", test_patients=patients[:1], val_patients=patients[1:6], name="many")
+    settings = (*LIVELY, "model.context=4")
+    run = train_tiny(pack, tmp_path / "run", *settings, recipe="idc-small", split="many")
+    settings += ("decision.prevalence=0.1",)
+    again = train_tiny(pack, tmp_path / "again", *settings, recipe="idc-small", split="many")
+    before = run.classifier.info
+    calibrate(run, prevalence=0.1)
+    info = Run.open(run.path).classifier.info
+    assert info.single_patch == again.classifier.info.single_patch != before.single_patch
+    assert info.single_patch["calibrator"]["prevalence"] == info.calibrator["prevalence"] == 0.1
+    assert info.single_patch["calibrator"]["slope"] != info.calibrator["slope"]
+    assert_same_run(Run.open(run.path), again)
+
+
+@pytest.mark.parametrize(("method", "prevalence"), [("none", 0.1), ("platt", 1.0), ("platt", -0.1)])
+def test_prevalences_that_do_not_apply_are_refused(run, method, prevalence):
+    files = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with refuses(MetricError, f"{prevalence:g}", reason="value"):
+        calibrate(run, method=method, prevalence=prevalence)
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_training_refuses_a_prevalence_without_calibration(make_pack, tmp_path):
+    pack = make_pack(n_patients=6)
+    with refuses(MetricError, "0.1", "'none'", reason="value"):
+        train_tiny(pack, tmp_path / "run", "decision.calibration=none", "decision.prevalence=0.1")
 
 
 # Doing it again.

@@ -140,6 +140,45 @@ def test_below_five_patients_an_intercept_stands_alone(n_groups):
 
 @pytest.mark.parametrize("positive_index", [0, 1])
 @pytest.mark.parametrize("method", FITTED)
+def test_another_prevalence_multiplies_the_odds(method, positive_index):
+    scores, target = draw()
+    fitted, there = (
+        fit_calibrator(scores, target, method, positive_index=positive_index, prevalence=prevalence)
+        for prevalence in (0.0, 0.1)
+    )
+    share = (target == positive_index).mean()
+    ratio = (0.1 / 0.9) / (share / (1 - share))
+    before, after = (apply(one, scores)[:, positive_index] for one in (fitted, there))
+    np.testing.assert_allclose(after / (1 - after), ratio * before / (1 - before), rtol=1e-9)
+    np.testing.assert_array_equal(apply(calibrator_from_dict(there.to_dict()), scores), apply(there, scores))
+    same = fit_calibrator(scores, target, method, positive_index=positive_index, prevalence=share)
+    np.testing.assert_allclose(apply(same, scores), apply(fitted, scores), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["platt", "intercept", "isotonic"])
+def test_another_prevalence_calibrates_patches_drawn_at_it(method):
+    scores, target = draw(40_000, slope=1.0)
+    rng = np.random.default_rng(1)
+    positive, negative = np.flatnonzero(target == 1), np.flatnonzero(target == 0)
+    rows = np.concatenate([rng.choice(positive, 2_000), rng.choice(negative, 18_000)])
+    there = apply(fit_calibrator(scores, target, method, prevalence=0.1), scores[rows])[:, 1]
+    wanted = LogisticRegression(C=np.inf).fit(scores[rows, 1:] - scores[rows, :1], target[rows])
+    theirs = wanted.predict_proba(scores[rows, 1:] - scores[rows, :1])[:, 1]
+    assert there.mean() == pytest.approx(0.1, abs=0.004)
+    assert np.abs(there - theirs).mean() < 0.006
+    unadjusted = apply(fit_calibrator(scores, target, method), scores[rows])[:, 1]
+    assert unadjusted.mean() > 0.15
+
+
+@pytest.mark.parametrize(("method", "n_classes"), [("none", 2), ("platt", 3)])
+def test_a_prevalence_is_for_calibrated_probabilities_of_two_classes(method, n_classes):
+    scores = np.random.default_rng(0).normal(size=(30, n_classes))
+    with refuses(MetricError, "0.1", str(n_classes), method, reason="value"):
+        fit_calibrator(scores, np.arange(30) % n_classes, method, prevalence=0.1)
+
+
+@pytest.mark.parametrize("positive_index", [0, 1])
+@pytest.mark.parametrize("method", FITTED)
 def test_which_column_is_positive_does_not_matter(method, positive_index):
     scores, target = draw()
     wanted = apply(fit_calibrator(scores, target, method), scores)

@@ -31,6 +31,7 @@ CALIBRATORS = {
     "platt": Scaling("platt", 1.7, (0.4, -0.4)),
     "isotonic": Isotonic(1, (0.0, 0.2, 0.3, 0.5, 0.999999), (0.05, 0.05, 0.4, 0.45, 1.0)),
     "isotonic-first": Isotonic(0, (0.1, 0.6, 1.0), (0.0, 0.7, 0.9)),
+    "isotonic, other prevalence": Isotonic(1, (0.1, 0.6), (0.2, 0.7), intercepts=(0.0, -1.5)),
 }
 
 

@@ -67,6 +67,18 @@ def test_rules_hold_on_their_own_patches_and_nothing_beats_them(rows, share):
         assert not np.isin(chosen.value, prob[(prob > 0) & (prob < 1)])
 
 
+@pytest.mark.parametrize("rule", ["youden", "sensitivity=0.8", "specificity=0.8", "cost=5", "argmax"])
+def test_at_another_prevalence_costs_are_those_of_patches_drawn_at_it(rule):
+    rng = np.random.default_rng(3)
+    target = np.repeat([0, 1], 40)
+    prob = np.clip(rng.normal(0.35 + 0.3 * target, 0.2), 0.01, 0.99)
+    chosen = choose_threshold(target, prob, rule, prevalence=0.1)
+    repeats = np.where(target == 1, 1, 9)  # one positive in ten
+    wanted = choose_threshold(np.repeat(target, repeats), np.repeat(prob, repeats), rule)
+    assert chosen == wanted
+    assert (chosen.value == choose_threshold(target, prob, rule).value) == (rule != "cost=5")
+
+
 def test_a_gap_is_cut_in_its_middle():
     assert choose_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]).value == pytest.approx(0.4)
 

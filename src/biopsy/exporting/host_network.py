@@ -172,6 +172,7 @@ class _Isotonic(nn.Module):
     prob: Tensor
     missing: Tensor
     calibrated: Tensor
+    intercepts: Tensor
 
     def __init__(self, calibrator: Isotonic) -> None:
         super().__init__()
@@ -180,6 +181,7 @@ class _Isotonic(nn.Module):
         with np.errstate(divide="ignore"):
             tables = {"logit": np.log(prob) - np.log1p(-prob), "prob": prob, "missing": 1 - prob}
         tables["calibrated"] = np.array(calibrator.calibrated)
+        tables["intercepts"] = np.array(calibrator.intercepts or [0.0])
         for name, values in tables.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
 
@@ -196,7 +198,7 @@ class _Isotonic(nn.Module):
         share = torch.where(step > 0, rise / step.clamp(min=1e-30), torch.zeros_like(rise)).clamp(0, 1)
         prob = self.calibrated[lower] + share * (self.calibrated[upper] - self.calibrated[lower])
         pair = [1 - prob, prob] if self.positive else [prob, 1 - prob]
-        return torch.stack(pair, dim=1).clamp(min=MIN_PROB).log()
+        return torch.stack(pair, dim=1).clamp(min=MIN_PROB).log() + self.intercepts
 
 
 def example_batch(classifier: Classifier) -> torch.Tensor:

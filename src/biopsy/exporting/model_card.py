@@ -278,7 +278,10 @@ def _describe_parity(parity: Parity) -> list[str]:
 def _describe_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["method"] == "none":
         return f"none ({calibrator['reason']})" if calibrator.get("reason") else "none"
-    return f"{calibrator['method']}, inside the exported model"
+    text = f"{calibrator['method']}, inside the exported model"
+    if "prevalence" in calibrator:
+        text += f"; for {100 * calibrator['prevalence']:.3g} % positive patches"
+    return text
 
 
 def _describe_threshold(info: ClassifierInfo) -> str:

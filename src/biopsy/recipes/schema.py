@@ -226,6 +226,9 @@ class Decision(_Table):
     only. ``isotonic`` is for two classes."""
     operating_points: list[Rule] = ["youden", "sensitivity=0.95", "specificity=0.90", "cost=5"]
     """Rules of further thresholds, fitted on validation."""
+    prevalence: float = Field(default=0.0, ge=0, lt=1)
+    """Share of positive patches where the classifier is used, for which probabilities are corrected; 0: as in
+    validation. Two classes, and not with ``calibration="none"``."""
     abstention_error: float = Field(default=0.1, gt=0, lt=1)
     """Miscoverage rate of the conformal prediction sets; lower values abstain more."""
     abstention_guarantee: Literal["class-conditional", "marginal"] = "class-conditional"

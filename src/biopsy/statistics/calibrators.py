@@ -4,7 +4,7 @@ The softmax of scores is the probabilities. To add a calibrator, write a class w
 and a function that fits it, and add them to `fit_calibrator` and `calibrator_from_dict`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Required
 
 import numpy as np
@@ -55,6 +55,9 @@ class CalibratorRecord(TypedDict, total=False):
     n_patients: int
     unit: str
     warning: str | None
+    prevalence: Annotated[float, Field(gt=0, lt=1)]
+    """Of the positive class, where the classifier is used; absent: that of the patches it was fitted on."""
+    fitted_prevalence: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Isotonic:
     Attributes:
         prob: Probabilities of the knots, ascending, ``(n_knots,)``.
         calibrated: Calibrated probabilities of the knots, interpolated linearly.
+        intercepts: Added to their logarithms, one per class; empty for none.
     """
 
     positive_index: int
@@ -103,6 +107,7 @@ class Isotonic:
     prior: str | None = None
     method: Method = "isotonic"
     reason: str | None = None
+    intercepts: tuple[float, ...] = ()
 
     def scale(self, scores: Floats) -> Floats:
         """Return calibrated scores ``(n, 2)``: logarithms of the probabilities."""
@@ -111,17 +116,18 @@ class Isotonic:
             scipy.special.expit(scores[:, positive] - scores[:, 1 - positive]), self.prob, self.calibrated
         )
         pair = np.stack([1 - prob, prob] if positive else [prob, 1 - prob], axis=1)
-        return np.log(np.maximum(pair, MIN_PROB))
+        return np.log(np.maximum(pair, MIN_PROB)) + (np.array(self.intercepts) if self.intercepts else 0.0)
 
     def to_dict(self) -> CalibratorRecord:
         """Return the entry of ``classifier.json``."""
-        return {
+        record: CalibratorRecord = {
             "method": self.method,
             "positive_index": self.positive_index,
             "prob": list(self.prob),
             "calibrated": list(self.calibrated),
             "prior": self.prior,
         }
+        return {**record, "intercepts": list(self.intercepts)} if self.intercepts else record
 
 
 Calibrator = Scaling | Isotonic
@@ -136,6 +142,7 @@ def calibrator_from_dict(record: CalibratorRecord) -> Calibrator:
             tuple(record["prob"]),
             tuple(record["calibrated"]),
             record.get("prior"),
+            intercepts=tuple(record.get("intercepts", ())),
         )
     return Scaling(
         method,
@@ -146,8 +153,8 @@ def calibrator_from_dict(record: CalibratorRecord) -> Calibrator:
     )
 
 
-def check_method(method: str, n_classes: int = 2) -> Method:
-    """Return the name of a method if it exists and supports the number of classes."""
+def check_method(method: str, n_classes: int = 2, prevalence: float = 0.0) -> Method:
+    """Return the name of a method if it exists and supports number of classes and prevalence (0: none)."""
     if method not in METHODS:
         raise MetricError(f"calibration {method!r} does not exist: {suggest(method, METHODS)}", "name")
     if method == "isotonic" and n_classes != 2:
@@ -155,6 +162,12 @@ def check_method(method: str, n_classes: int = 2) -> Method:
             f"calibration {method!r} is for two classes, found {n_classes}: "
             "use 'platt', which is for any number",
             "classes",
+        )
+    if prevalence and (n_classes != 2 or method == "none"):
+        raise MetricError(
+            f"prevalence {prevalence:g} with {n_classes} classes and calibration {method!r}: it is for two "
+            "classes and calibrated probabilities",
+            "value",
         )
     return method
 
@@ -167,6 +180,7 @@ def fit_calibrator(
     n_groups: int | None = None,
     positive_index: int = 1,
     trained_prior: ArrayLike | None = None,
+    prevalence: float = 0.0,
 ) -> Calibrator:
     """Fit a calibrator by maximum likelihood on held-out patches.
 
@@ -189,31 +203,61 @@ def fit_calibrator(
             ``(n_classes,)``. Before temperature scaling, scores are corrected to the frequencies in these
             patches (prior correction: King and Zeng 2001; Saerens et al. 2002), unless that fits worse, since
             long training may cancel the weights (Byrd and Lipton 2019).
+        prevalence: Share of positive patches where the calibrator is used, to which the fitted one is shifted
+            (`adjust_prevalence`); 0: that of these patches.
 
     Raises:
-        MetricError: If the method is unknown or for two classes only, shapes differ, or a score is not
-            finite.
+        MetricError: If the method is unknown or for two classes only, or a prevalence does not apply to it,
+            shapes differ, or a score is not finite.
 
     Example:
         >>> round(fit_calibrator([[0, 4], [4, 0], [0, 4], [4, 0]], [1, 0, 1, 1], "temperature").slope, 4)
         0.2747
     """
-    scores, target = np.asarray(scores, np.float64), np.asarray(target)
+    scores, target = np.ascontiguousarray(scores, np.float64), np.asarray(target)  # sums depend on the order
     _check_scores(scores, target)
-    method = check_method(method, scores.shape[1])
+    method = check_method(method, scores.shape[1], prevalence)
     if method == "none":
         return Scaling()
     n_groups, reason = len(target) if n_groups is None else n_groups, None
-    if method != "intercept":
-        try:
-            return _fit(scores, target, method, n_groups, positive_index, trained_prior)
-        except _NoFit as why:
-            reason = str(why)
     share = np.bincount(target, minlength=scores.shape[1]) / len(target)
     if not share.all():
         share = (n_groups * share + scipy.special.softmax(scores, axis=1).mean(axis=0)) / (n_groups + 1)
-    _, intercepts = _fit_linear(scores, target, share, with_slope=False)
-    return Scaling("intercept", 1.0, tuple(intercepts.tolist()), prior=PRIOR_IN_INTERCEPT, reason=reason)
+    fitted: Calibrator | None = None
+    if method != "intercept":
+        try:
+            fitted = _fit(scores, target, method, n_groups, positive_index, trained_prior)
+        except _NoFit as why:
+            reason = str(why)
+    if fitted is None:
+        _, offsets = _fit_linear(scores, target, share, with_slope=False)
+        fitted = Scaling("intercept", 1.0, tuple(offsets.tolist()), prior=PRIOR_IN_INTERCEPT, reason=reason)
+    if not prevalence:
+        return fitted
+    return adjust_prevalence(fitted, share[positive_index], prevalence, positive_index=positive_index)
+
+
+def adjust_prevalence(
+    calibrator: Calibrator, fitted_prevalence: float, prevalence: float, *, positive_index: int = 1
+) -> Calibrator:
+    """Return a calibrator of two classes for another prevalence, where the patches of each class look alike.
+
+    The logarithm of the odds is shifted by the difference of those of the two prevalences (Saerens et al.
+    2002).
+
+    Args:
+        calibrator: One that was fitted; not ``none``.
+        fitted_prevalence: Share of the positive class in the patches it was fitted on.
+        prevalence: Share of the positive class where the classifier is used.
+
+    Example:
+        >>> adjust_prevalence(Scaling("intercept", 1.0, (0.0, 0.5)), 0.5, 0.1).intercepts
+        (0.0, -1.6972245773362196)
+    """
+    intercepts = [*(calibrator.intercepts or (0.0, 0.0))]
+    log_odds = scipy.special.logit([prevalence, fitted_prevalence])
+    intercepts[positive_index] += float(log_odds[0] - log_odds[1])
+    return replace(calibrator, intercepts=tuple(intercepts))
 
 
 def mean_nll(scores: Floats, target: ArrayLike) -> float:

@@ -241,7 +241,9 @@ def place_cuts(prob: Floats) -> Floats:
     return np.where(middle > below, middle, above)
 
 
-def choose_threshold(target: ArrayLike, prob: ArrayLike, rule: str = "youden") -> Threshold:
+def choose_threshold(
+    target: ArrayLike, prob: ArrayLike, rule: str = "youden", *, prevalence: float = 0.0
+) -> Threshold:
     """Choose a threshold on validation patches.
 
     Args:
@@ -249,6 +251,7 @@ def choose_threshold(target: ArrayLike, prob: ArrayLike, rule: str = "youden") -
             highest specificity), ``"specificity=0.90"`` (reach it, then the highest sensitivity),
             ``"cost=5"`` (minimum cost if a false negative costs as much as 5 false positives) or
             ``"argmax"`` (0.5). Ties are resolved by higher sensitivity.
+        prevalence: Share of positive patches at which costs are minimised; 0: that of these patches.
 
     Returns:
         The threshold; 0.5, stated in ``rule``, if the patches are of one class only.
@@ -274,6 +277,8 @@ def choose_threshold(target: ArrayLike, prob: ArrayLike, rule: str = "youden") -
     if name == "youden":
         gain = tp * n_neg + tn * n_pos  # integers, so that ties are exact
     elif name == "cost":
+        if prevalence:
+            number *= prevalence / (1 - prevalence) * n_neg / n_pos
         gain = -number * (n_pos - tp) - fp
     elif name == "sensitivity":
         gain = np.where(tp >= number * n_pos * (1 - 1e-12), tn, -np.inf)

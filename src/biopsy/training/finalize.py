@@ -1,14 +1,13 @@
 """Final outputs of a training: classifier, thresholds, and predictions on validation."""
 
 import logging
-from copy import deepcopy
 
 import numpy as np
 import torch
 
 from biopsy.data.packs import Pack
 from biopsy.data.predictions import describe_patches
-from biopsy.models.classifier import Classifier, ClassifierInfo, SinglePatch
+from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import outputs_of
 from biopsy.models.inference import open_predictor
 from biopsy.models.out_of_distribution import REFERENCE_PATCHES, fit_reference
@@ -19,6 +18,7 @@ from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
 from biopsy.training.postprocessing import (
     fit_run_postprocessing,
+    fit_single_patch,
     warn_of_calibration,
     warn_of_spread,
     write_validation,
@@ -70,15 +70,12 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         logits = predictor.logits(pack.patches, pack.sizes, task.val)
         fit_reference(classifier, predictor, pack.patches, pack.sizes, task.train, task.val, seed=task.seed)
     val = pack.target[task.val], pack.group_ids[task.val]
-    fit_run_postprocessing(run, recipe, classifier, logits, *val)
+    single_logits = None
     if recipe.model.context:
-        alone = deepcopy(classifier.info)
-        classifier.info.single_patch = SinglePatch(
-            calibrator=alone.calibrator, thresholds=alone.thresholds, conformal=alone.conformal
-        )
         classifier.info.context = recipe.model.context
-        logits = classifier.add_context(logits, pack.table.iloc[task.val])
-        fit_run_postprocessing(run, recipe, classifier, logits, *val)
+        single_logits, logits = logits, classifier.add_context(logits, pack.table.iloc[task.val])
+        fit_single_patch(run, recipe, classifier, single_logits, *val)
+    fit_run_postprocessing(run, recipe, classifier, logits, *val)
     warnings = [
         _warn_unsettled(normalisation, progress.step, epoch_chosen=recipe.train.checkpoint == "best"),
         warn_of_spread(classifier, logits, run.validation_subset),
@@ -96,6 +93,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
         describe_patches(pack, task.val, subset=run.validation_subset, fold=split["fold"]),
         logits,
         {"pack_sha256": pack.info.content_sha256, "split": split["name"]},
+        single_logits=single_logits,
     )
     run.update(
         chosen_epoch=chosen_epoch or progress.epoch,

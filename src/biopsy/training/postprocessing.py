@@ -8,7 +8,7 @@ import pandas as pd
 
 from biopsy.core.text import count, plural
 from biopsy.data.predictions import decide, write_predictions
-from biopsy.models.classifier import Classifier, Threshold, score_classes
+from biopsy.models.classifier import Classifier, SinglePatch, Threshold, score_classes
 from biopsy.recipes import Recipe
 from biopsy.statistics.abstention import ConformalRecord, Guarantee, fit_conformal, split_conformal
 from biopsy.statistics.calibrators import MIN_SPREAD, fit_calibrator, spread_of
@@ -66,6 +66,7 @@ def fit_postprocessing(
     chosen_on: str,
     unit: str,
     trained_prior: np.ndarray | None = None,
+    prevalence: float = 0.0,
 ) -> None:
     """Fit the calibrator on validation patches, then thresholds on the calibrated probabilities.
 
@@ -76,15 +77,23 @@ def fit_postprocessing(
         group_ids: The patient (slide, patch) of each.
         method: One of ``statistics.calibrators.METHODS``.
         trained_prior: As `find_trained_prior` gives it.
+        prevalence: Share of positive patches where the classifier is used; 0: as in validation.
 
     Raises:
-        MetricError: If a logit is not finite, or the method does not support that many classes.
+        MetricError: If a logit is not finite, or the method does not support the number of classes or the
+            prevalence.
     """
     info, positive, n_groups = classifier.info, classifier.positive_index, len(np.unique(group_ids))
     scores = score_classes(logits, info.outputs)
     at = 1 if positive is None else positive
     fitted = fit_calibrator(
-        scores, target, method, n_groups=n_groups, positive_index=at, trained_prior=trained_prior
+        scores,
+        target,
+        method,
+        n_groups=n_groups,
+        positive_index=at,
+        trained_prior=trained_prior,
+        prevalence=prevalence,
     )
     info.calibrator = fitted.to_dict()
     if method != "none":
@@ -96,9 +105,13 @@ def fit_postprocessing(
             "unit": unit,
             "warning": _warn_few(n_groups, unit),
         }
+    if prevalence:
+        info.calibrator |= {"prevalence": prevalence, "fitted_prevalence": float((target == at).mean())}
     if positive is not None:
         prob, truth = classifier.probs(logits)[:, positive], (target == positive).astype(int)
-        info.thresholds = [_choose_threshold(truth, prob, rule, chosen_on) for rule in dict.fromkeys(rules)]
+        info.thresholds = [
+            _choose_threshold(truth, prob, rule, chosen_on, prevalence) for rule in dict.fromkeys(rules)
+        ]
 
 
 def warn_of_calibration(classifier: Classifier) -> list[str]:
@@ -115,8 +128,10 @@ def _warn_few(n_groups: int, unit: str) -> str | None:
     return f"calibrated on {count(n_groups, unit)} only: calibration may not generalise to others"
 
 
-def _choose_threshold(truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str) -> Threshold:
-    chosen = choose_threshold(truth, prob, rule)
+def _choose_threshold(
+    truth: np.ndarray, prob: np.ndarray, rule: str, chosen_on: str, prevalence: float
+) -> Threshold:
+    chosen = choose_threshold(truth, prob, rule, prevalence=prevalence)
     return Threshold(
         value=chosen.value,
         rule=chosen.rule,
@@ -194,6 +209,7 @@ def fit_run_postprocessing(
         chosen_on=run.validation_subset,
         unit=run.info["pack"]["unit"],
         trained_prior=find_trained_prior(recipe, [counts[name] for name in names], sampled),
+        prevalence=recipe.decision.prevalence if decision.calibration != "none" else 0.0,
     )
     classifier.info.conformal = fit_abstention(
         classifier.probs(logits),
@@ -208,12 +224,35 @@ def fit_run_postprocessing(
     )
 
 
+def fit_single_patch(
+    run: Run,
+    recipe: Recipe,
+    classifier: Classifier,
+    logits: np.ndarray,
+    target: np.ndarray,
+    group_ids: np.ndarray,
+) -> None:
+    """Call `fit_run_postprocessing` for patches without neighbours, of a classifier with ``context``."""
+    alone = classifier.single_patch()
+    fit_run_postprocessing(run, recipe, alone, logits, target, group_ids)
+    classifier.info.single_patch = SinglePatch(
+        calibrator=alone.info.calibrator, thresholds=alone.info.thresholds, conformal=alone.info.conformal
+    )
+
+
+def single_logit_columns(classifier: Classifier) -> list[str]:
+    """Return the columns of a table of validation predictions with the logits without neighbours."""
+    return [f"single_logit_{name}" for name in classifier.info.class_names]
+
+
 def write_validation(
     run: Run,
     classifier: Classifier,
     patches: pd.DataFrame,
     logits: np.ndarray,
     metadata: Mapping[str, object],
+    *,
+    single_logits: np.ndarray | None = None,
 ) -> None:
     """Write ``predictions/validation.parquet``, the predictions of a fitted classifier on validation.
 
@@ -222,8 +261,11 @@ def write_validation(
         patches: `IDENTITY`, subset, fold and target of each patch.
         logits: ``(n, n_classes)``.
         metadata: ``pack_sha256`` and ``split``.
+        single_logits: Logits without neighbours of a classifier with ``context``, ``(n, n_classes)``.
     """
     frame = classifier.tabulate(patches, logits)
+    if single_logits is not None:
+        frame[single_logit_columns(classifier)] = single_logits.astype(np.float64)
     full_metadata = {
         **metadata,
         "classifier_sha256": classifier.sha256,

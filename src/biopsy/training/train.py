@@ -344,7 +344,7 @@ def _check(recipe: Recipe, pack: Pack, split: Split, subsets: np.ndarray, networ
             *(split.name, pack.class_names[index]),
         )
     class_weights(target, len(pack.class_names), recipe.train.class_weights)
-    check_method(recipe.decision.calibration, len(pack.class_names))
+    check_method(recipe.decision.calibration, len(pack.class_names), recipe.decision.prevalence)
     if recipe.model.context and not has_coordinates(pack.table[subsets != ""]):
         raise DataError(
             f"model.context={recipe.model.context:g} needs coordinates of the patches, and "

@@ -18,9 +18,12 @@ from biopsy.data.predictions import IDENTITY
 from biopsy.models.classifier import Classifier, Threshold
 from biopsy.recipes import Recipe, load_recipe, recipe_toml
 from biopsy.statistics.calibrators import CalibratorRecord, Method, check_method
+from biopsy.statistics.decisions import check_prevalence
 from biopsy.training.postprocessing import (
     fit_run_postprocessing,
+    fit_single_patch,
     logger,
+    single_logit_columns,
     warn_of_calibration,
     write_validation,
 )
@@ -77,10 +80,14 @@ def _describe_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["unit"] != "patch":
         text += f" of {count(calibrator['n_patients'], calibrator['unit'])}"
     text += f", slope {calibrator['slope']:.4g}" if "slope" in calibrator else ""
+    if "prevalence" in calibrator:
+        text += f", for {100 * calibrator['prevalence']:.3g} % positive patches"
     return text + (f" ({calibrator['reason']})" if calibrator.get("reason") else "")
 
 
-def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibration:
+def calibrate(
+    run: Run | Path | str, *, method: Method = "platt", prevalence: float | None = None
+) -> Recalibration:
     """Refit a run's calibration and decision thresholds on its validation predictions.
 
     ``classifier/``, ``predictions/validation.parquet`` and the recipe in the run are rewritten. Outputs that
@@ -90,38 +97,52 @@ def calibrate(run: Run | Path | str, *, method: Method = "platt") -> Recalibrati
     Args:
         run: Finished run.
         method: Calibration method; ``isotonic`` needs two classes.
+        prevalence: Share of positive patches where the classifier will be used, for which probabilities are
+            corrected, such as 0.1; 0: as in validation (default: that of the run's recipe). Two classes.
 
     Returns:
         ``run``, ``calibrator`` and ``thresholds`` as in ``classifier.json``, and the ``removed`` outputs.
 
     Raises:
         RunError: If the run has not finished or is in use.
-        MetricError: If the method does not exist or is for two classes only.
+        MetricError: If the method does not exist or is for two classes only, or the prevalence is not from 0
+            to 1 or does not apply to the method.
     """
     run = Run.open(run)
     classifier = run.load_for_calibration()
-    check_method(method, len(classifier.info.class_names))
+    if prevalence:
+        check_prevalence(prevalence)
+    check_method(method, len(classifier.info.class_names), prevalence or 0.0)
     try:
         with FileLock(run.path / LOCK, timeout=0):
-            return _calibrate(run, classifier, method)
+            return _calibrate(run, classifier, method, prevalence)
     except Timeout:
         raise RunError(f"{run.path} is in use by another process") from None
 
 
-def _calibrate(run: Run, classifier: Classifier, method: str) -> Recalibration:
+def _calibrate(run: Run, classifier: Classifier, method: str, prevalence: float | None) -> Recalibration:
     frame, metadata = run.predictions("validation")
     unit, before = run.info["pack"]["unit"], classifier.info.calibrator
     table = "as_published" if run.info["split"]["as_published"] else "decision"
-    recipe = load_recipe(run.recipe, [f"{table}.calibration={method}"])
+    settings = [f"{table}.calibration={method}"]
+    if method == "none":
+        prevalence = 0.0
+    settings += [f"decision.prevalence={prevalence}"] if prevalence is not None else []
+    recipe = load_recipe(run.recipe, settings)
     logits = frame[[f"logit_{name}" for name in classifier.info.class_names]].to_numpy(np.float64)
     target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
+    single_logits = None
+    if classifier.info.context:
+        single_logits = frame[single_logit_columns(classifier)].to_numpy(np.float64)
+        fit_single_patch(run, recipe, classifier, single_logits, target, group_ids)
     fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
     for message in warn_of_calibration(classifier):
         logger.warning("%s", message)
     config_sha256 = _hash_new_config(run, recipe)
     removed = _remove_stale(run.path)
     classifier.save(run.path / "classifier")
-    write_validation(run, classifier, frame[[*IDENTITY, "subset", "fold", "target"]], logits, metadata)
+    patches = frame[[*IDENTITY, "subset", "fold", "target"]]
+    write_validation(run, classifier, patches, logits, metadata, single_logits=single_logits)
     write_atomic(run.path / "recipe.toml", recipe_toml(recipe))
     run.update(
         threshold=classifier.decision_threshold,

@@ -84,6 +84,11 @@ def describe_calibrator(entry: CalibratorRecord) -> str:
         text += f" Scores are multiplied by {number(entry['slope'])}"
         text += " (a temperature of " + number(1 / entry["slope"]) + ")"
         text += " and shifted." if any(entry["intercepts"]) else "."
+    if "prevalence" in entry:
+        text += (
+            f" Probabilities are for patches of which {100 * entry['prevalence']:.3g} % are positive; of the "
+            f"{entry['fitted_on']} subset {100 * entry['fitted_prevalence']:.3g} % are."
+        )
     prior_notes = {
         PRIOR_CORRECTED: " Class weights or resampling changed the training prevalence; before temperature "
         "scaling, scores were corrected to the validation prevalence.",
