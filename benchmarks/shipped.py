@@ -35,6 +35,7 @@ from biopsy.models.shipped import FOLDER
 RESULTS = Path(__file__).parent / "results"
 MAX_BYTES = 1_000_000
 OOD_QUANTILE = 0.95
+IDC_PREVALENCE = 0.284  # 78,786 of the 277,524 patches of the whole release; of the calibrating patches 45 %
 TOLERANCE_PROB, TOLERANCE_AUROC, TOLERANCE_DISTANCE = 0.01, 0.01, 0.05
 
 
@@ -67,6 +68,7 @@ SHIPPED = {
         "Inform 7:29); Kaggle release by P. Mooney.",
         licence="Apache-2.0; the data are CC0, as their Kaggle page says",
         left_out="idc-loso.csv",
+        overrides={"decision.prevalence": IDC_PREVALENCE},
     ),
     "pcam": Shipped(
         recipe="pcam-small",

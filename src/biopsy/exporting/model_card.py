@@ -249,7 +249,7 @@ def _describe_limits(facts: CardFacts) -> list[str]:
         lines.append(f"Tested on {tested}: too few for conclusions on new patients.")
     lines += [
         "Not tested with other scanners, stains, laboratories and magnifications than those above.",
-        "Probabilities are calibrated for the prevalence of positive patches in validation.",
+        f"Probabilities are for {_describe_prevalence(facts.info.calibrator)}.",
         "Out-of-distribution patches are flagged by `biopsy predict` and `biopsy slide` (if the classifier "
         "has reference statistics), not by other programs that run the exported model.",
         "The exported model is for full-size patches; the treatment of smaller ones is not exported.",
@@ -275,13 +275,17 @@ def _describe_parity(parity: Parity) -> list[str]:
     return text
 
 
+def _describe_prevalence(calibrator: CalibratorRecord) -> str:
+    if "prevalence" not in calibrator:
+        return "the prevalence of positive patches in validation"
+    declared, fitted = (f"{100 * calibrator[key]:.3g} %" for key in ("prevalence", "fitted_prevalence"))
+    return f"a prevalence of positive patches of {declared} (in validation it is {fitted})"
+
+
 def _describe_calibrator(calibrator: CalibratorRecord) -> str:
     if calibrator["method"] == "none":
         return f"none ({calibrator['reason']})" if calibrator.get("reason") else "none"
-    text = f"{calibrator['method']}, inside the exported model"
-    if "prevalence" in calibrator:
-        text += f"; for {100 * calibrator['prevalence']:.3g} % positive patches"
-    return text
+    return f"{calibrator['method']}, inside the exported model"
 
 
 def _describe_threshold(info: ClassifierInfo) -> str:
