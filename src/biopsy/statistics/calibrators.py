@@ -251,8 +251,8 @@ def adjust_prevalence(
         prevalence: Share of the positive class where the classifier is used.
 
     Example:
-        >>> adjust_prevalence(Scaling("intercept", 1.0, (0.0, 0.5)), 0.5, 0.1).intercepts
-        (0.0, -1.6972245773362196)
+        >>> round(adjust_prevalence(Scaling("intercept", 1.0, (0.0, 0.5)), 0.5, 0.1).intercepts[1], 3)
+        -1.697
     """
     intercepts = [*(calibrator.intercepts or (0.0, 0.0))]
     log_odds = scipy.special.logit([prevalence, fitted_prevalence])
