@@ -4,6 +4,7 @@ Each ``make_...`` fixture is a function: call it with what the test needs, the r
 same arguments and seed always give the same pixels.
 """
 
+import atexit
 import gc
 import os
 import subprocess
@@ -287,12 +288,8 @@ def pytest_collection() -> Iterator[object]:
     gc.freeze()
     gc.set_threshold(50_000, 20, 10)
     gc.enable()
+    atexit.register(gc.unfreeze)  # what was imported is taken down in its order
     return result
-
-
-def pytest_sessionfinish() -> None:
-    """Let what was imported be taken down in its order."""
-    gc.unfreeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -30,7 +30,18 @@ def add(name, option, content):
     INPUTS[name] = (option, content.encode() if isinstance(content, str) else content)
 
 
-LONG = "x" * 2**20
+def write_cells(path):
+    path.write_text(rows() + "\n" + "," * 60_000_000)
+
+
+def write_long_cell(path):
+    path.write_text(rows().replace("P02", "x" * (30 * 2**20), 1))
+
+
+def write_bomb(path):
+    path.write_bytes(gzip.compress(bytes(2**29)))
+
+
 TABLES = {
     "empty": "",
     "only_a_heading": "patch_id,patient_id\n",
@@ -56,13 +67,13 @@ TABLES = {
     "utf_16": rows().encode("utf-16"),
     "columns_a_million": "patch_id,patient_id" + ",x" * 10**6 + "\n",
     "columns_a_million_empty": "," * 10**6 + "\n" + "," * 10**6 + "\n",
-    "cells_60_million": rows() + "\n" + "," * 60_000_000,
-    "one_cell_of_30_mb": rows().replace("P02", LONG * 30, 1),
+    "cells_60_million": write_cells,
+    "one_cell_of_30_mb": write_long_cell,
     "spaces_only": " \n \n",
     "html": "<html><body>404</body></html>",
     "zip": b"PK\x03\x04" + bytes(500),
     "gzip_damaged": gzip.compress(rows().encode())[:-9],
-    "gzip_bomb": gzip.compress(bytes(2**29)),
+    "gzip_bomb": write_bomb,
     "slides_of_two_patients": "patch_id,slide_id,patient_id\n" + "".join(f"{k},S,{k[-4:-2]}\n" for k in KEYS),
     "spaces": rows().replace("P02\n", " P02\u00a0\n"),
     "numbers_with_points": rows(value=lambda key: key[-3] + (".0" if key[-1] == "1" else "")),
