@@ -12,6 +12,7 @@ from scipy.special import softmax
 
 from biopsy.core.errors import MetricError, RunError
 from biopsy.core.files import LOCK
+from biopsy.data.predictions import write_predictions
 from biopsy.data.splits import split
 from biopsy.evaluation.calibration.recalibrate import calibrate
 from biopsy.evaluation.calibration.section import describe_calibrator
@@ -308,6 +309,14 @@ def test_single_patches_are_calibrated_again_too(make_pack, tmp_path):
     assert info.single_patch["calibrator"]["prevalence"] == info.calibrator["prevalence"] == 0.1
     assert info.single_patch["calibrator"]["slope"] != info.calibrator["slope"]
     assert_same_run(Run.open(run.path), again)
+
+    frame, metadata = again.predictions("validation")
+    columns = [name for name in frame if name.startswith("single_logit")]
+    write_predictions(
+        again.path / "predictions" / "validation.parquet", frame.drop(columns=columns), metadata
+    )
+    with refuses(RunError, *columns):
+        calibrate(again)
 
 
 @pytest.mark.parametrize(("method", "prevalence"), [("none", 0.1), ("platt", 1.0), ("platt", -0.1)])

@@ -133,7 +133,13 @@ def _calibrate(run: Run, classifier: Classifier, method: str, prevalence: float 
     target, group_ids = frame["target"].to_numpy(int), group_by_unit(frame, unit)
     single_logits = None
     if classifier.info.context:
-        single_logits = frame[single_logit_columns(classifier)].to_numpy(np.float64)
+        columns = single_logit_columns(classifier)
+        if not set(columns) <= set(frame):
+            raise RunError(
+                f"{run.path}: validation.parquet lacks {', '.join(columns)}, which an earlier version did not "
+                "write: train the run again"
+            )
+        single_logits = frame[columns].to_numpy(np.float64)
         fit_single_patch(run, recipe, classifier, single_logits, target, group_ids)
     fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
     for message in warn_of_calibration(classifier):
