@@ -136,7 +136,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str, prevalence: float 
         columns = single_logit_columns(classifier)
         if not set(columns) <= set(frame):
             raise RunError(
-                f"{run.path}: validation.parquet lacks {', '.join(columns)}, which an earlier version did not "
+                f"{run.path}: validation.parquet lacks {', '.join(columns)}, which earlier versions did not "
                 "write: train the run again"
             )
         single_logits = frame[columns].to_numpy(np.float64)
