@@ -237,7 +237,7 @@ def _read_labels(y_true: ArrayLike) -> np.ndarray:
 def _refuse_missing(name: str, missing: Any) -> None:
     if missing.any():
         raise MetricError(
-            f"{name} is missing in {missing.sum():,} rows, first at index {int(missing.argmax())}: fill in "
+            f"{name} is missing in {missing.sum():,} rows, first in row {int(missing.argmax())}: fill in "
             "the values or drop the rows",
             "missing",
         )
