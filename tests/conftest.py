@@ -26,7 +26,6 @@ from biopsy.core.plugins import Registry
 from biopsy.data.pack_files import PIXELS, finish_pack, patch_sha256
 from biopsy.data.packs import Pack
 from biopsy.slide_io.pyramids import write_pyramid
-from captured_logs import CapturedLogs, capture_logs
 from kept_files import write_again
 
 if TYPE_CHECKING:
@@ -247,13 +246,6 @@ def write_slide(
 def make_slide(tmp_path: Path) -> Callable[..., Path]:
     """``make_slide(name="slide.tiff", *, pixels=None, width=600, height=400, seed=0, mpp=0.5, ...)``."""
     return partial(write_slide, tmp_path)
-
-
-@pytest.fixture
-def caplog() -> Iterator[CapturedLogs]:
-    """What is logged during a test."""
-    with capture_logs() as captured:
-        yield captured
 
 
 @pytest.fixture(scope="session", autouse=True)

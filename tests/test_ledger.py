@@ -10,7 +10,6 @@ from filelock import FileLock
 
 from biopsy.data.ledger import FILE, count_openings, record_opening
 from biopsy.data.packs import Pack
-from captured_logs import CapturedLogs
 
 MakePack = Callable[..., Pack]
 COUNTED = {"kept_with": "pack", "unreadable": 0}
@@ -53,7 +52,7 @@ def test_an_entry_records_time_and_subject(make_pack: MakePack, tmp_path: Path) 
 
 
 def test_a_read_only_pack_keeps_it_with_the_run(
-    make_pack: MakePack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: CapturedLogs
+    make_pack: MakePack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=1)
     run_dir = tmp_path / "run"
@@ -72,7 +71,7 @@ def test_a_read_only_pack_keeps_it_with_the_run(
 
 
 def test_a_line_cut_short_is_not_counted_and_spoils_no_other(
-    make_pack: MakePack, tmp_path: Path, caplog: CapturedLogs
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=1)
     record_opening(pack, tmp_path, entry())

@@ -16,7 +16,6 @@ from biopsy.data.protocols.published import follow_recipe, read_cases
 from biopsy.data.splits import find_split, load_split, save_split
 from biopsy.data.splits import split as make_split
 from biopsy.data.splits import split as split_pack
-from captured_logs import CapturedLogs
 from conftest import draw_patches
 from refusals import refuses
 
@@ -161,7 +160,7 @@ def test_official_cases_from_lists_and_from_csv(make_pack: MakePack, tmp_path: P
 
 
 def test_listed_cases_that_do_not_exist_are_named_with_the_likely_patient(
-    make_pack: MakePack, tmp_path: Path, caplog: CapturedLogs
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=8, columns={"patient_id": np.repeat([f"0{n}" for n in range(8)], 12)})
     subsets = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2

@@ -24,7 +24,6 @@ from biopsy.data.splits import (
 from biopsy.data.splits import (
     split as make_split,
 )
-from captured_logs import CapturedLogs
 from conftest import write_pack
 from refusals import refuses
 
@@ -109,7 +108,7 @@ def test_a_rare_class_reaches_every_subset(seed: int) -> None:
 
 
 def test_metrics_that_the_tested_patients_do_not_allow_are_stated(
-    make_pack: MakePack, tmp_path: Path, caplog: CapturedLogs
+    make_pack: MakePack, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=20, patches_per_patient=6)
     split = make_split(pack, protocol="patients", save=False)
@@ -272,7 +271,7 @@ def name_all_but(*rows: int) -> dict[str, object]:
 @pytest.mark.parametrize("protocol", ["patients", "folds", "leave-one-out"])
 @pytest.mark.parametrize("rows", [(0,), (0, 13, 30), tuple(range(20))])
 def test_a_patch_without_a_patient_is_left_out_and_patients_stay_whole(
-    make_pack: MakePack, caplog: CapturedLogs, protocol: str, rows: tuple[int, ...]
+    make_pack: MakePack, caplog: pytest.LogCaptureFixture, protocol: str, rows: tuple[int, ...]
 ) -> None:
     pack = make_pack(n_patients=6, columns=name_all_but(*rows))
     split = make_split(pack, protocol=protocol, save=False)
@@ -311,7 +310,7 @@ def test_patches_without_a_patient_may_be_counted_each_alone(make_pack: MakePack
 
 
 def test_own_subsets_keep_patches_without_a_patient_and_report_it(
-    make_pack: MakePack, caplog: CapturedLogs
+    make_pack: MakePack, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = {"official_subset": np.repeat(["train", "validation", "test"], 24)}
     pack = make_pack(n_patients=6, columns=name_all_but(0) | own)
@@ -329,7 +328,7 @@ def test_a_slide_without_a_patient_stays_whole(make_pack: MakePack) -> None:
     check_no_leakage(pack.table["slide_id"].to_numpy(str), subsets, unit="slide")
 
 
-def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: CapturedLogs) -> None:
+def test_one_class_on_a_subset_is_noted(make_pack: MakePack, caplog: pytest.LogCaptureFixture) -> None:
     target = np.repeat([0, 1, 1, 0, 1, 0], 12)
     pack = make_pack(n_patients=6, columns={"target": target})
     split = make_split(pack, protocol="patients", test_patients=("8863",), save=False)
@@ -401,7 +400,7 @@ def test_a_hand_made_split_that_leaks_loads_but_is_not_used(make_pack: MakePack)
 
 
 def test_find_split_makes_what_needs_nothing_more(
-    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch, caplog: CapturedLogs
+    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = make_pack(n_patients=6)
     assert find_split(pack).protocol == "patients"
