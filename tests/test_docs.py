@@ -75,7 +75,13 @@ def check_command_line(arguments: list[str]) -> None:
 SLOW_PAGES = (
     "docs/how-to/map-a-slide.md",
     "docs/how-to/map-with-your-own-model.md",
+    "docs/how-to/calibrate.md",
+    "docs/how-to/evaluate-predictions.md",
+    "docs/how-to/pretrain-on-your-patches.md",
+    "docs/how-to/train-on-arrays.md",
+    "docs/start/first-slide.md",
     "docs/datasets/phantom.md",
+    "README.md",
 )
 
 

@@ -450,7 +450,10 @@ CASES = {
     ),
     "demo": Case("demo --out demo", "demo", is_new=True),
 }
-SLOW = {"report", "inspect", "calibrate", "export", "reproduce", "demo", "slide", "errors"}
+SLOW = {
+    *("report", "inspect", "calibrate", "export", "reproduce", "demo", "slide", "errors"),
+    *("train", "sweep", "study", "compare", "explain"),
+}
 
 
 @pytest.fixture
