@@ -41,12 +41,15 @@ FAST = frozenset(
 
 SLOW = (
     "[vgg16",  # 15 million weights
+    "test_a_command_that_does_not_end_is_aborted_and_says_where_it_stood",
     "test_a_csv_states_an_mpp_for_each_slide",
     "test_a_divided_slide_that_changes_is_refused[<lambda>-touch-changed1]",
     "test_a_network_learns_eight_patches[residual_p4m",
     "test_a_network_of_a_library_is_pre_trained_too",
     "test_a_pack_becomes_its_slides_again",
+    "test_a_report_of_predictions[2]",
     "test_a_run_keeps_the_precision_that_auto_chose[False]",
+    "test_a_step_reads_no_value_from_the_device_and_sends_it_no_pixels[softmax]",
     "test_a_stored_classifier_and_its_exports_give_the_same_probabilities",
     "test_a_strip_that_fails_ends_its_slide_and_the_others_are_mapped[True]",
     "test_completion_knows_every_command_and_option[zsh]",
@@ -60,6 +63,7 @@ SLOW = (
     "test_resumed_equals_never_interrupted[muon]",
     "test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs",
     "test_saved_and_exported_with_the_symmetries",
+    "test_slides_of_one_name_are_distinguished",
     "test_telemetry_is_disabled",
     "test_the_false_positive_rate_is_the_nominal_five_percent[20]",
     "test_the_planned_power_is_reached",
