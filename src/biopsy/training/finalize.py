@@ -18,7 +18,6 @@ from biopsy.training.checkpoints import Progress
 from biopsy.training.fit import Task
 from biopsy.training.postprocessing import (
     fit_run_postprocessing,
-    fit_single_patch,
     warn_of_calibration,
     warn_of_spread,
     write_validation,
@@ -74,8 +73,7 @@ def complete(run: Run, network: torch.nn.Module, task: Task, progress: Progress)
     if recipe.model.context:
         classifier.info.context = recipe.model.context
         single_logits, logits = logits, classifier.add_context(logits, pack.table.iloc[task.val])
-        fit_single_patch(run, recipe, classifier, single_logits, *val)
-    fit_run_postprocessing(run, recipe, classifier, logits, *val)
+    fit_run_postprocessing(run, recipe, classifier, logits, *val, single_logits=single_logits)
     warnings = [
         _warn_unsettled(normalisation, progress.step, epoch_chosen=recipe.train.checkpoint == "best"),
         warn_of_spread(classifier, logits, run.validation_subset),

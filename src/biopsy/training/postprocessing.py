@@ -192,8 +192,22 @@ def fit_run_postprocessing(
     logits: np.ndarray,
     target: np.ndarray,
     group_ids: np.ndarray,
+    *,
+    single_logits: np.ndarray | None = None,
 ) -> None:
-    """Call `fit_postprocessing` with the recipe of a run; logits, target and ids are of validation."""
+    """Call `fit_postprocessing` with the recipe of a run; logits, target and ids are of validation.
+
+    Args:
+        single_logits: Logits without neighbours of a classifier with ``context``, for ``info.single_patch``.
+    """
+    if single_logits is not None:
+        single = classifier.single_patch()
+        fit_run_postprocessing(run, recipe, single, single_logits, target, group_ids)
+        classifier.info.single_patch = SinglePatch(
+            calibrator=single.info.calibrator,
+            thresholds=single.info.thresholds,
+            conformal=single.info.conformal,
+        )
     split, published = run.info["split"], run.info["split"]["as_published"]
     decision = recipe.as_published if published else recipe.decision
     names = classifier.info.class_names
@@ -221,22 +235,6 @@ def fit_run_postprocessing(
         unit=run.info["pack"]["unit"],
         chosen_on=run.validation_subset,
         patients_overlap=bool(split["patients_overlap"]),
-    )
-
-
-def fit_single_patch(
-    run: Run,
-    recipe: Recipe,
-    classifier: Classifier,
-    logits: np.ndarray,
-    target: np.ndarray,
-    group_ids: np.ndarray,
-) -> None:
-    """Call `fit_run_postprocessing` for patches without neighbours, of a classifier with ``context``."""
-    alone = classifier.single_patch()
-    fit_run_postprocessing(run, recipe, alone, logits, target, group_ids)
-    classifier.info.single_patch = SinglePatch(
-        calibrator=alone.info.calibrator, thresholds=alone.info.thresholds, conformal=alone.info.conformal
     )
 
 

@@ -21,7 +21,6 @@ from biopsy.statistics.calibrators import CalibratorRecord, Method, check_method
 from biopsy.statistics.decisions import check_prevalence
 from biopsy.training.postprocessing import (
     fit_run_postprocessing,
-    fit_single_patch,
     logger,
     single_logit_columns,
     warn_of_calibration,
@@ -140,8 +139,7 @@ def _calibrate(run: Run, classifier: Classifier, method: str, prevalence: float 
                 "write: train the run again"
             )
         single_logits = frame[columns].to_numpy(np.float64)
-        fit_single_patch(run, recipe, classifier, single_logits, target, group_ids)
-    fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids)
+    fit_run_postprocessing(run, recipe, classifier, logits, target, group_ids, single_logits=single_logits)
     for message in warn_of_calibration(classifier):
         logger.warning("%s", message)
     config_sha256 = _hash_new_config(run, recipe)
