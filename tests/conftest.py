@@ -39,39 +39,6 @@ FAST = frozenset(
 )
 """Files of tests, without ``test_``, that ``-m fast`` runs: statistics, recipes, names and geometry."""
 
-SLOW = (
-    "[vgg16",  # 15 million weights
-    "test_a_command_that_does_not_end_is_aborted_and_says_where_it_stood",
-    "test_a_csv_states_an_mpp_for_each_slide",
-    "test_a_divided_slide_that_changes_is_refused[<lambda>-touch-changed1]",
-    "test_a_network_learns_eight_patches[residual_p4m",
-    "test_a_network_of_a_library_is_pre_trained_too",
-    "test_a_pack_becomes_its_slides_again",
-    "test_a_report_of_predictions[2]",
-    "test_a_run_keeps_the_precision_that_auto_chose[False]",
-    "test_a_step_reads_no_value_from_the_device_and_sends_it_no_pixels[softmax]",
-    "test_a_stored_classifier_and_its_exports_give_the_same_probabilities",
-    "test_a_strip_that_fails_ends_its_slide_and_the_others_are_mapped[True]",
-    "test_completion_knows_every_command_and_option[zsh]",
-    "test_every_network_exports[residual_p4m]",
-    "test_every_network_exports[torchvision:squeezenet1_1]",
-    "test_files_of_divided_slides_are_those_of_one_process",
-    "test_keras_vgg16_without_top_fills_the_blocks",
-    "test_many_outlines_that_cross_themselves_count_together",
-    "test_more_than_two_classes_and_abstention",
-    "test_openvino_is_within_1e5_of_pytorch[baruah-d4]",
-    "test_resumed_equals_never_interrupted[muon]",
-    "test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs",
-    "test_saved_and_exported_with_the_symmetries",
-    "test_slides_of_one_name_are_distinguished",
-    "test_telemetry_is_disabled",
-    "test_the_false_positive_rate_is_the_nominal_five_percent[20]",
-    "test_the_planned_power_is_reached",
-    "test_the_record_of_a_run_is_kept_and_the_same_twice",
-    "test_threads_that_use_openvino_first_at_once_do_not_wait_forever",
-)
-"""Parts of the ids of tests that take a second, most with faster ones beside them."""
-
 hypothesis.settings.register_profile("biopsy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("biopsy")
 
@@ -332,10 +299,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW`, and those of `FAST` that need nothing and are not slow."""
+    """Mark the tests of `FAST` that need nothing and are not slow."""
     for item in items:
-        if any(part in item.nodeid for part in SLOW):
-            item.add_marker("slow")
         is_set_apart = any(item.get_closest_marker(name) for name in ("slow", "data", "peer", "gpu"))
         if item.path.stem.removeprefix("test_") in FAST and not is_set_apart:
             item.add_marker("fast")

@@ -1,6 +1,7 @@
 """Small classifiers, and what a host that knows Resize, ToTensor and softmax makes of an exported one."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
@@ -8,8 +9,14 @@ from torchvision import transforms
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
 from biopsy.models.inference import predict_logits
-from biopsy.models.networks import build_network
+from biopsy.models.networks import build_network, list_networks
 from biopsy.recipes.preprocessing import Preprocessing
+
+
+def list_network_cases(*others, slow=("vgg16",)):
+    """Return the networks, and others, as parameters of a test; some are slow."""
+    names = [*list_networks(), *others]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def ask_host(network, patches):

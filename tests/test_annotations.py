@@ -208,6 +208,7 @@ def test_an_outline_that_crosses_itself_everywhere_is_refused_at_once(write, n_c
     assert time.process_time() - start < 10
 
 
+@pytest.mark.slow
 def test_many_outlines_that_cross_themselves_count_together(write):
     features = [feature([star(100, seed)]) for seed in range(20)]
     assert len(read_annotations(write(features[:3])).repaired) == 3

@@ -23,18 +23,14 @@ from biopsy.exporting import bundles
 from biopsy.exporting.bundles import export, measure_parity, write_networks
 from biopsy.exporting.host_network import HostNetwork
 from biopsy.models.importers.wsinfer import load_script
-from biopsy.models.networks import list_networks
 from biopsy.training.open_model import open_classifier
 from command_line import call
 from conftest import encode_png
-from host_models import ask_host, draw, make_classifier, our_probs
+from host_models import ask_host, draw, list_network_cases, make_classifier, our_probs
 from refusals import refuses
 
-SLOW = ("vgg16", "timm:resnet10t")  # large, or slow to import
-NETWORKS = [
-    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-    for name in [*list_networks(), "torchvision:squeezenet1_1", "timm:resnet10t"]
-]
+SLOW = ("vgg16", "residual_p4m", "torchvision:squeezenet1_1", "timm:resnet10t")  # large, or slow to import
+NETWORKS = list_network_cases("torchvision:squeezenet1_1", "timm:resnet10t", slow=SLOW)
 
 
 @pytest.fixture(scope="module")

@@ -295,6 +295,7 @@ def test_an_edited_map_stays_and_does_not_stop_the_others(make_slide, tmp_path):
     assert len(cohort) == 2 and next(iter(cohort)).name == "b"
 
 
+@pytest.mark.slow
 def test_a_csv_states_an_mpp_for_each_slide(tmp_path, make_slide):
     from conftest import draw_slide, encode_png
 
@@ -327,6 +328,7 @@ def test_csv_files_that_say_nothing_are_refused(tmp_path, text, facts, reason):
         slide(make_classifier(), [tmp_path / "s.csv"], out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_slides_of_one_name_are_distinguished(tmp_path, make_slide):
     path = make_slide("x.tiff")
     for folder in ("one", "two"):
@@ -346,6 +348,7 @@ def test_several_slides_need_a_place_and_slides_must_exist(tmp_path, make_slide)
         slide(make_classifier(), tmp_path / "empty", out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
     pack = make_pack(patch_px=16, n_patients=2)
     table = pack.table.assign(x=(pack.table["x"] - 1) // 50 * 16 + 1, y=(pack.table["y"] - 1) // 50 * 16 + 1)
@@ -372,6 +375,7 @@ def test_a_pack_becomes_its_slides_again(make_pack, tmp_path):
         slide(model, [pack.path], out=tmp_path / "other", stride_um=8)
 
 
+@pytest.mark.slow
 def test_more_than_two_classes_and_abstention(make_slide, tmp_path):
     model = save_classifier(tmp_path / "three", n_classes=3)
     slide(model, [make_slide("a.tiff")], out=tmp_path / "out")

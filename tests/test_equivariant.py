@@ -155,6 +155,7 @@ def test_weights_are_an_eighth_at_the_same_width():
     assert total - trainable == 2 * (3 * 3 + 3 * (6 + 12 + 15))  # means and variances, one a channel
 
 
+@pytest.mark.slow
 def test_a_stored_classifier_and_its_exports_give_the_same_probabilities(tmp_path):
     network = settled()
     save_file(network.state_dict(), tmp_path / "network.safetensors")

@@ -12,8 +12,9 @@ from biopsy.evaluation.saliency.methods.gradients import input_gradient
 from biopsy.evaluation.saliency.methods.layers import find_first_layer, find_layer
 from biopsy.models.classifier import Classifier, ClassifierInfo
 from biopsy.models.engine import Engine
-from biopsy.models.networks import build_network, list_networks
+from biopsy.models.networks import build_network
 from biopsy.recipes.preprocessing import Preprocessing
+from host_models import list_network_cases
 from refusals import refuses
 
 CPU = Engine("cpu")
@@ -93,7 +94,7 @@ def test_the_class_explained_is_the_positive_or_the_most_probable_one():
     np.testing.assert_allclose(found.maps[:, 0], weights[found.class_index], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_networks())
+@pytest.mark.parametrize("name", list_network_cases())
 def test_gradients_of_every_network_are_finite_differences(name):
     network = make_network(name).double()
     rng = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_gradients_of_every_network_are_finite_differences(name):
     assert highest > 1e-6
 
 
-@pytest.mark.parametrize("name", list_networks())
+@pytest.mark.parametrize("name", list_network_cases())
 def test_every_network_is_explained_also_with_frozen_weights(name):
     network = make_network(name)
     classifier, patches = make_classifier(network), draw_patches(3)

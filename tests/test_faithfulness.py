@@ -352,6 +352,7 @@ def judged(trained_run, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_is_kept_and_the_same_twice(judged):
     options = {"methods": ["saliency", "grad_cam"], "n_patches": 6, "device": "cpu"}
     found = measure_faithfulness(judged, **options)

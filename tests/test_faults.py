@@ -45,6 +45,7 @@ def test_kills_on_slow_storage_cost_nothing(tmp_path):
     assert (rows["passed"] == 2).all() and (rows["ended_before"] < 2).all(), rows
 
 
+@pytest.mark.slow
 def test_a_command_that_does_not_end_is_aborted_and_says_where_it_stood(tmp_path):
     code = """if True:
         import sys, time

@@ -138,7 +138,7 @@ def test_features_are_the_input_of_the_last_layer(network, patches):
     [
         ("cancernet", "none"),
         ("residual", "none"),
-        ("baruah", "d4"),
+        pytest.param("baruah", "d4", marks=pytest.mark.slow),
         pytest.param("baruah", "none", marks=pytest.mark.slow),
         pytest.param("cancernet", "d4", marks=pytest.mark.slow),
         pytest.param("residual", "d4", marks=pytest.mark.slow),

@@ -237,7 +237,9 @@ def test_what_the_recipe_says_can_be_said_otherwise(tmp_path):
         ("baruah", "baruah-2019", "sigmoid", "sigmoid"),
         ("baruah", "baruah", None, "sigmoid"),  # weights alone: as the recipe
         ("baruah", "baruah-2019", "softmax", "softmax"),
-        ("vgg16", "vgg16-pcam", "sigmoid", "softmax"),  # one logit, as two
+        pytest.param(
+            "vgg16", "vgg16-pcam", "sigmoid", "softmax", marks=pytest.mark.slow
+        ),  # one logit, as two
         ("dabydeen_hedges", "dabydeen-hedges", "softmax", "softmax"),
         ("dabydeen_hedges", "dabydeen-hedges", "sigmoid", "sigmoid"),
         ("dabydeen_hedges", "dabydeen-hedges-baseline", None, "softmax"),

@@ -13,7 +13,8 @@ from biopsy.evaluation.saliency.methods import METHODS, ExplanationRequest, grad
 from biopsy.evaluation.saliency.methods.gradients import COMPLETE_WITHIN, integrate_gradients
 from biopsy.evaluation.saliency.methods.layers import find_last_maps, find_layer
 from biopsy.evaluation.saliency.methods.occlusion import occlude
-from biopsy.models.networks import build_network, list_networks
+from biopsy.models.networks import build_network
+from host_models import list_network_cases
 from refusals import refuses
 from test_explanation import CPU, PX, draw_patches, make_classifier, make_linear, make_network
 
@@ -36,7 +37,7 @@ def ask(network, patches, class_index=1, layer=None, blank=1.0):
 # --- every network
 
 
-@pytest.mark.parametrize("name", list_networks())
+@pytest.mark.parametrize("name", list_network_cases())
 def test_every_method_explains_every_network(name, monkeypatch):
     monkeypatch.setattr(gradients, "MIN_STEPS", 2)
     monkeypatch.setattr(gradients, "MAX_STEPS", 2)

@@ -66,7 +66,7 @@ def test_a_seed_gives_one_network_and_leaves_global_randomness_alone(name):
         ("cancernet", {}, 3e-3),
         ("dabydeen_hedges", {"dropout": 0.0, "widths": [16, 32, 32]}, 3e-3),
         ("residual", {}, 3e-3),
-        ("residual_p4m", {}, 3e-3),
+        pytest.param("residual_p4m", {}, 3e-3, marks=pytest.mark.slow),
     ],
 )
 def test_a_network_learns_eight_patches(name, params, lr):

@@ -150,7 +150,7 @@ def test_an_evaluation_is_json_a_table_html_and_figures():
         assert getattr(found, name)().axes
 
 
-@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("n_classes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_report_of_predictions(n_classes, tmp_path):
     target, probs = draw(n_classes)
     found = biopsy.evaluate_predictions(

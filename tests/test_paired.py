@@ -115,7 +115,7 @@ def test_a_level_that_is_none_is_refused():
         estimate_differences([0, 1], [0.1, 0.9], [0.2, 0.8], [0, 1], seed=0, level=95)
 
 
-@pytest.mark.parametrize("n_patients", [10, 20, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_patients", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 50))])
 def test_the_false_positive_rate_is_the_nominal_five_percent(n_patients):
     rng = np.random.default_rng(n_patients)
     n_cohorts, wrong = 300, 0

@@ -68,6 +68,7 @@ def test_archive_has_idc_names_that_agree_with_their_folders(archive):
     assert {match["patient"] for match in parsed} == {"90001", "90002"}
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_workers_and_another_seed_differs(archive, tmp_path):
     arguments = {"n_patients": 2, "patches_per_patient": 20}
     again = write_archive(tmp_path / "again.zip", workers=1, **arguments)

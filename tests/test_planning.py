@@ -77,6 +77,7 @@ def test_the_number_of_patients_follows_the_request():
     assert needed().power >= 0.8 > comparison_power(0.5, needed().n_patients - 1)
 
 
+@pytest.mark.slow
 def test_the_planned_power_is_reached():
     """Plan on 300 patients for the difference that is there; see how often cohorts of that size show it."""
     rng = np.random.default_rng(1)

@@ -364,6 +364,7 @@ def test_without_ids_weights_are_of_one_split_and_fold(tmp_path):
     assert check_start(later, pack, subsets) is None
 
 
+@pytest.mark.slow
 def test_a_network_of_a_library_is_pre_trained_too(pack, tmp_path):
     settings = ("model.name=timm:resnet10t", "model.params={}", "train.batch_size=16")
     out = run(pack, tmp_path / "out", *settings, "preprocessing.input_px=32", epochs=1)

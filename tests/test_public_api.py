@@ -171,7 +171,7 @@ def test_wrong_names_get_the_nearest_one():
         assert result.stderr.count("\n") == 1 and right in result.stderr
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", pytest.param("zsh", marks=pytest.mark.slow), "fish"])
 def test_completion_knows_every_command_and_option(shell, app):
     script = app.generate_completion(shell=shell)
     for name in COMMANDS:

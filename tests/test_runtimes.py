@@ -84,7 +84,10 @@ def compiled(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("network", ["cancernet", "baruah", "dabydeen_hedges", "residual", "vgg16"])
+@pytest.mark.parametrize(
+    "network",
+    ["cancernet", "baruah", "dabydeen_hedges", "residual", pytest.param("vgg16", marks=pytest.mark.slow)],
+)
 def test_a_compiled_network_has_the_logits_and_features_of_pytorch(network):
     classifier = classifier_of(network)
     with open_runtime(classifier, "cpu", "fp32", n_threads=1) as runtime:
@@ -261,6 +264,7 @@ def test_int8_without_a_quantised_network_is_refused(bundle):
             ask(classifier, PATCHES, "int8")
 
 
+@pytest.mark.slow
 def test_telemetry_is_disabled(monkeypatch):
     import openvino_telemetry
 
@@ -283,6 +287,7 @@ import openvino_telemetry
     subprocess.run([sys.executable, "-c", code], check=True)  # importing it reports that it was imported
 
 
+@pytest.mark.slow
 def test_threads_that_use_openvino_first_at_once_do_not_wait_forever():
     code = """if True:
         import sys, threading

@@ -71,6 +71,7 @@ def strips_of(started, name):
     return [task.blocks for task in started if task.source.name == name and task.blocks is not None]
 
 
+@pytest.mark.slow
 def test_files_of_divided_slides_are_those_of_one_process(map_in_strips, slides, tmp_path):
     model = save_classifier(tmp_path / "classifier")
     slide(model, slides, out=tmp_path / "whole", device="cpu")
@@ -112,12 +113,12 @@ def test_joined_strips_are_what_one_process_predicts(make_slide, monkeypatch):
     view = open_view(source, classifier)
     grid = view.grid
     patches = np.stack(
-        [view.slide.read_at(x, y, 16, 16, mpp=1.0) for x, y in zip(grid.x[::4], grid.y[::4], strict=True)]
+        [view.slide.read_at(x, y, 16, 16, mpp=1.0) for x, y in zip(grid.x, grid.y, strict=True)]
     )
     view.files.close()
-    sizes, rows = np.full((len(patches), 2), 16), np.arange(len(patches))
+    sizes, rows = np.full((len(grid), 2), 16), np.arange(len(grid))
     with open_predictor(classifier, Engine("cpu"), 1) as predictor:
-        fit_reference(classifier, predictor, patches, sizes, rows, rows[::4], seed=0)
+        fit_reference(classifier, predictor, patches, sizes, rows, rows[:200], seed=0)
     (whole,) = predict_slides([source], classifier)
     mapper = Mapper(classifier, None, None, False, "fp32", "cpu", None, None, None)
     blocks = mapper.map_or_divide(source, MAX_PATCHES)
@@ -132,7 +133,7 @@ def test_joined_strips_are_what_one_process_predicts(make_slide, monkeypatch):
             join_strips(source, open_view(source, classifier), others)
 
 
-@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("is_lost", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_strip_that_fails_ends_its_slide_and_the_others_are_mapped(
     map_in_strips, slides, tmp_path, monkeypatch, is_lost
 ):
@@ -171,7 +172,7 @@ def extend(path):
     ("is_moment", "alter", "reason"),
     [
         (lambda task: task.blocks, touch, "changed"),
-        (lambda task: task.strips, touch, "changed"),
+        pytest.param(lambda task: task.strips, touch, "changed", marks=pytest.mark.slow),
         (lambda task: task.blocks, extend, "differ"),
     ],
 )

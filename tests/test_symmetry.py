@@ -71,6 +71,7 @@ def test_patches_that_are_not_square_are_refused():
         symmetric_views(torch.zeros(1, 3, 4, 6))
 
 
+@pytest.mark.slow
 def test_saved_and_exported_with_the_symmetries(classifier, tmp_path):
     classifier.save(tmp_path / "classifier")
     loaded = Classifier.load(tmp_path / "classifier")

@@ -52,7 +52,7 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     "optimiser",
-    ["adam", "muon", *slow("adagrad", "adagrad-keras2", "adamw", "sgd", "rmsprop", "rmsprop-keras2")],
+    ["adam", *slow("muon", "adagrad", "adagrad-keras2", "adamw", "sgd", "rmsprop", "rmsprop-keras2")],
 )
 def test_resumed_equals_never_interrupted(pack, tmp_path, optimiser):
     settings = (

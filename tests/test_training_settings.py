@@ -248,7 +248,7 @@ def test_standardisation_may_differ_as_published(pack, tmp_path):
     assert means[1] == (0, 0, 0) and min(means[0]) > 0.1 and min(means[2]) > 0.1
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("has_bf16", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_keeps_the_precision_that_auto_chose(pack, tmp_path, monkeypatch, has_bf16):
     precision, auto = ("bf16" if has_bf16 else "fp32"), "train.precision=auto"
     monkeypatch.setattr(hardware, "_supports_bf16", lambda: has_bf16)

@@ -132,6 +132,7 @@ def test_a_head_of_other_classes_is_left_random_and_reported(tmp_path):
     assert record["note"] == "the head is random"
 
 
+@pytest.mark.slow
 def test_keras_vgg16_without_top_fills_the_blocks(tmp_path):
     source = build_network("vgg16", n_classes=2, input_px=64, seed=5)
     path = tmp_path / KNOWN_WEIGHTS[0].file
